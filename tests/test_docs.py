@@ -1,0 +1,80 @@
+"""The README, the guide and the docstrings speak of the package as it is."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import sinfkit
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLIC = set(sinfkit.__all__) - {"__version__"}
+MODULES = ["sinfkit", *(f"sinfkit.{m.name}" for m in pkgutil.iter_modules(sinfkit.__path__))]
+
+
+def code_blocks() -> list:
+    """Every piece of Python in the README and the guide, with where it stands."""
+    found = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.rst"))]:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".md":
+            blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        else:
+            blocks = re.findall(
+                r"^\.\. code-block:: python\n\n((?: {3}.*\n|\n)+)", text, re.MULTILINE
+            )
+        where = path.relative_to(ROOT).as_posix()
+        found += [
+            pytest.param(textwrap.dedent(block), id=f"{where}:{i}")
+            for i, block in enumerate(blocks, 1)
+        ]
+    return found
+
+
+def test_the_guide_has_code():
+    assert len(code_blocks()) >= 10
+
+
+@pytest.mark.parametrize("block", code_blocks())
+def test_documented_code_fits_the_package(block):
+    # Most blocks speak of a reader's own network, so they cannot run; names and keywords can be
+    # compared all the same, and these are what goes stale.
+    tree = ast.parse(block)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sinfkit"):
+            module = importlib.import_module(node.module)
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing, f"{node.module} has no {missing}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in PUBLIC:
+                signature = inspect.signature(getattr(sinfkit, node.func.id))
+                keywords = {k.arg: None for k in node.keywords if k.arg}
+                signature.bind_partial(*node.args, **keywords)
+
+
+def test_api_pages_list_what_is_public():
+    text = (ROOT / "docs" / "api" / "index.rst").read_text(encoding="utf-8")
+    tables = re.findall(
+        r"^\.\. autosummary::\n(?: {3}:.*\n)*\n((?: {3}\w+\n)+)", text, re.MULTILINE
+    )
+    assert set("".join(tables).split()) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_names_have_docstrings(name):
+    assert len(inspect.getdoc(getattr(sinfkit, name)) or "") > 80
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=flags)
+    assert failed == 0

@@ -1,0 +1,62 @@
+"""What several files say about the package agrees."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+import sinfkit
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read(name: str) -> str:
+    """Text of a file in the repository; skips where only the package is there."""
+    if not (ROOT / name).exists():
+        pytest.skip(f"{name} is not here")
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def bounds(text: str) -> dict[str, Version]:
+    """Lower bounds of requirements such as ``"torch>=2.6"``."""
+    return {name: Version(v) for name, v in re.findall(r'"([\w-]+)>=([\d.]+)[,"]', text)}
+
+
+def test_version_is_the_changelogs_newest():
+    newest = re.search(r"^## \[([^]]+)\]", read("CHANGELOG.md"), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == sinfkit.__version__
+
+
+def test_version_of_the_installed_package():
+    try:
+        installed = importlib.metadata.version("sinfkit")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("run from a checkout that is not installed")
+    assert installed == sinfkit.__version__
+
+
+def test_types_are_shipped():
+    assert (Path(sinfkit.__file__).parent / "py.typed").exists()
+
+
+def test_oldest_environment_pins_every_lower_bound():
+    pyproject = read("pyproject.toml")
+    pins = {
+        name: Version(version)
+        for name, version in re.findall(r"oldest: ([\w-]+)==(\S+)", read("tox.ini"))
+    }
+    run_time = bounds(re.search(r"^dependencies = \[.*?^\]", pyproject, re.M | re.S)[0])
+    test = bounds(re.search(r"^test = \[.*?^\]", pyproject, re.M | re.S)[0])
+    assert len(run_time) >= 8 and len(test) >= 3
+    assert pins == run_time | test
+
+
+def test_ci_runs_the_readmes_command():
+    commands = re.findall(r'^pip install "\.\[test\]" .*$', read("README.md"), re.MULTILINE)
+    assert commands == ['pip install ".[test]" && pytest']
+    assert commands[0] in read(".ci/run")
