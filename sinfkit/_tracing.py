@@ -1,0 +1,260 @@
+"""From a model to a graph of its operations, by torch.fx, without touching the model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import fx, nn
+
+from ._ops import called_module, holds_layers, is_identity, is_layer, out_of_place
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copy_sharing_weights(module: Module) -> Module:
+    """Copy a module tree but not its tensors.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Left as it is.
+
+    Returns
+    -------
+    nn.Module
+        A deep copy in which every parameter and buffer *is* the one of `module`.  Modes, attributes
+        and submodules of the copy can be changed freely; writing into a tensor changes both.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> layer = nn.Linear(3, 2)
+    >>> twin = copy_sharing_weights(layer)
+    >>> twin is layer, twin.weight is layer.weight
+    (False, True)
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """Turn a model into a graph of its operations.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Takes one tensor (further arguments of ``forward`` keep their defaults) and returns one.
+        Left as it is.
+
+    Returns
+    -------
+    torch.fx.GraphModule
+        Computes what `model` computes in eval mode, with the same parameters and buffers.  Its
+        submodules keep their qualified names.  No operation in it overwrites its argument.  It can
+        be copied, pickled and traced again; the names of its nodes survive all three.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no ``nn.Module``.
+    ValueError
+        If the model's own ``forward`` cannot be traced, for instance because its control flow
+        depends on values; or if it returns anything but one tensor.
+
+    Warns
+    -----
+    UserWarning
+        If a part of the model cannot be looked into and holds layers: they stay whole.  All such
+        parts are named in one warning.
+
+    Notes
+    -----
+    An operation that overwrites its argument (``nn.ReLU(inplace=True)``, ``x.add_(y)``) is
+    replaced by the one that does not, and whatever reads the argument later reads the result
+    instead, as it would have done.  Writing into a *view* (a slice, a chunk) is not recognised.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 2)))
+    >>> [node.name for node in gm.graph.nodes]
+    ['x', '_0', '_1', '_2', 'output']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    root = copy_sharing_weights(model).eval()
+    graph = _record(root)
+    result = graph.find_nodes(op="output")[0].args[0]
+    if not isinstance(result, fx.Node):
+        raise ValueError(
+            f"{type(model).__name__}.forward must return one tensor, but it returns "
+            f"{type(result).__name__} of several or of none. Wrap the model in a module that picks "
+            "the logits."
+        )
+    gm = fx.GraphModule(root, graph)
+    _make_functional(gm)
+    gm.graph.eliminate_dead_code()
+    gm = fx.GraphModule(gm, _renumbered(gm.graph), class_name=type(model).__name__).eval()
+    opaque = opaque_modules(gm)
+    if opaque:
+        warnings.warn(
+            f"Layers inside {', '.join(opaque)} stay whole: torch.fx cannot look into "
+            f"{'these modules' if len(opaque) > 1 else 'this module'}.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return gm
+
+
+def opaque_modules(gm: fx.GraphModule) -> list[str]:
+    """Names of the parts of a traced model that hold layers out of reach.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`.
+
+    Returns
+    -------
+    list of str
+        Qualified names, in the order of first execution.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> opaque_modules(trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU())))
+    []
+    """
+    modules = {str(n.target): m for n in gm.graph.nodes if (m := called_module(gm, n)) is not None}
+    return [name for name, m in modules.items() if not is_layer(m) and holds_layers(m)]
+
+
+class _Untraceable(Exception):
+    """Tracing failed inside the named submodule."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that gives the root one argument and says where it failed."""
+
+    def __init__(self, opaque: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.opaque = opaque
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,
+        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
+    ) -> tuple[Any, list[Any]]:
+        """One placeholder; torch.fx would make one of every optional argument, too."""
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            module_qualified_name in self.opaque
+            or isinstance(m, (nn.Conv2d, nn.Linear))
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except _Untraceable:
+            raise
+        except Exception as error:
+            name = self.path_of_module(m)
+            if self.is_leaf_module(m, name):  # then it is the caller who did something odd
+                raise
+            raise _Untraceable(name) from error
+
+
+def _record(root: nn.Module) -> fx.Graph:
+    """Record a module's graph; what cannot be traced becomes one node."""
+    opaque: frozenset[str] = frozenset()
+    while True:
+        try:
+            return _Tracer(opaque).trace(root)
+        except _Untraceable as failure:
+            opaque |= {failure.name}
+        except Exception as error:
+            raise ValueError(
+                f"torch.fx cannot trace {type(root).__name__}.forward ({error}). Give the network "
+                "as nn.Sequential(prefix, rest) of two halves; that can always be traced, and the "
+                "half that cannot be looked into stays whole."
+            ) from error
+
+
+def _make_functional(gm: fx.GraphModule) -> None:
+    """Replace what overwrites its argument by what does not."""
+    overwriting = {
+        name for name, m in gm.named_modules(remove_duplicate=False) if getattr(m, "inplace", False)
+    }
+    for name in overwriting:
+        gm.get_submodule(name).inplace = False  # type: ignore[assignment]
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    # Nodes that may share one tensor: an eval-mode dropout returns its very argument.
+    same: dict[fx.Node, list[fx.Node]] = {}
+    for node in list(gm.graph.nodes):
+        source = next(iter(node.all_input_nodes), None)
+        same[node] = [node]
+        if source is None:
+            continue
+        overwrites = node.op == "call_module" and node.target in overwriting
+        if node.op in ("call_function", "call_method"):
+            overwrites = _switch_off(node)
+        if overwrites:
+            for old in same[source]:
+                for user in [user for user in old.users if order[user] > order[node]]:
+                    user.replace_input_with(old, node)
+        elif is_identity(gm, node):
+            same[source].append(node)
+            same[node] = same[source]
+
+
+def _switch_off(node: fx.Node) -> bool:
+    """Make a function or method node out-of-place; return whether it was in-place."""
+    plain = out_of_place(node.target)
+    if plain is not None:
+        node.target = plain
+        return True
+    if node.op != "call_function":
+        return False
+    try:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin; torch's have no `inplace`
+        return False
+    if "inplace" not in names:
+        return False
+    at = names.index("inplace")
+    if at < len(node.args):
+        was_on = bool(node.args[at])
+        node.update_arg(at, False)
+    else:
+        was_on = bool(node.kwargs.get("inplace", False))
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    return was_on
+
+
+def _renumbered(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph with fresh names, so that unpickling, which traces again, gives the same."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        args = fx.map_arg(node.args, env.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+        env[node] = new.create_node(node.op, node.target, args, kwargs)
+    return new
