@@ -1,0 +1,84 @@
+"""All device policy in one place: which device, which precision, what happens on loading."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn a `device` parameter into one concrete device.
+
+    Parameters
+    ----------
+    device : str or torch.device
+        ``"auto"`` is the first CUDA device where there is one, else the CPU.
+
+    Returns
+    -------
+    torch.device
+
+    Raises
+    ------
+    ValueError
+        If the device is unknown, or is not available on this machine.
+    """
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not a torch device, such as 'cpu' or 'cuda'.") from (
+            error
+        )
+    if not _is_available(resolved):
+        raise ValueError(
+            f"device={str(resolved)!r} is not available on this machine. Use device='cpu', or "
+            "device='auto' to take a GPU only where there is one."
+        )
+    if resolved.type == "cuda" and resolved.index is None:
+        resolved = torch.device("cuda", torch.cuda.current_device())
+    return resolved
+
+
+def loaded_device(stored: str) -> torch.device:
+    """Device for a model that was stored on `stored`; the CPU, with one warning, if it is missing."""
+    device = torch.device(stored)
+    if _is_available(device):
+        return device
+    warnings.warn(
+        f"The model was stored on {stored!r}, which this machine does not have; it is loaded on "
+        "the CPU. Call .to(device) to move it.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return torch.device("cpu")
+
+
+def _is_available(device: torch.device) -> bool:
+    """Whether tensors can be placed on `device` here."""
+    if device.type == "cpu":
+        return True
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    if device.type == "mps":
+        return torch.backends.mps.is_available()
+    return False
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Switch TF32 off inside the block, and put the caller's setting back.
+
+    Comparisons to 1e-4 mean nothing in TF32, whose mantissa has ten bits.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.backends.cudnn.allow_tf32 = cudnn

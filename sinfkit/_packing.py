@@ -1,0 +1,135 @@
+"""Modules as bytes and arrays, so that pickles are device-free and byte-stable.
+
+A pickled ``torch.Tensor`` remembers its device and is written by torch's own reducer, whose bytes
+joblib cannot hash reliably.  Here the module tree is pickled with every tensor replaced by a
+number, and the tensors themselves become NumPy arrays, each stored once however many modules
+share it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_TAG = "sinfkit.tensor"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A picklable object whose tensors have been taken out.
+
+    Attributes
+    ----------
+    structure : bytes
+        The pickled object; each tensor is a persistent id that points into `arrays`.
+    arrays : tuple of ndarray
+        The tensors' values, on the host.  Types that NumPy lacks (bfloat16) are stored as
+        integers of the same width.
+    dtypes : tuple of str
+        The torch type of each entry of `arrays`.
+    """
+
+    structure: bytes
+    arrays: tuple[np.ndarray, ...]
+    dtypes: tuple[str, ...]
+
+    def unpack(self, device: torch.device | str = "cpu") -> Any:
+        """Build the object anew, with its tensors on `device`."""
+        # Plain copies: the arrays may be read-only memory maps, and must not change with the module.
+        tensors = [
+            torch.from_numpy(np.array(a)).view(getattr(torch, dtype)).to(device)
+            for a, dtype in zip(self.arrays, self.dtypes, strict=True)
+        ]
+        return _Unpickler(io.BytesIO(self.structure), tensors).load()
+
+
+def pack(obj: Any) -> Packed:
+    """Take the tensors out of a picklable object (usually a dict of modules).
+
+    Parameters
+    ----------
+    obj : object
+        Anything picklable.  Tensors that share memory, shape and strides are stored once.
+
+    Returns
+    -------
+    Packed
+    """
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    try:
+        pickler.dump(obj)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"The model cannot be pickled ({error}). Define its classes and functions at the top "
+            "level of an importable module instead of inside a function or as a lambda."
+        ) from error
+    return Packed(buffer.getvalue(), tuple(pickler.arrays), tuple(pickler.dtypes))
+
+
+class _Pickler(pickle.Pickler):
+    """Pickler that stores tensors beside the stream."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        # A fixed protocol: the default may change with Python, and with it the bytes.
+        super().__init__(file, protocol=4)
+        self.arrays: list[np.ndarray] = []
+        self.dtypes: list[str] = []
+        self._index: dict[tuple[Any, ...], int] = {}
+        self._alive: list[torch.Tensor] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.Tensor):
+            return None
+        tensor = obj.detach()
+        key = (
+            tensor.device,
+            tensor.data_ptr() if tensor.numel() else id(obj),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+        )
+        index = self._index.get(key)
+        if index is None:
+            index = self._index[key] = len(self.arrays)
+            self._alive.append(tensor)  # keeps data_ptr unique while we write
+            self.arrays.append(_to_numpy(tensor))
+            self.dtypes.append(str(tensor.dtype).removeprefix("torch."))
+        is_parameter = isinstance(obj, nn.Parameter)
+        return (_TAG, index, is_parameter, bool(is_parameter and obj.requires_grad))
+
+
+class _Unpickler(pickle.Unpickler):
+    """Counterpart of `_Pickler`."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+        self._parameters: dict[tuple[int, bool], nn.Parameter] = {}
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        tag, index, is_parameter, requires_grad = pid
+        if tag != _TAG:
+            raise pickle.UnpicklingError(f"unknown persistent id {tag!r}")
+        tensor = self._tensors[index]
+        if not is_parameter:
+            return tensor
+        # One object per stored weight, so that tied weights stay tied.
+        key = (index, requires_grad)
+        if key not in self._parameters:
+            self._parameters[key] = nn.Parameter(tensor, requires_grad=requires_grad)
+        return self._parameters[key]
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Copy a tensor to a host array of its own, in memory order of its indices."""
+    tensor = tensor.cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    return tensor.numpy().copy()

@@ -1,0 +1,470 @@
+"""SemanticClusterer: which classes belong together, and to which group does a sample belong?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, fx, nn
+
+from ._base import TorchEstimator, all_or_nothing, gather
+from ._validation import hold_out, validate_X
+from .graph import CutPoint, cut_points, find_cut, layer_names, split
+from .probe import fit_probe
+from .profiling import count_macs
+from .routing import RouteFit, cluster_posterior, fit_route_predictor
+
+METHODS = ("confusion", "activation", "given")
+
+
+class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):
+    """Group the classes of a trained network into semantic clusters.
+
+    Classes in one cluster share a subgraph of the network in `SINFClassifier`.  The estimator also
+    routes: a probe on an early layer predicts the cluster of a sample.
+
+    Parameters
+    ----------
+    model : nn.Module or FrozenModel, optional
+        The trained classifier.  None trains a small default network in ``fit``.
+    method : {"confusion", "activation", "given"}, default="confusion"
+        ``"confusion"``: classes that a probe on the early layer confuses go together, because then
+        the router need not tell them apart.  ``"activation"``: classes that make the same filters
+        fire go together.  ``"given"``: as `mapping` says.
+    mapping : dict, optional
+        For ``method="given"``: class to cluster, or cluster to a list of classes.
+    n_clusters : int, optional
+        Number of clusters; default the square root of the number of classes, rounded.
+    max_cluster_size : int, optional
+        No cluster gets more classes; default no limit.
+    layer : str, default="auto"
+        The cut behind which the probe sits (see `sinfkit.graph.cut_points`); ``"auto"`` takes the
+        one nearest to half of the network's multiplications.
+    pool_size : int, default=2
+        The probe sees feature maps averaged to ``pool_size x pool_size``.
+    validation_fraction : float, default=0.2
+        Share of the samples on which the probe's penalty is chosen.
+    model_classes : sequence of labels, optional
+        The label of each of the model's outputs.
+    batch_size : int, default=256
+    device : str or torch.device, default="auto"
+    n_jobs : int, optional
+        Unused; kept so that all three estimators take the same parameters.
+    memory : str, joblib.Memory or None
+        Where to cache the activations' statistics between fits.
+    random_state : int, RandomState or None, default=None
+    verbose : int, default=0
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+    class_clusters_ : int ndarray of shape (n_classes,)
+        Cluster of each of `classes_`.
+    cluster_names_ : ndarray of shape (n_clusters,)
+        The mapping's names, sorted; else 0..n_clusters-1.
+    affinity_ : ndarray of shape (n_classes, n_classes)
+        Symmetric; how much two classes belong together.
+    layer_ : str
+        The cut that was used.
+    route_accuracy_ : float
+        Share of held-out samples whose cluster the probe predicts.
+    base_model_ : FrozenModel
+    n_features_in_ : int
+    input_shape_ : tuple of int
+    device_ : torch.device
+
+    Notes
+    -----
+    The paper (arXiv 2310.01259) groups CIFAR-100 by its 20 superclasses; ``"confusion"`` and
+    ``"activation"`` are our choices.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sinfkit import SemanticClusterer
+    >>> X, y = load_digits(return_X_y=True)
+    >>> clusterer = SemanticClusterer(n_clusters=3, random_state=0)
+    >>> clusterer.fit((X / 16).reshape(-1, 1, 8, 8), y).class_clusters_.shape
+    (10,)
+    """
+
+    classes_: np.ndarray
+    class_clusters_: np.ndarray
+    cluster_names_: np.ndarray
+    affinity_: np.ndarray
+    layer_: str
+    network_: nn.Sequential
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        method: str = "confusion",
+        mapping: Any = None,
+        n_clusters: int | None = None,
+        max_cluster_size: int | None = None,
+        layer: str = "auto",
+        pool_size: int = 2,
+        validation_fraction: float = 0.2,
+        model_classes: Any = None,
+        batch_size: int = 256,
+        device: Any = "auto",
+        n_jobs: int | None = None,
+        memory: Any = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.model = model
+        self.method = method
+        self.mapping = mapping
+        self.n_clusters = n_clusters
+        self.max_cluster_size = max_cluster_size
+        self.layer = layer
+        self.pool_size = pool_size
+        self.validation_fraction = validation_fraction
+        self.model_classes = model_classes
+        self.batch_size = batch_size
+        self.device = device
+        self.n_jobs = n_jobs
+        self.memory = memory
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @all_or_nothing
+    def fit(self, X: Any, y: Any) -> SemanticClusterer:
+        """Group the classes, and fit the probe that predicts the cluster.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, channels, height, width) or (n_samples, \
+n_features)
+        y : array-like of shape (n_samples,)
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For a parameter out of range, a mapping that misses a class or names one twice, or
+            samples or labels that do not fit the model.
+        """
+        self._check_parameters()
+        calibration = self._calibrate(X, y)
+        graph = calibration.graph
+        if self.layer == "auto":
+            cut = half_way_cut(graph, calibration.example)
+        else:
+            cut = find_cut(graph, self.layer)
+        statistics = gather(
+            calibration, {cut.name: cut.node}, self.pool_size, self.memory, self.verbose
+        )
+        self._check_base(statistics.logits, calibration)
+        rng = np.random.default_rng(calibration.seed)
+        fit, held = hold_out(calibration.codes, self.validation_fraction, rng)
+        features = statistics.pooled[cut.name]
+        route = fit_route_predictor(
+            features[fit],
+            calibration.codes[fit],
+            features[held],
+            calibration.codes[held],
+            pool_size=self.pool_size,
+        )
+        self._group(features[fit], calibration.codes[fit], route, calibration.seed)
+        clusters = torch.as_tensor(self.class_clusters_)
+        posterior = cluster_posterior(route.log_posterior, clusters, len(self.cluster_names_))
+        truth = self.class_clusters_[calibration.codes[held]]
+        self.route_accuracy_ = float(np.mean(posterior.argmax(1).numpy() == truth))
+        self.layer_ = cut.name
+        self.network_ = nn.Sequential(split(graph, cut)[0], route.predictor.to(self.device_))
+        return self
+
+    def _check_parameters(self) -> None:
+        """Raise for parameters that are wrong whatever the data."""
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
+        if (self.method == "given") != (self.mapping is not None):
+            raise ValueError('mapping goes with method="given", and only with it.')
+        for name in ("n_clusters", "max_cluster_size", "pool_size"):
+            value = getattr(self, name)
+            required = name == "pool_size"
+            if (value is None and required) or (
+                value is not None
+                and (not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1)
+            ):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}."
+            )
+
+    def _group(self, features: Tensor, codes: np.ndarray, route: RouteFit, seed: int) -> None:
+        """Set `affinity_`, `class_clusters_` and `cluster_names_` from pooled features."""
+        if self.method == "activation":
+            self.affinity_ = activation_affinity(features, codes)
+        else:
+            self.affinity_ = confusion_affinity(features, codes, route.penalty, seed)
+        if self.method == "given":
+            self.class_clusters_, self.cluster_names_ = read_mapping(self.mapping, self.classes_)
+            return
+        n_classes = len(self.classes_)
+        n_clusters = self.n_clusters or max(1, round(n_classes**0.5))
+        if n_clusters > n_classes:
+            warnings.warn(
+                f"n_clusters={n_clusters} is more than the {n_classes} classes; each class is a "
+                "cluster of its own.",
+                UserWarning,
+                stacklevel=4,
+            )
+            n_clusters = n_classes
+        self.class_clusters_ = group_classes(self.affinity_, n_clusters, self.max_cluster_size)
+        self.cluster_names_ = np.arange(n_clusters)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predict the cluster of each sample.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+
+        Returns
+        -------
+        int ndarray of shape (n_samples,)
+            Positions in `cluster_names_`.
+        """
+        return self._posterior(X).argmax(1).numpy()
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Compute the route probability of each cluster.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_clusters)
+            Rows sum to 1; float64 for float64 `X`, float32 otherwise.
+        """
+        posterior = self._posterior(X).numpy()
+        double = getattr(X, "dtype", None) in (np.float64, torch.float64)
+        return posterior.astype(np.float64 if double else np.float32, copy=False)
+
+    def _posterior(self, X: Any) -> Tensor:
+        """Cluster probabilities on the host."""
+        check_is_fitted(self)
+        X = validate_X(self, X, reset=False)
+        clusters = torch.as_tensor(self.class_clusters_)
+        with torch.inference_mode():
+            log_p = [self.network_(x).cpu() for x in self._batcher(self.network_)(X)]
+        return cluster_posterior(torch.cat(log_p), clusters, len(self.cluster_names_))
+
+    @property
+    def _n_features_out(self) -> int:
+        """Number of clusters, which `get_feature_names_out` asks for."""
+        return len(self.cluster_names_)
+
+
+def half_way_cut(graph: fx.GraphModule, example: Tensor) -> CutPoint:
+    """Cut nearest to half of the network's multiplications.
+
+    Raises
+    ------
+    ValueError
+        If the network can be cut nowhere.
+    """
+    cuts = cut_points(graph)
+    if not cuts:
+        raise ValueError(
+            "The model has no place where it can be cut in two. Pass it as "
+            "nn.Sequential(prefix, rest)."
+        )
+    total, by_layer = count_macs(graph, example)
+    inside = [set(layer_names(split(graph, cut)[0])) for cut in cuts]
+    share = [sum(by_layer.get(n, 0) for n in names) / max(total, 1) for names in inside]
+    return cuts[int(np.argmin(np.abs(np.array(share) - 0.5)))]
+
+
+def read_mapping(mapping: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn a mapping into cluster numbers.
+
+    Parameters
+    ----------
+    mapping : dict
+        Class to cluster name, or cluster name to a list of classes.
+    classes : ndarray of shape (n_classes,)
+
+    Returns
+    -------
+    class_clusters : int ndarray of shape (n_classes,)
+    names : ndarray of shape (n_clusters,)
+        Sorted; clusters without any of `classes` are left out.
+
+    Raises
+    ------
+    ValueError
+        If a class is missing or named twice.
+    """
+    if not isinstance(mapping, Mapping) or not mapping:
+        raise ValueError(
+            "mapping must be a dict: {class: cluster} or {cluster: [class, ...]}, and not empty."
+        )
+    collections = (list, tuple, set, frozenset, np.ndarray)
+    pairs: list[tuple[Any, Any]] = []
+    for key, value in mapping.items():
+        pairs += [(c, key) for c in value] if isinstance(value, collections) else [(key, value)]
+    cluster_of: dict[Any, Any] = {}
+    for label, name in pairs:
+        if label in cluster_of:
+            raise ValueError(f"mapping names class {label!r} twice.")
+        cluster_of[label] = name
+    missing = [c for c in classes.tolist() if c not in cluster_of]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(
+            f"mapping has no cluster for class(es) {', '.join(map(repr, missing[:5]))}{more}."
+        )
+    names, clusters = np.unique(
+        np.array([cluster_of[c] for c in classes.tolist()]), return_inverse=True
+    )
+    return clusters.astype(np.int64), names
+
+
+def confusion_affinity(features: Tensor, codes: np.ndarray, penalty: float, seed: int) -> np.ndarray:
+    """How often a probe confuses two classes, measured on samples that it was not fitted on.
+
+    Parameters
+    ----------
+    features : Tensor of shape (n_samples, n_features)
+    codes : int ndarray of shape (n_samples,)
+    penalty : float
+        Of the probe.
+    seed : int
+
+    Returns
+    -------
+    ndarray of shape (n_classes, n_classes)
+        Symmetric; mean over both classes' samples of the probability given to the other.
+    """
+    n_classes = int(codes.max()) + 1
+    rng = np.random.default_rng(seed)
+    half = np.zeros(len(codes), dtype=bool)
+    for k in range(n_classes):
+        rows = rng.permutation(np.flatnonzero(codes == k))
+        half[rows[: len(rows) // 2]] = True
+    x = (features - features.mean(0)).to(features.dtype)
+    x = x / x.std(0, correction=0).clamp_min(1e-12 + 1e-7 * float(x.abs().max()))
+    y = torch.as_tensor(codes, device=features.device)
+    mean = np.zeros((n_classes, n_classes))
+    if np.bincount(codes[half], minlength=n_classes).min() == 0:
+        folds = [(np.ones_like(half), np.ones_like(half))]  # too few samples to part
+    else:
+        folds = [(half, ~half), (~half, half)]
+    for train, test in folds:
+        a, b = torch.as_tensor(train), torch.as_tensor(test)
+        probe = fit_probe(x[a], y[a], penalty=penalty, tol=1e-2)
+        p = torch.softmax(probe.logits(x[b]), 1)
+        sums = torch.zeros(n_classes, n_classes, dtype=p.dtype).index_add_(0, y[b].cpu(), p.cpu())
+        mean += sums.numpy()
+    mean /= np.bincount(codes, minlength=n_classes)[:, None]
+    return (mean + mean.T) / 2
+
+
+def activation_affinity(features: Tensor, codes: np.ndarray) -> np.ndarray:
+    """How alike two classes' mean activations are.
+
+    Parameters
+    ----------
+    features : Tensor of shape (n_samples, n_features)
+    codes : int ndarray of shape (n_samples,)
+
+    Returns
+    -------
+    ndarray of shape (n_classes, n_classes)
+        Cosine between the classes' signatures, from 0 (opposite) to 1 (same).  A signature is the
+        class's mean, centred over classes, each filter divided by its own spread over samples.
+    """
+    n_classes = int(codes.max()) + 1
+    x = features.to(torch.float64).cpu()
+    y = torch.as_tensor(codes)
+    means = torch.zeros(n_classes, x.shape[1], dtype=x.dtype).index_add_(0, y, x)
+    means /= torch.bincount(y, minlength=n_classes)[:, None]
+    spread = x.std(0, correction=0)
+    signature = (means - means.mean(0)) / torch.where(spread > 0, spread, torch.inf)
+    signature = torch.nn.functional.normalize(signature, dim=1)
+    return ((1 + signature @ signature.T) / 2).clamp(0, 1).numpy()
+
+
+def group_classes(affinity: np.ndarray, n_clusters: int, max_size: int | None = None) -> np.ndarray:
+    """Agglomerative clustering, average linkage, with a limit on the clusters' sizes.
+
+    Parameters
+    ----------
+    affinity : ndarray of shape (n_classes, n_classes)
+        Symmetric.
+    n_clusters : int
+        At most the number of classes.
+    max_size : int, optional
+        Largest number of classes in a cluster.
+
+    Returns
+    -------
+    int ndarray of shape (n_classes,)
+        Clusters are numbered by their first class.
+
+    Raises
+    ------
+    ValueError
+        If `n_clusters` clusters of `max_size` cannot hold the classes.
+
+    Notes
+    -----
+    scikit-learn's ``AgglomerativeClustering`` knows no size limit.  Merging greedily under a limit
+    can end with too many clusters, none of which may be merged; the smallest is then dissolved and
+    its classes go where they fit best.
+    """
+    n = len(affinity)
+    limit = n if max_size is None else max_size
+    if n_clusters * limit < n:
+        raise ValueError(
+            f"{n_clusters} clusters of at most {limit} classes cannot hold {n} classes. Raise "
+            "n_clusters or max_cluster_size."
+        )
+    a = affinity.astype(float).copy()
+    np.fill_diagonal(a, 0.0)
+    members: list[list[int]] = [[i] for i in range(n)]
+    total = a.copy()  # summed affinity between clusters
+    while len(members) > n_clusters:
+        sizes = np.array([len(m) for m in members])
+        mean = total / np.outer(sizes, sizes)
+        mean[sizes[:, None] + sizes[None, :] > limit] = -np.inf
+        np.fill_diagonal(mean, -np.inf)
+        i, j = sorted(np.unravel_index(int(np.argmax(mean)), mean.shape))
+        if np.isfinite(mean[i, j]):
+            members[i] += members[j]
+            total[i] += total[j]
+            total[:, i] += total[:, j]
+            gone = j
+        else:
+            gone = int(np.argmin(sizes))
+            homeless = members[gone]
+            for label in homeless:
+                room = [
+                    c for c in range(len(members)) if c != gone and len(members[c]) < limit
+                ]
+                best = max(room, key=lambda c: a[label, members[c]].mean())
+                members[best].append(label)
+            total = np.array([[a[np.ix_(p, q)].sum() for q in members] for p in members])
+        del members[gone]
+        total = np.delete(np.delete(total, gone, 0), gone, 1)
+    labels = np.empty(n, dtype=np.int64)
+    for c, group in enumerate(sorted(members, key=min)):
+        labels[group] = c
+    return labels
+

@@ -1,0 +1,233 @@
+"""FrozenModel: a trained network held by reference, so that clones do not copy its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import nn
+
+from ._packing import Packed, pack
+
+# One copy of a network per device and process, however many FrozenModels hold the same weights.
+_COPIES: WeakValueDictionary[tuple[str, str], nn.Module] = WeakValueDictionary()
+
+
+class FrozenModel:
+    """A trained torch classifier that never changes.
+
+    Estimators take any ``nn.Module``, but scikit-learn's ``clone`` deep-copies it: in a grid
+    search every candidate would hold its own weights, and ``Pipeline(memory=...)`` would never
+    find a cached result.  A `FrozenModel` takes one private copy when it is made.  ``clone`` and
+    ``copy.deepcopy`` give the same object back, and its pickle is the same bytes in every process.
+
+    Parameters
+    ----------
+    module : nn.Module or fitted skorch net
+        The classifier: a batch in, one score (logit) per class out.  It is copied to the CPU, put
+        in evaluation mode, and its gradients are switched off; the caller's object is not touched.
+    mean, std : sequence of float, optional
+        Normalisation that the network was trained with, one value per channel (or per feature):
+        it sees ``(x - mean) / std``.  For uint8 images, x is the pixel divided by 255.
+    input_shape : tuple of int, optional
+        ``(channels, height, width)``.  Lets flattened 2-D `X` through, so that a scaler may stand
+        before the estimator in a ``Pipeline``.
+
+    Attributes
+    ----------
+    mean, std : tuple of float or None
+    input_shape : tuple of int or None
+    digest : str
+        SHA-256 of architecture, weights and normalisation; equality and hash go by it.
+
+    Raises
+    ------
+    TypeError
+        If `module` is neither an ``nn.Module`` nor a fitted skorch net, or cannot be pickled.
+    ValueError
+        If a weight is not finite, or `mean` and `std` do not fit together.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from sklearn.base import clone
+    >>> from sinfkit import FrozenModel
+    >>> frozen = FrozenModel(nn.Linear(4, 3), mean=[0.5] * 4, std=[0.2] * 4)
+    >>> frozen
+    FrozenModel(Linear, 15 parameters)
+    >>> clone(frozen, safe=False) is frozen
+    True
+    """
+
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    input_shape: tuple[int, ...] | None
+    digest: str
+
+    def __init__(
+        self,
+        module: Any,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        input_shape: Sequence[int] | None = None,
+    ) -> None:
+        module = _unwrap(module)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"The model's {name!r} holds NaN or infinity. Load the weights again, or train "
+                    "with a smaller learning rate."
+                )
+        self.mean, self.std = _check_normalisation(mean, std)
+        self.input_shape = None if input_shape is None else tuple(int(n) for n in input_shape)
+        self._packed = pack(_freeze(pack(module).unpack()))
+        self._finish()
+
+    def _finish(self) -> None:
+        """Derive what is not pickled."""
+        digest = hashlib.sha256(self._packed.structure)
+        for array in self._packed.arrays:
+            digest.update(str((array.dtype, array.shape)).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        digest.update(repr((self.mean, self.std, self.input_shape)).encode())
+        self.digest = digest.hexdigest()
+        # Strong references to this object's copies; `_COPIES` only lets equal objects share them.
+        self._mine: dict[str, nn.Module] = {}
+
+    def module(self, device: torch.device | str = "cpu") -> nn.Module:
+        """Return the network on `device`, shared by everybody who asks: do not change it.
+
+        Parameters
+        ----------
+        device : torch.device or str, default="cpu"
+
+        Returns
+        -------
+        nn.Module
+            In evaluation mode, without gradients.  The same object for the same device.
+        """
+        key = str(torch.device(device))
+        if key not in self._mine:
+            shared = _COPIES.get((self.digest, key))
+            if shared is None:
+                shared = _freeze(self._packed.unpack(device))
+                _COPIES[self.digest, key] = shared
+            self._mine[key] = shared
+        return self._mine[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        packed = self._packed
+        return {
+            "structure": packed.structure,
+            "arrays": list(packed.arrays),
+            "dtypes": list(packed.dtypes),
+            "mean": self.mean,
+            "std": self.std,
+            "input_shape": self.input_shape,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._packed = Packed(state["structure"], tuple(state["arrays"]), tuple(state["dtypes"]))
+        self.mean, self.std = state["mean"], state["std"]
+        self.input_shape = state["input_shape"]
+        self._finish()
+
+    def __copy__(self) -> FrozenModel:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenModel:
+        return self
+
+    def __sklearn_clone__(self) -> FrozenModel:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FrozenModel) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        module = self.module()
+        n = sum(p.numel() for p in module.parameters())
+        return f"FrozenModel({type(module).__name__}, {_abbreviate(n)} parameters)"
+
+
+def as_frozen(model: Any) -> FrozenModel:
+    """Return `model` itself if it is frozen, a frozen copy if it is a module, else raise.
+
+    Parameters
+    ----------
+    model : FrozenModel or nn.Module
+
+    Returns
+    -------
+    FrozenModel
+
+    Raises
+    ------
+    TypeError
+        For anything else; a bare skorch net too, since ``clone`` would reset it.
+    """
+    if isinstance(model, FrozenModel):
+        return model
+    if isinstance(model, nn.Module):
+        return FrozenModel(model)
+    if hasattr(model, "module_") or hasattr(model, "initialize"):
+        raise TypeError(
+            "model is a skorch net, which scikit-learn's clone would reset to an untrained one. "
+            "Wrap it once it is fitted: FrozenModel(net)."
+        )
+    raise TypeError(
+        f"model must be a torch.nn.Module or a sinfkit.FrozenModel, not {type(model).__name__}."
+    )
+
+
+def _unwrap(module: Any) -> nn.Module:
+    """Return the nn.Module inside, or raise a TypeError that says what to pass."""
+    if isinstance(module, FrozenModel):
+        return module.module()
+    if isinstance(module, nn.Module):
+        return module
+    inner = getattr(module, "module_", None)
+    if isinstance(inner, nn.Module):
+        return inner
+    if hasattr(module, "initialize") and hasattr(module, "module"):
+        raise TypeError("The skorch net is not fitted. Call its fit before FrozenModel(net).")
+    raise TypeError(
+        f"FrozenModel needs a torch.nn.Module or a fitted skorch net, not {type(module).__name__}."
+    )
+
+
+def _freeze(module: nn.Module) -> nn.Module:
+    """Evaluation mode, no gradients."""
+    return module.eval().requires_grad_(False)
+
+
+def _check_normalisation(
+    mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Validate `mean` and `std` together."""
+    if mean is None and std is None:
+        return None, None
+    m = np.atleast_1d(np.asarray(0.0 if mean is None else mean, dtype=np.float64))
+    s = np.atleast_1d(np.asarray(1.0 if std is None else std, dtype=np.float64))
+    if m.ndim != 1 or s.ndim != 1 or not np.isfinite(m).all() or not np.isfinite(s).all():
+        raise ValueError("mean and std must be finite, with one number per channel.")
+    if (s <= 0).any():
+        raise ValueError("std must be positive for every channel.")
+    if m.size != s.size and 1 not in (m.size, s.size):
+        raise ValueError(f"mean has {m.size} values and std has {s.size}; they must agree.")
+    return tuple(m.tolist()), tuple(s.tolist())
+
+
+def _abbreviate(n: int) -> str:
+    """14,800,000 as '14.8M'."""
+    for size, suffix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if n >= size:
+            return f"{n / size:.1f}{suffix}"
+    return str(n)

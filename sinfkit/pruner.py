@@ -1,0 +1,353 @@
+"""DCSPruner: any trained torch classifier in, a physically smaller one out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+from torch import fx
+
+from ._base import TorchEstimator, all_or_nothing, gather
+from ._validation import validate_X
+from .activations import pool
+from .graph import find_layer, observation_nodes, penultimate
+from .repair import repair
+from .subgraph import (
+    Recipe,
+    choose_channels,
+    extract,
+    make_recipe,
+    score_classes,
+    sliceable,
+    warn_about_whole,
+)
+from .surgery import find_groups
+
+
+class DCSPruner(
+    ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMixin, TorchEstimator
+):
+    """Remove the filters of a trained network that discriminate its classes least.
+
+    Each filter gets a Discriminative Capability Score (DCS): how much a linear probe on the layer's
+    pooled activations relies on it to tell the classes apart.  The lowest are sliced out of the
+    weights, so that the network is smaller and faster on any hardware, and the layers behind are
+    refitted in closed form.  No gradient training takes place.
+
+    Parameters
+    ----------
+    model : nn.Module or FrozenModel, optional
+        The trained classifier, which returns one score per class.  Wrap it in a `FrozenModel` for
+        grid searches, and to give normalisation.  None trains a small default network in ``fit``.
+    criterion : str or callable, default="dcs"
+        Filter score: ``"dcs"``, ``"fdr"``, ``"taylor"``, ``"l1"``, ``"l2"``, ``"random"`` or any key
+        of `sinfkit.scores.CRITERIA`; or a function of a `sinfkit.scores.LayerData` that returns one
+        score per filter, low for those to remove.
+    schedule : {"linear", "geometric", "uniform"}, default="linear"
+        How the fraction removed grows from the first layer to the last.  ``"uniform"`` removes
+        `max_ratio` everywhere.
+    min_ratio, max_ratio : float, default=0.1 and 0.5
+        Fraction of filters removed from the first and from the last layer (the paper's r_M and
+        r_L).
+    first_layer : str, optional
+        Layers before it stay whole.
+    classes : sequence of labels, optional
+        Keep only these classes: their outputs, and the filters that tell them apart.  Samples of
+        other classes are ignored.
+    repair : {"least_squares", "match", "mean", "none"}, default="least_squares"
+        Closed-form repair after slicing, see `sinfkit.repair`.
+    penalty : float, default=1.0
+        Ridge penalty of the DCS probe.
+    pool_size : int, default=1
+        Activations are averaged to ``pool_size x pool_size`` before they are scored.
+    repair_samples : int, default=2000
+        At most so many of the samples are used for the repair (drawn with `random_state`); every
+        sample is scored.  The repair holds their activations at one layer in memory.
+    model_classes : sequence of labels, optional
+        The label of each of the model's outputs.  Default: integer labels are output indices, others
+        are matched in sorted order.
+    batch_size : int, default=256
+    device : str or torch.device, default="auto"
+        ``"auto"``: the first GPU where there is one.
+    n_jobs : int, optional
+        Unused by this estimator so far; `SINFClassifier` works on clusters in parallel.
+    memory : str, joblib.Memory or None
+        Where to cache the activations' statistics between fits.
+    random_state : int, RandomState or None, default=None
+    verbose : int, default=0
+        Show progress bars.
+
+    Attributes
+    ----------
+    model_ : nn.Module
+        The smaller network, on `device_`.  It takes normalised samples, as `model` does, and
+        returns one logit for each of `classes_`, in that order.
+    scores_ : dict of str to ndarray of shape (n_filters,)
+        Score of each ORIGINAL filter, by layer.
+    support_ : dict of str to int ndarray
+        Sorted indices of the original filters kept, by layer.
+    ratios_ : dict of str to float
+        Fraction of filters removed, by layer.
+    repair_error_ : dict of str to float
+        Relative squared error of each repaired layer's pre-activations on held-out calibration
+        samples.
+    classes_ : ndarray of shape (n_classes,)
+    base_model_ : FrozenModel
+        The network that was pruned.
+    n_features_in_ : int
+        ``X.shape[1]``.
+    input_shape_ : tuple of int
+        Shape of one sample.
+    device_ : torch.device
+
+    See Also
+    --------
+    SINFClassifier : One such subgraph for each semantic cluster, and a router in front.
+
+    Notes
+    -----
+    The paper (arXiv 2310.01259, algorithm 1) states the probe and that scores are normalised over
+    the layer.  The ridge penalty, the centring, the one scale per layer and the Frobenius norm are
+    our choices, see the user guide.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sinfkit import DCSPruner
+    >>> X, y = load_digits(return_X_y=True)
+    >>> images = (X / 16).reshape(-1, 1, 8, 8)
+    >>> pruner = DCSPruner(max_ratio=0.5, random_state=0).fit(images[:1000], y[:1000])
+    >>> pruner.score(images[1000:], y[1000:]) > 0.85
+    True
+    """
+
+    model_: fx.GraphModule
+    scores_: dict[str, np.ndarray]
+    support_: dict[str, np.ndarray]
+    ratios_: dict[str, float]
+    repair_error_: dict[str, float]
+    classes_: np.ndarray
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        criterion: Any = "dcs",
+        schedule: str = "linear",
+        min_ratio: float = 0.1,
+        max_ratio: float = 0.5,
+        first_layer: str | None = None,
+        classes: Any = None,
+        repair: str = "least_squares",
+        penalty: float = 1.0,
+        pool_size: int = 1,
+        repair_samples: int = 2000,
+        model_classes: Any = None,
+        batch_size: int = 256,
+        device: Any = "auto",
+        n_jobs: int | None = None,
+        memory: Any = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.model = model
+        self.criterion = criterion
+        self.schedule = schedule
+        self.min_ratio = min_ratio
+        self.max_ratio = max_ratio
+        self.first_layer = first_layer
+        self.classes = classes
+        self.repair = repair
+        self.penalty = penalty
+        self.pool_size = pool_size
+        self.repair_samples = repair_samples
+        self.model_classes = model_classes
+        self.batch_size = batch_size
+        self.device = device
+        self.n_jobs = n_jobs
+        self.memory = memory
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @all_or_nothing
+    def fit(self, X: Any, y: Any) -> DCSPruner:
+        """Score the filters on calibration samples, slice the network and repair it.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, channels, height, width) or (n_samples, \
+n_features)
+            Calibration samples; uint8 images are divided by 255.
+        y : array-like of shape (n_samples,)
+            Their labels.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For a parameter out of range, or samples or labels that do not fit the model.
+        TypeError
+            If `model` is not a module.
+        SlicingError
+            If the sliced network disagrees with the masked one; the message names the layer.
+        """
+        recipe = self._recipe()
+        calibration = self._calibrate(X, y, self.classes)
+        graph, table = calibration.graph, calibration.table
+        groups = find_groups(graph, calibration.example, calibration.output)
+        within = self._layers_from(graph, calibration.output)
+        warn_about_whole(groups, within)
+        chosen = sliceable(groups, within)
+
+        nodes = observation_nodes(graph, [layer for group in chosen for layer in group.layers])
+        statistics = gather(calibration, nodes, recipe.pool_size, self.memory, self.verbose)
+        self._check_base(statistics.logits, calibration)
+
+        index = np.flatnonzero(calibration.codes >= 0)
+        if self.verbose and len(index) < len(calibration.codes):
+            print(f"DCSPruner: {len(calibration.codes) - len(index)} samples of other classes ignored")
+
+        def batches(rows: np.ndarray) -> Any:
+            return calibration.batcher(calibration.X, rows)
+
+        scored = score_classes(
+            graph,
+            chosen,
+            nodes,
+            statistics,
+            index,
+            calibration.codes[index],
+            recipe,
+            outputs=table.outputs.tolist(),
+            batches=batches,
+            seed=calibration.seed,
+        )
+        keep = choose_channels(chosen, scored.groups, recipe)
+        keep[_output_group(groups)] = table.outputs
+
+        rng = np.random.default_rng(calibration.seed)
+        sample = draw(rng, index, self.repair_samples)
+        samples = torch.cat(list(batches(sample)))
+        sliced = extract(
+            graph, calibration.example, keep, samples[:64], outputs=table.outputs.tolist()
+        )
+        self.repair_error_ = repair(
+            graph,
+            sliced.model,
+            sliced.support,
+            samples,
+            method=recipe.repair,
+            batch_size=self.batch_size,
+            seed=calibration.seed,
+        )
+        self.model_ = sliced.model
+        self.scores_ = scored.layers
+        self.support_ = {
+            layer: kept for layer, kept in sliced.support.items() if layer != calibration.output
+        }
+        widths = {name: m.weight.shape[0] for name, m in graph.named_modules() if name in self.support_}
+        self.ratios_ = {layer: 1 - len(kept) / widths[layer] for layer, kept in self.support_.items()}
+        self._output = calibration.output
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predict the class of each sample.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+        """
+        return self.classes_[self.predict_proba(X).argmax(1)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Softmax of the smaller network's outputs.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_classes)
+            float64 for float64 networks, float32 otherwise; columns as in `classes_`.
+        """
+        check_is_fitted(self)
+        X = validate_X(self, X, reset=False)
+        batcher = self._batcher(self.model_)
+        with torch.inference_mode():
+            rows = [torch.softmax(self.model_(x), 1).cpu() for x in batcher(X)]
+        return torch.cat(rows).numpy()
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Compute the smaller network's penultimate features.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features_out)
+            Input of the output layer; float64 for float64 `X`, float32 otherwise.
+        """
+        check_is_fitted(self)
+        X = validate_X(self, X, reset=False)
+        batcher = self._batcher(self.model_)
+        features = penultimate(self.model_, self._output)
+        with torch.inference_mode():
+            rows = torch.cat([pool(features(x), 1).cpu() for x in batcher(X)])
+        double = X.dtype in (np.float64, torch.float64)
+        return rows.numpy().astype(np.float64 if double else np.float32, copy=False)
+
+    @property
+    def _n_features_out(self) -> int:
+        """Width of `transform`, which `get_feature_names_out` asks for."""
+        return int(dict(self.model_.named_modules())[self._output].weight.shape[1])
+
+    def _recipe(self) -> Recipe:
+        """Check this pruner's parameters, before anything costly."""
+        if not isinstance(self.repair_samples, (int, np.integer)) or self.repair_samples < 1:
+            raise ValueError(
+                f"repair_samples must be a positive integer, got {self.repair_samples!r}."
+            )
+        options = {"penalty": self.penalty} if self.criterion == "dcs" else {}
+        if not isinstance(self.penalty, (int, float)) or not 0 < self.penalty < float("inf"):
+            raise ValueError(f"penalty must be a positive number, got {self.penalty!r}.")
+        return make_recipe(
+            self.criterion,
+            self.schedule,
+            self.min_ratio,
+            self.max_ratio,
+            self.pool_size,
+            self.repair,
+            options,
+        )
+
+    def _layers_from(self, graph: fx.GraphModule, output: str) -> list[str]:
+        """Names of the layers from `first_layer` on, the output layer among the consumers."""
+        from .graph import layer_names
+
+        names = layer_names(graph)
+        if self.first_layer is None:
+            return names
+        return names[names.index(find_layer(graph, self.first_layer)) :]
+
+
+def draw(rng: np.random.Generator, index: np.ndarray, n: int) -> np.ndarray:
+    """At most `n` of the indices, without replacement, in random order."""
+    return rng.permutation(index)[:n]
+
+
+def _output_group(groups: Any) -> str:
+    """Name of the group of the output layer."""
+    return next(group.name for group in groups if group.is_output)

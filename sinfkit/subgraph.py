@@ -1,0 +1,380 @@
+"""From samples to a smaller network: score filters, choose, slice, check, repair.
+
+The steps that `DCSPruner` takes once for a whole network, and `SINFClassifier` once per cluster for
+the part behind the cut.  Nothing here knows about estimators.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from .activations import Statistics, taylor_scores
+from .repair import REPAIRS
+from .schedules import SCHEDULES, removal_ratios, select_kept
+from .scores import Criterion, LayerData, get_criterion
+from .surgery import ChannelGroup, Sliced, check_sliced, slice_channels
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to prune: everything but the network and the samples.
+
+    Attributes
+    ----------
+    criterion : Criterion
+    options : mapping
+        Keyword arguments of the criterion (penalty ...).
+    schedule : str
+    min_ratio, max_ratio : float
+        Fraction of filters removed from the first and the last group.
+    pool_size : int
+    repair : str
+    """
+
+    criterion: Criterion
+    schedule: str
+    min_ratio: float
+    max_ratio: float
+    pool_size: int
+    repair: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_recipe(
+    criterion: str | Callable[..., Any],
+    schedule: str,
+    min_ratio: float,
+    max_ratio: float,
+    pool_size: int,
+    repair: str,
+    options: Mapping[str, Any],
+) -> Recipe:
+    """Check the pruning parameters and put them together.
+
+    Raises
+    ------
+    ValueError
+        For an unknown criterion, schedule or repair, a ratio outside [0, 1), `max_ratio` below
+        `min_ratio`, or a `pool_size` below 1.
+    """
+    found = get_criterion(criterion)
+    for name, value in (("min_ratio", min_ratio), ("max_ratio", max_ratio)):
+        if not _is_number(value) or not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {tuple(SCHEDULES)}, got {schedule!r}.")
+    if max_ratio < min_ratio and schedule != "uniform":
+        raise ValueError(f"max_ratio={max_ratio} is below min_ratio={min_ratio}.")
+    if repair not in REPAIRS:
+        raise ValueError(f"repair must be one of {tuple(REPAIRS)}, got {repair!r}.")
+    if not isinstance(pool_size, (int, np.integer)) or pool_size < 1:
+        raise ValueError(f"pool_size must be a positive integer, got {pool_size!r}.")
+    return Recipe(found, schedule, min_ratio, max_ratio, int(pool_size), repair, dict(options))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def sliceable(
+    groups: Sequence[ChannelGroup], within: Iterable[str] | None = None
+) -> list[ChannelGroup]:
+    """Select the groups that a schedule counts: hidden, can be sliced, wholly inside `within`.
+
+    Parameters
+    ----------
+    groups : sequence of ChannelGroup
+        All groups of the network, in forward order.
+    within : iterable of str, optional
+        Names of the layers that may lose filters; default all.  A group with a layer, or a consumer,
+        outside stays whole: its channels cross the cut.
+
+    Returns
+    -------
+    list of ChannelGroup
+    """
+    allowed = None if within is None else set(within)
+    chosen = []
+    for group in groups:
+        if group.is_output or group.n_channels < 2:
+            continue
+        if allowed is not None and not allowed.issuperset((*group.layers, *group.consumers)):
+            continue
+        if group.whole:
+            continue
+        chosen.append(group)
+    return chosen
+
+
+def warn_about_whole(groups: Sequence[ChannelGroup], within: Iterable[str] | None = None) -> None:
+    """Name, in one warning, the layers that stay whole because they cannot be sliced."""
+    allowed = None if within is None else set(within)
+    reasons = [
+        f"{group.name} ({group.whole})"
+        for group in groups
+        if group.whole
+        and not group.is_output
+        and (allowed is None or allowed.intersection(group.layers))
+    ]
+    if reasons:
+        warnings.warn(
+            "Some layers cannot be sliced and stay whole: " + "; ".join(reasons) + ".",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def score_layers(
+    graph: fx.GraphModule,
+    layers: Sequence[str],
+    features: Mapping[str, Tensor],
+    y: Tensor,
+    recipe: Recipe,
+    *,
+    seed: int,
+    taylor: Mapping[str, Tensor] | None = None,
+) -> dict[str, np.ndarray]:
+    """Score every filter of every layer.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        Supplies the weights.
+    layers : sequence of str
+    features : mapping of str to Tensor of shape (n_samples, n_channels * pool_size ** 2)
+        Pooled activations of each layer on the samples of the classes in question.
+    y : int Tensor of shape (n_samples,)
+        Their classes, 0..k-1.
+    recipe : Recipe
+    seed : int
+        Seed of the criterion's generator (``"random"``).
+    taylor : mapping of str to Tensor of shape (n_channels,), optional
+
+    Returns
+    -------
+    dict of str to ndarray of shape (n_channels,)
+        Low scores go first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    modules = dict(graph.named_modules())
+    norms = batch_norm_behind(graph)
+    n_classes = int(y.max()) + 1 if len(y) else 0
+    scores = {}
+    for layer in layers:
+        module = modules[layer]
+        n_channels = module.weight.shape[0]
+        norm = norms.get(layer)
+        pooled = features.get(layer)
+        data = LayerData(
+            name=layer,
+            features=None if pooled is None else pooled.reshape(len(pooled), n_channels, -1),
+            y=y,
+            weight=module.weight.detach(),
+            norm_scale=None if norm is None else modules[norm].weight,
+            taylor=None if taylor is None else taylor[layer],
+            n_classes=n_classes,
+            generator=generator,
+        )
+        score = torch.as_tensor(recipe.criterion.function(data, **recipe.options))
+        score = score.detach().cpu().to(torch.float64)
+        if score.shape != (n_channels,):
+            raise ValueError(
+                f"The criterion returned shape {tuple(score.shape)} for layer {layer!r}; one score "
+                f"for each of its {n_channels} filters is needed."
+            )
+        if not bool(torch.isfinite(score).all()):
+            raise ValueError(
+                f"The criterion gave NaN or infinity for a filter of layer {layer!r}."
+            )
+        scores[layer] = score.numpy()
+    return scores
+
+
+def batch_norm_behind(graph: fx.GraphModule) -> dict[str, str]:
+    """Map each layer to the batch-norm that directly follows it, where one does."""
+    modules = dict(graph.named_modules())
+    found = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_module" or not isinstance(
+            modules.get(str(node.target)), torch.nn.modules.batchnorm._BatchNorm
+        ):
+            continue
+        source = node.args[0]
+        if source.op == "call_module" and len(source.users) == 1:
+            found[str(source.target)] = str(node.target)
+    return {layer: norm for layer, norm in found.items() if modules[norm].weight is not None}
+
+
+def group_scores(
+    groups: Sequence[ChannelGroup], scores: Mapping[str, np.ndarray], nodes: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Give each group the mean of its layers' normalised scores.
+
+    Layers whose activation is the same tensor (both operands of a residual sum) count once.
+
+    Parameters
+    ----------
+    groups : sequence of ChannelGroup
+    scores : mapping of str to ndarray of shape (n_channels,)
+        By layer.
+    nodes : mapping of str to str
+        The graph node at which each layer is observed.
+
+    Returns
+    -------
+    dict of str to ndarray of shape (n_channels,)
+        By group name.
+    """
+    joined = {}
+    for group in groups:
+        by_node: dict[str, list[np.ndarray]] = {}
+        for layer in group.layers:
+            if layer in scores:
+                total = np.abs(scores[layer]).sum()
+                normal = scores[layer] / total if total > 0 else scores[layer]
+                by_node.setdefault(nodes.get(layer, layer), []).append(normal)
+        joined[group.name] = np.mean([np.mean(s, axis=0) for s in by_node.values()], axis=0)
+    return joined
+
+
+def choose_channels(
+    groups: Sequence[ChannelGroup], scores: Mapping[str, np.ndarray], recipe: Recipe
+) -> dict[str, np.ndarray]:
+    """Apply the schedule: which channels of each group stay.
+
+    Parameters
+    ----------
+    groups : sequence of ChannelGroup
+        In forward order; the schedule counts them.
+    scores : mapping of str to ndarray of shape (n_channels,)
+        By group name.
+    recipe : Recipe
+
+    Returns
+    -------
+    dict of str to int ndarray
+        Sorted indices of the channels kept, by group name.
+    """
+    ratios = removal_ratios(len(groups), recipe.schedule, recipe.min_ratio, recipe.max_ratio)
+    return {
+        group.name: select_kept(scores[group.name], float(ratio), group.n_groups)
+        for group, ratio in zip(groups, ratios, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Filter scores of one set of classes, by layer and by group."""
+
+    layers: dict[str, np.ndarray]
+    groups: dict[str, np.ndarray]
+
+
+def score_classes(
+    graph: fx.GraphModule,
+    groups: Sequence[ChannelGroup],
+    nodes: Mapping[str, str],
+    statistics: Statistics,
+    index: np.ndarray,
+    y: np.ndarray,
+    recipe: Recipe,
+    *,
+    outputs: Sequence[int],
+    batches: Callable[[np.ndarray], Iterable[Tensor]],
+    seed: int,
+) -> Scored:
+    """Score filters for one set of classes.
+
+    Parameters
+    ----------
+    graph : GraphModule
+    groups : sequence of ChannelGroup
+        Those to score.
+    nodes : mapping of str to str
+        Where each layer is observed.
+    statistics : Statistics
+        Pooled activations of all samples.
+    index : int ndarray
+        The samples of these classes.
+    y : int ndarray of the same length
+        Their classes, 0..k-1.
+    recipe : Recipe
+    outputs : sequence of int
+        The network's outputs for the classes 0..k-1.
+    batches : callable
+        Normalised batches of the samples with the given indices.
+    seed : int
+
+    Returns
+    -------
+    Scored
+    """
+    layers = [layer for group in groups for layer in group.layers]
+    rows = torch.as_tensor(index)
+    features = {
+        layer: statistics.pooled[layer][rows]
+        for layer in layers
+        if "features" in recipe.criterion.needs and layer in statistics.pooled
+    }
+    taylor = None
+    if "taylor" in recipe.criterion.needs:
+        taylor = taylor_scores(
+            graph,
+            _labelled(batches(index), torch.as_tensor(y)),
+            {layer: nodes[layer] for layer in layers},
+            list(outputs),
+        )
+    by_layer = score_layers(
+        graph, layers, features, torch.as_tensor(y), recipe, seed=seed, taylor=taylor
+    )
+    return Scored(by_layer, group_scores(groups, by_layer, nodes))
+
+
+def _labelled(batches: Iterable[Tensor], y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pair each batch with its labels."""
+    start = 0
+    for x in batches:
+        yield x, y[start : start + len(x)].to(x.device)
+        start += len(x)
+
+
+def extract(
+    graph: fx.GraphModule,
+    example: Tensor,
+    keep: Mapping[str, np.ndarray],
+    samples: Tensor,
+    outputs: Sequence[int] | None = None,
+) -> Sliced:
+    """Slice a copy of the network and check it against the masked one.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        The dense network; it is not changed.
+    example : Tensor of shape (1, ...)
+    keep : mapping of str to int ndarray
+        Channels kept, by group name; the output layer's group keeps the rows of the classes.
+    samples : Tensor of shape (n, ...)
+        Real samples, normalised, for the check.
+    outputs : sequence of int, optional
+        The network's outputs that were kept.
+
+    Returns
+    -------
+    Sliced
+
+    Raises
+    ------
+    SlicingError
+        If the sliced network answers differently from the masked one.
+    """
+    sliced = slice_channels(graph, example, keep)
+    check_sliced(graph, sliced, samples, keep_outputs=outputs)
+    return sliced

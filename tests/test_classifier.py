@@ -1,0 +1,299 @@
+"""SINFClassifier from fit to report."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import blobs, small_cnn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.exceptions import NotFittedError
+from torch import nn
+
+from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
+from sinfkit.profiling import count_parameters
+
+
+@pytest.fixture(scope="module")
+def data():
+    X, y = blobs(per_class=80, noise=1.5)
+    return X[:320], y[:320], X[320:], y[320:]
+
+
+@pytest.fixture(scope="module")
+def frozen(data):
+    X, y, *_ = data
+    network = train_network(
+        small_cnn(), X[:240], y[:240], epochs=12, batch_size=32, random_state=0, device="cpu"
+    )
+    return FrozenModel(network)
+
+
+@pytest.fixture(scope="module")
+def fitted(frozen, data):
+    X, y, *_ = data
+    return SINFClassifier(
+        frozen,
+        clusterer=SemanticClusterer(n_clusters=3),
+        confidence_threshold=0.6,
+        route_layer="3",
+        random_state=0,
+    ).fit(X, y)
+
+
+def test_predictions_and_probabilities(fitted, data):
+    _, _, X, y = data
+    p = fitted.predict_proba(X)
+    assert p.shape == (len(X), 6) and p.dtype == np.float32
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+    assert (fitted.predict(X) == fitted.classes_[p.argmax(1)]).all()
+    assert fitted.score(X, y) > 0.75
+    clusters = fitted.predict_cluster(X)
+    assert set(clusters) <= {0, 1, 2}
+    np.testing.assert_array_equal(clusters, fitted.clusterer_.predict(X))
+    assert (fitted.class_clusters_ == fitted.clusterer_.class_clusters_).all()
+    assert fitted.route_layer_ == "3" and fitted.confidence_threshold_ == 0.6
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), batch_size=st.integers(1, 40))
+def test_batches_in_any_order_give_the_same_answers(fitted, data, seed, batch_size):
+    X = data[2]
+    rows = np.random.default_rng(seed).permutation(len(X))[:60]
+    expected = fitted.predict_proba(X)[rows]
+    before = fitted.batch_size
+    try:
+        fitted.batch_size = batch_size
+        np.testing.assert_allclose(fitted.predict_proba(X[rows]), expected, atol=1e-5)
+    finally:
+        fitted.batch_size = before
+
+
+def test_subgraphs_have_their_clusters_outputs_and_fewer_filters(fitted, frozen):
+    for c, (support, error) in enumerate(zip(fitted.supports_, fitted.repair_errors_, strict=True)):
+        classes = np.flatnonzero(fitted.class_clusters_ == c)
+        if len(classes) < 2:
+            assert support == {} and str(c) not in fitted.network_.subgraphs
+            continue
+        subgraph = fitted.network_.subgraphs[str(c)]
+        out = [m for m in subgraph.modules() if isinstance(m, nn.Linear)][-1]
+        assert out.out_features == len(classes)
+        assert [len(kept) for kept in support.values()] == [15, 8]
+        assert set(error) >= set(support)
+    convs = [m for m in fitted.network_.prefix.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convs] == [6, 8]  # floor(0.3 * 8) gone; the last keeps all
+
+
+def test_dense_routing_reproduces_the_base(frozen, data):
+    """Nothing sliced, one cluster: the base itself, whatever the route."""
+    X, y, X_test, _ = data
+    clf = SINFClassifier(
+        frozen,
+        clusterer=SemanticClusterer(n_clusters=1),
+        pruner=DCSPruner(min_ratio=0, max_ratio=0),
+        prefix_ratio=0,
+        router_weight=0.0,
+        random_state=0,
+    ).fit(X, y)
+    clf.network_.temperatures.fill_(1.0)
+    with torch.inference_mode():
+        expected = torch.softmax(frozen.module()(torch.as_tensor(X_test)), 1).numpy()
+    np.testing.assert_allclose(clf.predict_proba(X_test), expected, atol=1e-5)
+    # more clusters, and everything on the fallback
+    clf = SINFClassifier(frozen, prefix_ratio=0, confidence_threshold=1.0, random_state=0).fit(X, y)
+    clf.network_.threshold = 2.0
+    np.testing.assert_allclose(clf.predict_proba(X_test), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("fallback", ["base", "topk", "none"])
+def test_fallbacks(frozen, data, fallback):
+    X, y, X_test, y_test = data
+    clf = SINFClassifier(
+        frozen, fallback=fallback, clusterer=SemanticClusterer(n_clusters=3), random_state=0
+    ).fit(X, y)
+    p = clf.predict_proba(X_test)
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+    assert clf.score(X_test, y_test) > 0.7
+    assert (clf.network_.rest is not None) == (fallback == "base")
+    assert 0 <= clf.confidence_threshold_ <= 1
+
+
+def test_report(fitted, frozen, data):
+    _, _, X, y = data
+    report = fitted.report(X, y, latency_batch=64, repeats=3)
+    with torch.inference_mode():
+        base = frozen.module()(torch.as_tensor(X)).numpy()
+    assert report.base_accuracy == pytest.approx((base.argmax(1) == y).mean())
+    assert report.accuracy == pytest.approx(fitted.score(X, y))
+    truth = fitted.class_clusters_[y]
+    assert report.route_accuracy == pytest.approx((fitted.predict_cluster(X) == truth).mean())
+    implied = fitted.class_clusters_[base.argmax(1)]
+    assert report.base_route_accuracy == pytest.approx((implied == truth).mean())
+    assert report.base_parameters == count_parameters(frozen.module())
+    assert report.macs < report.base_macs and report.active_parameters < report.base_parameters
+    assert report.oracle_accuracy >= report.accuracy - 0.05
+    for c, row in enumerate(report.clusters):
+        own = truth == c
+        classes = np.flatnonzero(fitted.class_clusters_ == c)
+        restricted = classes[base[own][:, classes].argmax(1)]
+        assert row.restricted == pytest.approx((restricted == y[own]).mean())
+        assert row.routed == pytest.approx((fitted.predict(X[own]) == y[own]).mean())
+        assert row.n_classes == len(classes) and row.n_samples == own.sum()
+    assert report.latency.median["base"] > 0
+    text = str(report)
+    assert "MACs per sample" in text and "restricted" in text
+    assert report.to_dict()["accuracy"] == report.accuracy
+    assert fitted.report(X, y, repeats=0).latency is None
+
+
+def test_held_out_samples_can_be_given(frozen, data):
+    X, y, X_test, y_test = data
+    clf = SINFClassifier(frozen, random_state=0).fit(X, y, X_val=X_test[:80], y_val=y_test[:80])
+    truth = clf.class_clusters_[y_test[:80]]
+    assert clf.route_accuracy_ == pytest.approx((clf.predict_cluster(X_test[:80]) == truth).mean())
+    for arguments, match in (
+        ({"y_val": y_test}, "without X_val"),
+        ({"X_val": X_test[:, :, :6], "y_val": y_test}, "shape"),
+        ({"X_val": X_test, "y_val": y_test + 1}, "not in y"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            clf.fit(X, y, **arguments)
+
+
+def test_automatic_route_layer_and_its_warning(frozen, data):
+    X, y, *_ = data
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        easy = SINFClassifier(frozen, route_accuracy=0.2, random_state=0).fit(X, y)
+    assert easy.route_layer_ == "0"  # the earliest that is good enough
+    with pytest.warns(UserWarning, match="No layer predicts the cluster"):
+        hard = SINFClassifier(frozen, route_accuracy=1.0, random_state=0).fit(X, y)
+    assert hard.route_layer_ in ("0", "3", "7")
+
+
+def test_one_class_clusters_and_too_many_clusters(frozen, data):
+    X, y, X_test, y_test = data
+    mapping = {0: "a", 1: "b", 2: "b", 3: "c", 4: "c", 5: "c"}
+    clusterer = SemanticClusterer(method="given", mapping=mapping)
+    clf = SINFClassifier(frozen, clusterer=clusterer, random_state=0).fit(X, y)
+    assert sorted(clf.network_.subgraphs) == ["1", "2"]
+    assert clf.cluster_names_.tolist() == ["a", "b", "c"]
+    assert clf.score(X_test, y_test) > 0.7
+    with pytest.warns(UserWarning, match="more than the 6 classes"):
+        single = SINFClassifier(frozen, clusterer=SemanticClusterer(n_clusters=10), random_state=0)
+        single.fit(X, y)
+    assert len(single.network_.subgraphs) == 0
+    np.testing.assert_allclose(single.predict_proba(X_test).sum(1), 1, atol=1e-5)
+
+
+def test_pickle_shares_the_prefix_and_is_not_much_larger_than_the_weights(fitted, data):
+    X = data[2]
+    blob = pickle.dumps(fitted)
+    loaded = pickle.loads(blob)
+    np.testing.assert_allclose(loaded.predict_proba(X), fitted.predict_proba(X), atol=1e-6)
+    assert loaded.clusterer_.network_[0] is loaded.network_.prefix
+    np.testing.assert_array_equal(loaded.clusterer_.predict(X), fitted.predict_cluster(X))
+    assert pickle.dumps(loaded.base_model_) == pickle.dumps(fitted.base_model_)
+
+
+def test_to_device(fitted, data):
+    X = data[2]
+    assert fitted.to("cpu") is fitted
+    assert fitted.predict(X).shape == (len(X),)
+    with pytest.raises(ValueError, match="not a torch device"):
+        fitted.to("warp")
+
+
+def test_same_seed_same_result_and_parallel_equals_serial(frozen, data):
+    X, y, X_test, _ = data
+    a = SINFClassifier(frozen, random_state=5).fit(X, y).predict_proba(X_test)
+    b = SINFClassifier(frozen, random_state=5, n_jobs=2).fit(X, y).predict_proba(X_test)
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_nested_estimators_are_checked(frozen, data):
+    X, y, *_ = data
+    for parameters, error, match in (
+        ({"clusterer": DCSPruner()}, TypeError, "clusterer must be a SemanticClusterer"),
+        ({"pruner": "dcs"}, TypeError, "pruner"),
+        ({"clusterer": SemanticClusterer(frozen)}, ValueError, "clusterer.model must be None"),
+        ({"pruner": DCSPruner(classes=[1])}, ValueError, "pruner.classes must be None"),
+        ({"pruner": DCSPruner(first_layer="3")}, ValueError, "first_layer must be None"),
+        ({"pruner": DCSPruner(max_ratio=2)}, ValueError, "max_ratio"),
+        ({"fallback": "luck"}, ValueError, "fallback"),
+        ({"top_k": 0}, ValueError, "top_k"),
+        ({"prefix_ratio": 1.0}, ValueError, "prefix_ratio"),
+        ({"confidence_threshold": "high"}, ValueError, "confidence_threshold"),
+        ({"confidence_threshold": 1.2}, ValueError, "confidence_threshold"),
+        ({"router_weight": -1}, ValueError, "router_weight"),
+        ({"route_accuracy": 2}, ValueError, "route_accuracy"),
+        ({"max_accuracy_drop": -0.1}, ValueError, "max_accuracy_drop"),
+        ({"validation_fraction": 0}, ValueError, "validation_fraction"),
+        ({"route_layer": "nowhere"}, ValueError, "nowhere"),
+    ):
+        clf = SINFClassifier(frozen, **parameters)
+        with pytest.raises(error, match=match):
+            clf.fit(X, y)
+        assert not [name for name in vars(clf) if name.endswith("_")]
+    with pytest.raises(NotFittedError):
+        SINFClassifier(frozen).predict(X)
+
+
+def test_interrupted_fit_changes_nothing(fitted, data):
+    X, y, X_test, _ = data
+    expected = fitted.predict_proba(X_test)
+
+    class Interrupt(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    before = fitted.model
+    try:
+        fitted.model = nn.Sequential(Interrupt(), nn.Linear(2, 2))
+        with pytest.raises((KeyboardInterrupt, TypeError)):
+            fitted.fit(X, y)
+    finally:
+        fitted.model = before
+    np.testing.assert_array_equal(fitted.predict_proba(X_test), expected)
+
+
+class Branches(nn.Module):
+    """A forward that cannot be traced: it depends on the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU())
+
+    def forward(self, x):
+        return self.body(x) if x.sum() > -1e9 else x
+
+
+class Untraceable(nn.Module):
+    def __init__(self, prefix, rest):
+        super().__init__()
+        self.prefix, self.rest = prefix, rest
+
+    def forward(self, x):
+        return self.rest(self.prefix(x)) if x.sum() > -1e9 else None
+
+
+@pytest.mark.filterwarnings("ignore:The model answers")
+def test_untraceable_networks_are_wrapped_in_two_halves(data):
+    X, y, X_test, _ = data
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        prefix = Branches()
+        rest = nn.Sequential(
+            nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 6)
+        )
+    with pytest.raises(ValueError, match="Sequential"):
+        SINFClassifier(Untraceable(prefix, rest)).fit(X, y)
+    clf = SINFClassifier(nn.Sequential(prefix, rest), route_layer="0", prefix_ratio=0.0)
+    clf.set_params(random_state=0).fit(X, y)
+    assert clf.route_layer_ == "0"
+    assert all(len(s.get("1.0", range(8))) == 8 for s in clf.supports_)
+    np.testing.assert_allclose(clf.predict_proba(X_test).sum(1), 1, atol=1e-5)

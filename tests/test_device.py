@@ -1,0 +1,37 @@
+"""Device policy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sinfkit._device import full_float32, loaded_device, resolve_device
+
+
+def test_auto_and_explicit_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert resolve_device("auto").type == expected
+
+
+@pytest.mark.parametrize("device", ["gpu", 3.5, "cpu:x"])
+def test_unknown_devices(device):
+    with pytest.raises(ValueError, match="not a torch device"):
+        resolve_device(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
+def test_cuda_where_there_is_none():
+    with pytest.raises(ValueError, match="not available on this machine"):
+        resolve_device("cuda")
+    with pytest.warns(UserWarning, match="loaded on the CPU"):
+        assert loaded_device("cuda:0") == torch.device("cpu")
+
+
+def test_full_float32_restores_the_setting():
+    before = torch.backends.cudnn.allow_tf32
+    with pytest.raises(RuntimeError), full_float32():
+        assert not torch.backends.cudnn.allow_tf32
+        raise RuntimeError
+    assert torch.backends.cudnn.allow_tf32 == before

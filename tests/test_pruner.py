@@ -1,0 +1,254 @@
+"""DCSPruner: smaller networks that still know the classes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import blobs, randomise_batch_norms, small_cnn
+from sklearn.exceptions import NotFittedError
+from torch import nn
+
+from sinfkit import DCSPruner, FrozenModel, train_network
+from sinfkit.profiling import count_parameters
+
+
+@pytest.fixture(scope="module")
+def trained():
+    X, y = blobs(per_class=60, noise=1.5)
+    network = train_network(
+        small_cnn(), X[:240], y[:240], epochs=12, batch_size=32, random_state=0, device="cpu"
+    )
+    return FrozenModel(network), X[:240], y[:240], X[240:], y[240:]
+
+
+def test_fit_gives_a_smaller_network_with_exact_counts(trained):
+    frozen, X, y, X_test, y_test = trained
+    pruner = DCSPruner(frozen, min_ratio=0.25, max_ratio=0.5, random_state=0).fit(X, y)
+    assert list(pruner.support_) == ["0", "3", "7", "10"]
+    # linear: 1/4, 1/3, 5/12, 1/2 of 8, 8, 16, 16, rounded down
+    assert [len(kept) for kept in pruner.support_.values()] == [6, 6, 10, 8]
+    for layer, kept in pruner.support_.items():
+        weight = dict(pruner.model_.named_modules())[layer].weight
+        assert weight.shape[0] == len(kept) == len(np.unique(kept))
+        assert (np.diff(kept) > 0).all()
+        assert pruner.scores_[layer].shape == (dict(frozen.module().named_modules())[layer].out_channels,)
+        lowest_kept = pruner.scores_[layer][kept].min()
+        removed = np.setdiff1d(np.arange(len(pruner.scores_[layer])), kept)
+        assert (pruner.scores_[layer][removed] <= lowest_kept).all()
+    assert count_parameters(pruner.model_) < count_parameters(frozen.module())
+    assert pruner.score(X_test, y_test) > 0.75
+    features = pruner.transform(X_test)
+    assert features.shape == (len(X_test), 8) and features.dtype == np.float32
+    assert len(pruner.get_feature_names_out()) == 8
+    p = pruner.predict_proba(X_test)
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+    assert (pruner.predict(X_test) == pruner.classes_[p.argmax(1)]).all()
+
+
+def test_keeping_everything_reproduces_the_base(trained):
+    frozen, X, y, X_test, _ = trained
+    pruner = DCSPruner(frozen, min_ratio=0.0, max_ratio=0.0, random_state=0).fit(X, y)
+    with torch.inference_mode():
+        expected = torch.softmax(frozen.module()(torch.as_tensor(X_test)), 1).numpy()
+    np.testing.assert_allclose(pruner.predict_proba(X_test), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["dcs", "l1", "taylor", "fdr", "random"])
+@pytest.mark.parametrize("repair", ["none", "least_squares"])
+def test_every_criterion(trained, criterion, repair):
+    frozen, X, y, X_test, y_test = trained
+    pruner = DCSPruner(frozen, criterion=criterion, repair=repair, max_ratio=0.4, random_state=0)
+    pruner.fit(X, y)
+    assert set(pruner.scores_) == {"0", "3", "7", "10"}
+    if repair == "least_squares":
+        assert pruner.score(X_test, y_test) > 0.6
+        assert all(0 <= e < 1 for e in pruner.repair_error_.values())
+
+
+@pytest.mark.parametrize("schedule", ["linear", "geometric", "uniform"])
+@pytest.mark.parametrize("repair", ["mean", "match"])
+def test_schedules_and_repairs(trained, schedule, repair):
+    frozen, X, y, X_test, _ = trained
+    pruner = DCSPruner(frozen, schedule=schedule, repair=repair, random_state=0).fit(X, y)
+    expected = 0.5 if schedule == "uniform" else 1 / 8 - 1 / 8
+    assert pruner.ratios_["0"] == pytest.approx(expected)
+    assert np.isfinite(pruner.predict_proba(X_test)).all()
+
+
+def test_callable_criterion_gets_the_record(trained):
+    frozen, X, y, *_ = trained
+    seen = []
+
+    def smallest_index_first(data):
+        seen.append((data.name, tuple(data.features.shape[:2]), data.n_classes))
+        return torch.arange(data.weight.shape[0], dtype=torch.float64)
+
+    pruner = DCSPruner(frozen, criterion=smallest_index_first, random_state=0).fit(X, y)
+    assert seen[0] == ("0", (240, 8), 6)
+    for layer, kept in pruner.support_.items():
+        n = len(pruner.scores_[layer])
+        assert kept.tolist() == list(range(n - len(kept), n))
+    for answer, match in ((torch.ones(3), "one score"), (torch.full((8,), np.nan), "NaN")):
+        with pytest.raises(ValueError, match=match):
+            DCSPruner(frozen, criterion=lambda data, a=answer: a).fit(X, y)
+
+
+def test_subset_of_classes_keeps_only_their_outputs(trained):
+    frozen, X, y, X_test, y_test = trained
+    pruner = DCSPruner(frozen, classes=[4, 1], max_ratio=0.6, random_state=0).fit(X, y)
+    assert pruner.classes_.tolist() == [1, 4]
+    assert pruner.predict_proba(X_test).shape == (len(X_test), 2)
+    inside = np.isin(y_test, [1, 4])
+    assert pruner.score(X_test[inside], y_test[inside]) > 0.8
+
+
+def test_first_layer_leaves_what_comes_before_whole(trained):
+    frozen, X, y, *_ = trained
+    pruner = DCSPruner(frozen, first_layer="7", random_state=0).fit(X, y)
+    widths = {layer: len(kept) for layer, kept in pruner.support_.items()}
+    assert widths["0"] == widths["3"] == 8 and widths["7"] < 16
+    with pytest.raises(ValueError, match="no layer 'head'"):
+        DCSPruner(frozen, first_layer="head").fit(X, y)
+
+
+def test_caller_model_untouched_and_failed_fit_changes_nothing(trained):
+    _, X, y, X_test, _ = trained
+    model = small_cnn().train()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.random.get_rng_state()
+    numpy_state = np.random.get_state()[1].copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = DCSPruner(model, random_state=0).fit(X, y)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+    expected = pruner.predict_proba(X_test)
+    with pytest.raises(ValueError, match="NaN"):
+        pruner.fit(np.full_like(X, np.nan), y)
+    with pytest.raises(ValueError, match="max_ratio"):
+        pruner.set_params(max_ratio=1.0).fit(X, y)
+    np.testing.assert_array_equal(pruner.predict_proba(X_test), expected)
+
+
+def test_same_seed_same_result(trained):
+    frozen, X, y, X_test, _ = trained
+    a, b = (DCSPruner(frozen, random_state=3, repair_samples=50).fit(X, y) for _ in range(2))
+    np.testing.assert_array_equal(a.predict_proba(X_test), b.predict_proba(X_test))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "match"),
+    [
+        ({"criterion": "best"}, "criterion"),
+        ({"schedule": "steep"}, "schedule"),
+        ({"repair": "glue"}, "repair"),
+        ({"min_ratio": -0.1}, "min_ratio"),
+        ({"max_ratio": 1.0}, "max_ratio"),
+        ({"min_ratio": 0.6, "max_ratio": 0.5}, "below"),
+        ({"penalty": 0.0}, "penalty"),
+        ({"pool_size": 0}, "pool_size"),
+        ({"repair_samples": 0}, "repair_samples"),
+        ({"classes": [9]}, "does not know"),
+        ({"classes": []}, "empty"),
+        ({"model_classes": [0, 1]}, "model_classes"),
+        ({"model_classes": [0, 0, 1, 2, 3, 4]}, "twice"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"device": "warp"}, "device"),
+    ],
+)
+def test_bad_parameters(trained, parameters, match):
+    frozen, X, y, *_ = trained
+    pruner = DCSPruner(frozen, **parameters)
+    with pytest.raises(ValueError, match=match):
+        pruner.fit(X, y)
+    assert not [name for name in vars(pruner) if name.endswith("_")]
+
+
+def test_bad_data(trained):
+    frozen, X, y, X_test, _ = trained
+    pruner = DCSPruner(frozen, random_state=0)
+    with pytest.raises(NotFittedError):
+        pruner.predict(X)
+    for data, labels, match in (
+        (X[:, 0], y, "shape"),
+        (np.moveaxis(np.repeat(X, 3, 1), 1, 3), y, "NHWC"),
+        (np.repeat(X, 2, 1), y, "cannot take samples"),
+        (X[:0], y[:0], "0 sample"),
+        (np.where(X > 1, np.inf, X), y, "infinity"),
+        (torch.as_tensor(X).fill_(float("nan")), y, "NaN"),
+        (X, y + 1, "does not know|distinct labels"),
+        (X, np.where(y == 5, 0, y), "No calibration samples"),
+        (X, y[:-1], "samples"),
+        (X, None, "y"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            pruner.fit(data, labels)
+    pruner.fit(X, y)
+    for data in (X_test[:, :, :7], X_test[:, :, :, :, None], X_test[0], X_test[:0]):
+        with pytest.raises(ValueError, match="shape|dim|sample"):
+            pruner.predict(data)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        DCSPruner(model=lambda x: x).fit(X, y)
+    with pytest.raises(ValueError, match="2-D"):
+        DCSPruner(nn.Conv2d(1, 4, 3)).fit(X, y)
+
+
+def test_uncertain_outputs_raise_or_warn(trained):
+    frozen, X, y, *_ = trained
+    with pytest.warns(UserWarning, match="seem mismatched"):
+        DCSPruner(frozen, model_classes=[1, 2, 3, 4, 5, 0], random_state=0).fit(X, y)
+    exploding = nn.Sequential(*frozen.module().children(), nn.Linear(6, 6))
+    exploding[-1].weight.data.fill_(3e38)
+    with pytest.raises(ValueError, match="output holds NaN or infinity"):
+        DCSPruner(exploding).fit(X, y)
+
+
+class Residual(nn.Module):
+    """Two blocks around a sum, and a normalisation that cannot be sliced."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.inner = nn.Sequential(
+            nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 1)
+        )
+        self.odd = nn.Conv2d(8, 8, 3)
+        self.norm = nn.GroupNorm(2, 8)
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.relu(x + self.inner(x))
+        return self.head(torch.relu(self.norm(self.odd(x))).mean((2, 3)))
+
+
+def test_what_cannot_be_sliced_stays_whole_with_one_warning():
+    X, y = blobs(per_class=20)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = randomise_batch_norms(Residual()).eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pruner = DCSPruner(model, random_state=0, schedule="uniform").fit(X, y)
+    about = [str(w.message) for w in caught if "stay whole" in str(w.message)]
+    assert len(about) == 1 and "odd" in about[0]
+    assert len(pruner.support_["odd"]) == 8
+    np.testing.assert_array_equal(pruner.support_["stem.0"], pruner.support_["inner.3"])
+    assert len(pruner.support_["stem.0"]) == 4 and len(pruner.support_["inner.0"]) == 6
+
+
+def test_default_network_on_tables():
+    rng = np.random.default_rng(0)
+    y = np.arange(150) % 3
+    X = rng.normal(size=(150, 5)) + y[:, None]
+    pruner = DCSPruner(random_state=0).fit(X, y)
+    assert pruner.score(X, y) > 0.7
+    assert pruner.transform(X).dtype == np.float64
+    assert pruner.predict_proba(X).dtype == np.float64
