@@ -85,6 +85,14 @@ def called_module(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return gm.get_submodule(str(node.target))
 
 
+def called_layer(gm: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
+    """The layer that a node calls, if it calls one."""
+    module = called_module(gm, node)
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and is_layer(module):
+        return module
+    return None
+
+
 def is_station(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node calls a layer, or an opaque module with layers inside."""
     module = called_module(gm, node)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ._ops import called_module, holds_layers, is_identity, is_layer, out_of_place
 
@@ -38,6 +40,8 @@ def copy_sharing_weights(module: Module) -> Module:
     (False, True)
     """
     tensors = [*module.parameters(), *module.buffers()]
+    # What a hook has computed from parameters (weight norm) cannot be copied at all.
+    tensors += [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor)]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
@@ -76,6 +80,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     An operation that overwrites its argument (``nn.ReLU(inplace=True)``, ``x.add_(y)``) is
     replaced by the one that does not, and whatever reads the argument later reads the result
     instead, as it would have done.  Writing into a *view* (a slice, a chunk) is not recognised.
+    An ``assert`` about the input, for instance its shape, is taken to hold and left out.
 
     Examples
     --------
@@ -133,6 +138,11 @@ def opaque_modules(gm: fx.GraphModule) -> list[str]:
     return [name for name, m in modules.items() if not is_layer(m) and holds_layers(m)]
 
 
+def new_graph() -> fx.Graph:
+    """An empty graph whose module can be pickled, whatever functions it calls."""
+    return fx.Graph(tracer_cls=_Replayer)
+
+
 class _Untraceable(Exception):
     """Tracing failed inside the named submodule."""
 
@@ -164,6 +174,13 @@ class _Tracer(fx.Tracer):
             or super().is_leaf_module(m, module_qualified_name)
         )
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Let asserted conditions pass; others would be control flow, which is refused."""
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch.fx.proxy"):
+            frame = frame.f_back
+        return True if frame is not None and _asserts(frame) else super().to_bool(obj)
+
     def call_module(
         self,
         m: nn.Module,
@@ -182,12 +199,43 @@ class _Tracer(fx.Tracer):
             raise _Untraceable(name) from error
 
 
+def _asserts(frame: FrameType) -> bool:
+    """Whether the condition that a frame is just testing is that of an ``assert``."""
+    skipped = ("CACHE", "NOT_TAKEN", "TO_BOOL")
+    code = [i for i in dis.get_instructions(frame.f_code) if i.opname not in skipped]
+    test = next(n for n, i in enumerate(code) if i.offset >= frame.f_lasti)
+    if "JUMP_IF_TRUE" in code[test].opname:
+        failure = code[test + 1]
+    elif "JUMP_IF_FALSE" in code[test].opname:  # not the last of several joined by `and`
+        failure = next(i for i in code if i.offset >= code[test].argval)
+    else:
+        return False
+    return failure.opname == "LOAD_ASSERTION_ERROR" or failure.argrepr == "AssertionError"
+
+
+class _Replayer(_Tracer):
+    """A tracer for code that torch.fx itself has written, as unpickling needs it.
+
+    Whatever function such code calls was one node of the graph and has to become one again.  The
+    tracer of torch.fx knows this of torch's own functions only and would look into the others.
+    """
+
+    def trace(
+        self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
+    ) -> fx.Graph:
+        kind: Any = type(root)
+        called = tuple(filter(inspect.isfunction, kind.forward.__globals__.values()))
+        fx.Tracer.__init__(self, autowrap_functions=called)
+        return super().trace(root, concrete_args)
+
+
 def _record(root: nn.Module) -> fx.Graph:
     """Record a module's graph; what cannot be traced becomes one node."""
+    tracer = _Replayer if isinstance(root, fx.GraphModule) else _Tracer
     opaque: frozenset[str] = frozenset()
     while True:
         try:
-            return _Tracer(opaque).trace(root)
+            return tracer(opaque).trace(root)
         except _Untraceable as failure:
             opaque |= {failure.name}
         except Exception as error:
@@ -251,7 +299,7 @@ def _switch_off(node: fx.Node) -> bool:
 
 def _renumbered(graph: fx.Graph) -> fx.Graph:
     """Copy a graph with fresh names, so that unpickling, which traces again, gives the same."""
-    new = fx.Graph()
+    new = new_graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         args = fx.map_arg(node.args, env.__getitem__)

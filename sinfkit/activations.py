@@ -46,7 +46,8 @@ def pool(x: Tensor, size: int, axis: int = 1) -> Tensor:
     Returns
     -------
     Tensor of shape (n, C * size**2) or (n, C)
-        Column ``c * size**2 + i`` is the mean of channel c in cell i, cells row by row.
+        Column ``c * size**2 + i`` is the mean of channel c in cell i, cells row by row.  Half
+        precision becomes single.
 
     Raises
     ------
@@ -62,6 +63,8 @@ def pool(x: Tensor, size: int, axis: int = 1) -> Tensor:
     """
     if size < 1:
         raise ValueError(f"pool size must be positive, got {size}")
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
     if x.dim() == 2:
         return x
     if x.dim() == 3:
@@ -88,7 +91,7 @@ def collect(
     Parameters
     ----------
     gm : GraphModule
-        From `trace`, or a half from `split`, in eval mode.
+        From `trace`, or the rest from `split`, in eval mode.
     batches : iterable of Tensor of shape (n, ...)
         Inputs, normalised, on the network's device.  They are read once, one at a time.
     nodes : mapping of str to str
@@ -122,7 +125,7 @@ def collect(
     >>> found.pooled["0"].shape, found.logits.shape
     (torch.Size([10, 12]), torch.Size([10, 2]))
     """
-    sizes = {k: pool_size if isinstance(pool_size, int) else pool_size[k] for k in nodes}
+    sizes = {k: pool_size[k] if isinstance(pool_size, Mapping) else pool_size for k in nodes}
     # Layers that are added up are observed at one node: pool it once.
     places = {key: (node, sizes[key]) for key, node in nodes.items()}
     first_key = {place: key for key, place in reversed(list(places.items()))}
@@ -203,7 +206,7 @@ def taylor_scores(
     >>> taylor_scores(gm, batches, observation_nodes(gm, ["0"]))["0"].shape
     torch.Size([3])
     """
-    first_key = {node: key for key, node in reversed(nodes.items())}
+    first_key = {node: key for key, node in reversed(list(nodes.items()))}
     wanted = {key: node for node, key in first_key.items()}
     axes = {key: channel_axis(gm, node) for key, node in wanted.items()}
     totals: dict[str, Tensor] = {}

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import operator
 import os.path
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from ._observing import channel_axis, observation_nodes, with_capture
 from ._ops import (
+    called_layer,
     called_module,
     is_activation,
-    is_addition,
     is_arithmetic,
     is_batch_size,
     is_identity,
-    is_layer,
     is_norm,
     is_pool,
     is_shape_query,
@@ -28,7 +28,7 @@ from ._ops import (
     n_channels,
     unpacks,
 )
-from ._tracing import copy_sharing_weights, opaque_modules, trace
+from ._tracing import copy_sharing_weights, new_graph, opaque_modules, trace
 
 __all__ = [
     "CutPoint",
@@ -36,10 +36,12 @@ __all__ = [
     "copy_sharing_weights",
     "cut_points",
     "find_cut",
+    "find_layer",
     "layer_names",
     "observation_nodes",
     "opaque_modules",
     "output_layer",
+    "penultimate",
     "split",
     "trace",
     "with_capture",
@@ -83,7 +85,43 @@ def layer_names(gm: fx.GraphModule) -> list[str]:
     >>> layer_names(trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))))
     ['0', '2']
     """
-    return list(dict.fromkeys(str(n.target) for n in gm.graph.nodes if _layer(gm, n) is not None))
+    return list(
+        dict.fromkeys(str(n.target) for n in gm.graph.nodes if called_layer(gm, n) is not None)
+    )
+
+
+def find_layer(gm: fx.GraphModule, name: str) -> str:
+    """The layer with a given name, or the first one of a given module.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`.
+    name : str
+        Qualified name of a layer or of a module with layers.
+
+    Returns
+    -------
+    str
+        The layer's name.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the message lists those there are.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> body = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+    >>> find_layer(trace(nn.Sequential(body, nn.Linear(3, 2))), "0")
+    '0.0'
+    """
+    names = layer_names(gm)
+    for layer in names:
+        if _lies_in(layer, name):
+            return layer
+    raise ValueError(f"The network has no layer {name!r}. Its layers: {', '.join(names)}.")
 
 
 def output_layer(gm: fx.GraphModule, n_outputs: int) -> str:
@@ -116,7 +154,7 @@ def output_layer(gm: fx.GraphModule, n_outputs: int) -> str:
     if not stations:
         raise ValueError("The network has no Conv2d or Linear layer, so no outputs to choose from.")
     name = str(stations[-1].target)
-    layer = _layer(gm, stations[-1])
+    layer = called_layer(gm, stations[-1])
     whole = f"The network must end in a Linear or 1 x 1 Conv2d layer with {n_outputs} outputs"
     if layer is None:
         raise ValueError(
@@ -163,29 +201,25 @@ def cut_points(gm: fx.GraphModule) -> list[CutPoint]:
     [CutPoint(name='0', node='_1')]
     """
     nodes = list(gm.graph.nodes)
-    free = _recomputable(gm.graph)
-    stations = [n for n in nodes if is_station(gm, n)]
-    segments: dict[int, list[fx.Node]] = {}
+    stations = [node for node in nodes if is_station(gm, node)]
+    is_single = set(_single_live(nodes))
+    segments: dict[int, list[fx.Node]] = {}  # by the number of stations before
     n_before = 0
-    single = set(_single_live(nodes, free))
     for node in nodes:
-        n_before += node in stations
-        if node in single and 0 < n_before < len(stations):
+        n_before += n_before < len(stations) and node is stations[n_before]
+        if node in is_single and 0 < n_before < len(stations):
             segments.setdefault(n_before, []).append(node)
 
-    cuts: dict[str, CutPoint] = {}
-    previous = 0
-    for n_before, candidates in segments.items():
-        first = candidates[0]
+    names: dict[fx.Node, str] = {}
+    start = 0
+    for stop, candidates in segments.items():
         place = _moved_on(gm, candidates, nodes)
-        if first is stations[n_before - 1]:
-            name = str(first.target)
+        if candidates[0] is stations[stop - 1]:
+            names[place] = str(candidates[0].target)
         else:
-            name = _joined_name(stations, previous, n_before)
-        previous = n_before
-        if name not in cuts and not _shares_parameters(gm, nodes, place):
-            cuts[name] = CutPoint(name, place.name)
-    return list(cuts.values())
+            names[place] = _joined_name(stations, start, stop)
+        start = stop
+    return [CutPoint(names[p], p.name) for p in _with_own_parameters(gm, list(names))]
 
 
 def find_cut(gm: fx.GraphModule, name: str) -> CutPoint:
@@ -266,18 +300,18 @@ def split(gm: fx.GraphModule, cut: CutPoint) -> tuple[fx.GraphModule, fx.GraphMo
     """
     nodes = list(gm.graph.nodes)
     place = next((n for n in nodes if n.name == cut.node), None)
-    free = _recomputable(gm.graph)
-    if place is None or place not in _single_live(nodes, free):
+    if place is None or place not in _single_live(nodes):
         raise ValueError(f"{cut} is not a place where this network can be cut.")
+    free = _recomputable(nodes)
     at = nodes.index(place)
 
-    front = fx.Graph()
+    front = new_graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in nodes[: at + 1]:
         env[node] = front.node_copy(node, env.__getitem__)
     front.output(env[place])
 
-    back = fx.Graph()
+    back = new_graph()
     entry = back.placeholder("x")
     env = {place: entry}
 
@@ -296,164 +330,41 @@ def split(gm: fx.GraphModule, cut: CutPoint) -> tuple[fx.GraphModule, fx.GraphMo
     return _finished(gm, front), _finished(gm, back)
 
 
-def observation_nodes(gm: fx.GraphModule, layers: Iterable[str]) -> dict[str, str]:
-    """Where the activations of layers are to be observed.
+def penultimate(gm: fx.GraphModule, output: str) -> fx.GraphModule:
+    """The network up to the input of its output layer.
 
     Parameters
     ----------
     gm : GraphModule
-        From `trace`, or a half from `split`.
-    layers : iterable of str
-        Names of layers, as in `layer_names`.
-
-    Returns
-    -------
-    dict of str to str
-        From the name of a layer to that of the node whose value is its activation: after norm and
-        activation function and, where the layer ends the branch of a residual block, after the
-        addition and its norm and activation function; before pooling, flattening and
-        concatenation.  Layers that are added up share one node.  The value has as many channels
-        as the layer, along `channel_axis`.
-
-    Raises
-    ------
-    ValueError
-        If a name is no layer of the network.
-
-    Notes
-    -----
-    A layer that is called several times is observed at its first call.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
-    >>> observation_nodes(gm, ["0", "2"])
-    {'0': '_1', '2': '_2'}
-    """
-    calls: dict[str, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if _layer(gm, node) is not None:
-            calls.setdefault(str(node.target), node)
-    places = {}
-    for name in layers:
-        if name not in calls:
-            raise ValueError(
-                f"The network has no layer {name!r} that can be observed. Its layers: "
-                f"{', '.join(calls)}."
-            )
-        places[name] = _activation_of(gm, calls[name]).name
-    return places
-
-
-def channel_axis(gm: fx.GraphModule, node: str) -> int:
-    """Axis of a node's value that holds the channels.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`, or a half from `split`.
-    node : str
-        Name of a node.
-
-    Returns
-    -------
-    int
-        -1 where the channels come from a ``Linear`` layer, which maps the last axis whatever the
-        rank; otherwise 1.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
-    >>> channel_axis(gm, "_1")
-    -1
-    """
-    return -1 if isinstance(_source_layer(gm, _named(gm, node)), nn.Linear) else 1
-
-
-def with_capture(
-    gm: fx.GraphModule, nodes: Mapping[str, str], fn: Callable[[str, Tensor], None]
-) -> fx.GraphModule:
-    """A network that shows values to a function while it computes.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`, or a half from `split`.
-    nodes : mapping of str to str
-        From a key of the caller's choice to the name of a node.
-    fn : callable
-        Called as ``fn(key, value)`` right after the node is computed.  The network keeps a value
-        no longer than it would without the call.
+        From `trace`.
+    output : str
+        Name of the output layer, see `output_layer`.
 
     Returns
     -------
     GraphModule
-        Computes what `gm` does and shares its submodules.  Meant to be used at once: it holds
-        `fn`, so it can be pickled only if `fn` can.
+        Shares its submodules with `gm`.
 
     Raises
     ------
     ValueError
-        If the network has no such node.
+        If the network has no such layer.
 
     Examples
     --------
-    >>> import torch
     >>> from torch import nn
     >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
-    >>> shapes = {}
-    >>> watched = with_capture(gm, {"hidden": "_1"}, lambda k, v: shapes.update({k: v.shape}))
-    >>> watched(torch.zeros(5, 4)).shape, shapes
-    (torch.Size([5, 2]), {'hidden': torch.Size([5, 3])})
+    >>> layer_names(penultimate(gm, "2"))
+    ['0']
     """
-    keys: dict[fx.Node, list[str]] = {}
-    for key, name in nodes.items():
-        keys.setdefault(_named(gm, name), []).append(key)
-    graph = fx.Graph()
+    graph = new_graph()
     env: dict[fx.Node, fx.Node] = {}
-    captures: list[_Capture] = []
     for node in gm.graph.nodes:
+        if node.op == "call_module" and node.target == output:
+            graph.output(env[node.all_input_nodes[0]])
+            return _finished(gm, graph)
         env[node] = graph.node_copy(node, env.__getitem__)
-        for key in keys.get(node, ()):
-            graph.call_module(f"{_CAPTURES}.{len(captures)}", (env[node],))
-            captures.append(_Capture(key, fn))
-    root = nn.Module()
-    root.__dict__.update(gm.__dict__)
-    root._modules = {**gm._modules, _CAPTURES: nn.ModuleList(captures)}
-    return fx.GraphModule(root, graph, class_name=type(gm).__name__).eval()
-
-
-_CAPTURES = "_sinfkit_captures"
-
-
-class _Capture(nn.Module):
-    """Shows its input to a function."""
-
-    def __init__(self, key: str, fn: Callable[[str, Tensor], None]) -> None:
-        super().__init__()
-        self.key, self.fn = key, fn
-
-    def forward(self, value: Tensor) -> None:
-        """Call the function; return nothing, so that nothing is kept."""
-        self.fn(self.key, value)
-
-
-def _layer(gm: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
-    """The layer that a node calls, if it calls one."""
-    module = called_module(gm, node)
-    if isinstance(module, (nn.Conv2d, nn.Linear)) and is_layer(module):
-        return module
-    return None
-
-
-def _named(gm: fx.GraphModule, name: str) -> fx.Node:
-    """The node with a name."""
-    for node in gm.graph.nodes:
-        if node.name == name:
-            return node
-    raise ValueError(f"The graph has no node {name!r}.")
+    raise ValueError(f"The network has no layer {output!r}.")
 
 
 def _finished(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -470,22 +381,23 @@ def _lies_in(target: object, path: str) -> bool:
     return target == path or str(target).startswith(path + ".")
 
 
-def _recomputable(graph: fx.Graph) -> set[fx.Node]:
+def _recomputable(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """Nodes that need not cross a cut: parameters, batch size, and what follows from them."""
     free: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in nodes:
         sources = node.all_input_nodes
         derived = node.op in ("call_function", "call_method") and sources
         if node.op == "get_attr" or is_batch_size(node) or (derived and free.issuperset(sources)):
             free.add(node)
-    for node in reversed(graph.nodes):  # the input's shape, if only the number of samples is read
+    for node in reversed(nodes):  # the input's shape, if only the number of samples is read
         if is_shape_query(node) and free.issuperset(node.users):
             free.add(node)
     return free
 
 
-def _single_live(nodes: Sequence[fx.Node], free: set[fx.Node]) -> list[fx.Node]:
+def _single_live(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """Nodes after which their own value, a tensor, is all that the rest of the graph needs."""
+    free = _recomputable(nodes)
     order = {node: i for i, node in enumerate(nodes)}
     last_use = {n: max((order[u] for u in n.users if u not in free), default=-1) for n in nodes}
     live: set[fx.Node] = set()
@@ -537,52 +449,15 @@ def _any_in(names: Iterable[str], path: Sequence[str]) -> bool:
     return any(_lies_in(name, ".".join(path)) for name in names)
 
 
-def _shares_parameters(gm: fx.GraphModule, nodes: Sequence[fx.Node], place: fx.Node) -> bool:
-    """Whether parameters are used on both sides of a cut."""
-    at = nodes.index(place)
-    sides = []
-    for side in (nodes[: at + 1], nodes[at + 1 :]):
-        modules = (called_module(gm, n) for n in side)
-        used = {id(p) for m in modules if m is not None for p in m.parameters()}
-        used |= {id(operator.attrgetter(str(n.target))(gm)) for n in side if n.op == "get_attr"}
-        sides.append(used)
-    return bool(sides[0] & sides[1])
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """Nodes that use a node's values, not only its shape."""
-    return [user for user in node.users if not is_shape_query(user)]
-
-
-def _activation_of(gm: fx.GraphModule, layer: fx.Node) -> fx.Node:
-    """The node whose value is the activation of a layer that another node calls."""
-    place = ahead = layer
-    while True:
-        readers = _readers(ahead)
-        if len(readers) != 1 or readers[0].all_input_nodes.count(ahead) != 1:
-            return place
-        before, ahead = ahead, readers[0]
-        if is_identity(gm, ahead):  # looked through, never stopped at
-            continue
-        if is_addition(ahead):
-            other = next(a for a in ahead.all_input_nodes if a is not before)
-            source, own = _source_layer(gm, other), _layer(gm, layer)
-            assert own is not None
-            if source is not None and n_channels(source) != n_channels(own):
-                return place  # broadcast
-        elif not (is_norm(gm, ahead) or is_activation(gm, ahead)):
-            return place
-        place = ahead
-
-
-def _source_layer(gm: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
-    """A layer whose channels a node's value has, if one can be told."""
-    layer = _layer(gm, node)
-    if layer is not None:
-        return layer
-    if is_addition(node):
-        sources = (_source_layer(gm, n) for n in node.all_input_nodes)
-        return next((s for s in sources if s is not None), None)
-    if is_norm(gm, node) or is_activation(gm, node) or is_pool(gm, node) or is_identity(gm, node):
-        return _source_layer(gm, node.all_input_nodes[0])
-    return None
+def _with_own_parameters(gm: fx.GraphModule, places: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those of the places where no parameter is used both before and after."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    uses: dict[int, list[int]] = {}
+    for node, i in order.items():
+        if node.op == "get_attr":
+            uses.setdefault(id(operator.attrgetter(str(node.target))(gm)), []).append(i)
+        elif (module := called_module(gm, node)) is not None:
+            for parameter in module.parameters():
+                uses.setdefault(id(parameter), []).append(i)
+    spans = [(at[0], at[-1]) for at in uses.values() if len(at) > 1]
+    return [p for p in places if not any(first <= order[p] < last for first, last in spans)]
