@@ -6,26 +6,7 @@ API pages come from its docstrings.
 
 from __future__ import annotations
 
-import sinfkit
 from sinfkit._version import __version__
-
-# Stand-ins keep the build going while names that the API pages list are not there yet.
-for _name in (
-    "DCSPruner",
-    "FrozenModel",
-    "SINFClassifier",
-    "SemanticClusterer",
-    "discriminative_capability",
-    "load_cifar10",
-    "load_cifar100",
-    "load_image_folder",
-    "resnet50",
-    "train_network",
-    "vgg16",
-    "vgg19",
-):
-    if not hasattr(sinfkit, _name):
-        setattr(sinfkit, _name, lambda: None)
 
 project = "sinfkit"
 author = "the sinfkit developers"
