@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ._tracing import copy_sharing_weights, new_graph, trace
 
@@ -71,9 +70,8 @@ def count_macs(module: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]
     Notes
     -----
     A convolution takes (output positions) * (output channels) * (input channels / groups) * (kernel
-    size), a linear layer (rows) * (inputs) * (outputs). Biases, norms, activations, pooling and what
-    a model does through ``torch.nn.functional`` do not count: beside these they are small in the
-    networks for which the figure is used.
+    size), a linear layer (rows) * (inputs) * (outputs). Not counted: biases, norms, activations and
+    pooling, which are small beside them, and what a model computes without a layer.
 
     Examples
     --------
@@ -148,12 +146,8 @@ def fold_batch_norm(module: nn.Module) -> fx.GraphModule:
         if source is None:
             env[node] = graph.node_copy(node, env.__getitem__)
             continue
-        layer, norm = gm.get_submodule(str(source.target)), gm.get_submodule(str(node.target))
-        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        # A network may be traced without having been put in eval mode; fusing asks for it.
-        fused[str(source.target)] = fuse(
-            copy_sharing_weights(layer).eval(), copy_sharing_weights(norm).eval()
-        )
+        name = str(source.target)
+        fused[name] = _fused(gm.get_submodule(name), gm.get_submodule(str(node.target)))
         env[node] = env[source]
     # The new module tree has only what the new graph calls; replacing leaves in it spares the old.
     folded = fx.GraphModule(copy_sharing_weights(gm), graph, class_name=type(gm).__name__)
@@ -174,6 +168,27 @@ def _foldable_into(gm: fx.GraphModule, node: fx.Node, calls: Counter[Any]) -> fx
         return None
     has_statistics = gm.get_submodule(str(node.target)).running_mean is not None
     return source if has_statistics and calls[source.target] == calls[node.target] == 1 else None
+
+
+def _fused(layer: Any, norm: Any) -> nn.Module:
+    """One layer that does what a layer and the batch-norm behind it do."""
+    # In float64 and, since not every accelerator knows that, on the CPU.
+    weight, mean, variance = (
+        tensor.detach().to("cpu", torch.float64)
+        for tensor in (layer.weight, norm.running_mean, norm.running_var)
+    )
+    scale = (variance + norm.eps).rsqrt()
+    shift = -mean * scale
+    if layer.bias is not None:
+        shift = shift + layer.bias.detach().to("cpu", torch.float64) * scale
+    if norm.weight is not None:
+        gamma, beta = (t.detach().to("cpu", torch.float64) for t in (norm.weight, norm.bias))
+        scale, shift = scale * gamma, shift * gamma + beta
+    weight = weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))
+    twin = copy_sharing_weights(layer)
+    twin.weight = nn.Parameter(weight.to(layer.weight), layer.weight.requires_grad)
+    twin.bias = nn.Parameter(shift.to(layer.weight), layer.weight.requires_grad)
+    return twin
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,10 +276,10 @@ def paired_latency(
 
     Notes
     -----
-    The machine's speed drifts, with its temperature and with whatever else runs on it. Runs in turns
-    meet the same drift, which their ratio cancels. From round to round another callable goes first, so that
-    none always finds the caches as one other leaves them. A GPU is waited for before and after each call. The garbage
-    collector rests meanwhile.
+    A machine's speed drifts with its temperature and with whatever else runs on it. Runs in turns
+    meet the same drift, and their ratio cancels it. From round to round another callable goes
+    first, so that none always finds the caches as a certain other left them. Accelerators are
+    waited for before and after each call; the garbage collector rests meanwhile.
 
     Examples
     --------

@@ -445,7 +445,7 @@ def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str,
 def _as_given(network: nn.Module, model: nn.Module) -> nn.Module:
     """Put a trained copy where, and in the state in which, the original is."""
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    network = network.to(home, memory_format=torch.contiguous_format).eval()
+    network = network.to(home).to(memory_format=torch.contiguous_format).eval()
     for trained, original in zip(network.parameters(), model.parameters(), strict=True):
         trained.requires_grad_(original.requires_grad)
         trained.grad = None

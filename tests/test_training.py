@@ -232,7 +232,7 @@ def test_weight_decay_spares_biases_and_norms(digits):
     seed=st.integers(0, 1000),
 )
 def test_crop_flip_only_moves_pixels(height, width, channels, seed):
-    """Each output is the image, reflected at its border, shifted by at most an eighth or mirrored."""
+    """An output is its image, reflected at the border, shifted by up to an eighth, or mirrored."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.arange(2 * channels * height * width).reshape(2, channels, height, width)
     out = _crop_flip(images, generator)
