@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -155,7 +156,7 @@ def _newton(
     gradient = pull_back(log_p.exp() - one_hot, w)
     first = size = float(gradient.norm())
     # What rounding alone leaves of a gradient that is zero: nothing to fit.
-    floor = 1e-15 * float(x.square().mean().sqrt()) * p**0.5
+    floor = 1e-14 * float(x.square().mean().sqrt()) * p**0.5
     n_iter = 0
     while size > max(tol * first, floor) and n_iter < max_iter:
         n_iter += 1
@@ -185,7 +186,12 @@ def _newton(
     return w, loss, n_iter, size <= max(tol * first, floor)
 
 
-def _conjugate_gradients(product, precondition, rhs: Tensor, goal: float) -> Tensor:  # type: ignore[no-untyped-def]
+def _conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    goal: float,
+) -> Tensor:
     """Solve ``product(v) = rhs`` until the residual's norm is below `goal`."""
     v = torch.zeros_like(rhs)
     residual = rhs

@@ -1,0 +1,244 @@
+"""Filter scores: pure functions of one layer's record, one score per filter, and their registry."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .capability import DCSResult, centred, check_features, discriminative_capability
+
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "DCSResult",
+    "LayerData",
+    "discriminative_capability",
+    "get_criterion",
+]
+
+
+@dataclass(frozen=True)
+class LayerData:
+    """What a criterion may know about one layer; only what it declares is collected.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name of the layer in the network, for messages.
+    features : Tensor of shape (n_samples, n_filters, n_cells), optional
+        Activations averaged over a grid of ``n_cells`` cells.
+    y : Tensor of shape (n_samples,), optional
+        Class of each sample, integers ``0 .. n_classes - 1``.
+    weight : Tensor of shape (n_filters, ...), optional
+        Weight of the convolution or linear layer; filters are its first axis.
+    weight_grad : Tensor of shape (n_filters, ...), optional
+        Gradient of the loss by the weight.
+    norm_scale : Tensor of shape (n_filters,), optional
+        Scale of the batch-norm that follows the layer.
+    taylor : Tensor of shape (n_filters,), optional
+        Mean over samples of ``|activation * gradient|``, see `sinfkit.activations.taylor_scores`.
+    n_classes : int
+        Number of classes that `y` counts.
+    generator : torch.Generator, optional
+        Source of randomness, on the CPU.
+    """
+
+    name: str = ""
+    features: Tensor | None = None
+    y: Tensor | None = None
+    weight: Tensor | None = None
+    weight_grad: Tensor | None = None
+    norm_scale: Tensor | None = None
+    taylor: Tensor | None = None
+    n_classes: int = 0
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A filter score and what it needs to know.
+
+    Attributes
+    ----------
+    name : str
+        Key in `CRITERIA`, or the name of the user's function.
+    function : callable
+        From a `LayerData`, and keyword options, to a Tensor of shape (n_filters,): one score per
+        filter, low for those to remove first.
+    needs : frozenset of str
+        Fields of `LayerData` that must be there.
+    options : frozenset of str
+        Keyword arguments that the function knows.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    needs: frozenset[str]
+    options: frozenset[str]
+
+
+_Function = Callable[..., Tensor]
+
+CRITERIA: dict[str, Criterion] = {}
+"""Criteria by name."""
+
+
+def _register(name: str, needs: Iterable[str]) -> Callable[[_Function], _Function]:
+    """Put a criterion into the registry; its keyword-only parameters are its options."""
+
+    def decorate(function: _Function) -> _Function:
+        CRITERIA[name] = Criterion(name, function, frozenset(needs), _keywords(function))
+        return function
+
+    return decorate
+
+
+def _keywords(function: _Function) -> frozenset[str]:
+    """Names of a function's keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def get_criterion(criterion: str | Criterion | Callable[..., Tensor]) -> Criterion:
+    """Look up a criterion, or make one of a function.
+
+    Parameters
+    ----------
+    criterion : str, Criterion or callable
+        A key of `CRITERIA`; or a function of a `LayerData` that returns one score per filter, low
+        for those to remove first. A function may say in its attribute ``needs``, a set of field
+        names, what must be collected for it. Without it: everything that costs no gradient.
+
+    Returns
+    -------
+    Criterion
+        The criterion.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or a function needs a field that `LayerData` does not have.
+    TypeError
+        If it is neither a name nor callable.
+
+    Examples
+    --------
+    >>> from sinfkit.scores import get_criterion
+    >>> sorted(get_criterion("fdr").needs)
+    ['features', 'y']
+    """
+    if isinstance(criterion, Criterion):
+        return criterion
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise ValueError(
+                f"criterion must be one of {sorted(CRITERIA)} or a function, got {criterion!r}"
+            )
+        return CRITERIA[criterion]
+    if not callable(criterion):
+        raise TypeError(f"criterion must be a name or a function, got {type(criterion).__name__}")
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    default = {"features", "y", "weight", "norm_scale", "generator"}
+    needs = frozenset(getattr(criterion, "needs", default))
+    unknown = needs - set(LayerData.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"criterion {name!r} needs {sorted(unknown)}, which no layer has")
+    return Criterion(name, criterion, needs, frozenset())
+
+
+def _need(data: LayerData, field: str) -> Tensor:
+    """A field of the record that the criterion cannot do without."""
+    value = getattr(data, field)
+    if value is None:
+        raise ValueError(f"the criterion needs {field} of layer {data.name!r}, which is missing")
+    return value
+
+
+@_register("dcs", needs=("features", "y"))
+def dcs(
+    data: LayerData,
+    *,
+    penalty: float = 1.0,
+    variant: str = "norm",
+    norm: str = "fro",
+    scaling: str = "layer",
+) -> Tensor:
+    """Discriminative Capability Score, see `discriminative_capability`."""
+    return discriminative_capability(
+        _need(data, "features"),
+        _need(data, "y"),
+        penalty=penalty,
+        variant=variant,
+        norm=norm,
+        scaling=scaling,
+    ).score
+
+
+@_register("dcs_closed_form", needs=("features", "y"))
+def dcs_closed_form(data: LayerData) -> Tensor:
+    """DCS in the limit of a strong penalty: spread of the classes' mean activations. A control."""
+    return dcs(data, penalty=float("inf"))
+
+
+@_register("dcs_shuffled", needs=("features", "y", "generator"))
+def dcs_shuffled(data: LayerData, *, penalty: float = 1.0) -> Tensor:
+    """DCS with shuffled labels, a control: what is left is the size of the signals."""
+    y = _need(data, "y")
+    order = torch.randperm(len(y), generator=data.generator).to(y.device)
+    return dcs(replace(data, y=y[order]), penalty=penalty)
+
+
+@_register("l1", needs=("weight",))
+def l1(data: LayerData) -> Tensor:
+    """Sum of a filter's absolute weights (Li et al., 2017)."""
+    return _need(data, "weight").detach().double().flatten(1).abs().sum(1)
+
+
+@_register("l2", needs=("weight",))
+def l2(data: LayerData) -> Tensor:
+    """Root of the sum of a filter's squared weights."""
+    return _need(data, "weight").detach().double().flatten(1).square().sum(1).sqrt()
+
+
+@_register("taylor", needs=("taylor",))
+def taylor(data: LayerData) -> Tensor:
+    """First-order change of the loss without a filter (Molchanov et al., 2017, 2019)."""
+    return _need(data, "taylor").detach().double()
+
+
+@_register("fdr", needs=("features", "y"))
+def fdr(data: LayerData) -> Tensor:
+    """Fisher's discriminant ratio of one class against the rest, mean over classes and cells.
+
+    ``(m+ - m-)^2 / (v+ + v-)`` with mean and variance of the class (+) and of all others (-).
+    """
+    x, codes, n_classes = check_features(_need(data, "features"), _need(data, "y"))
+    x = centred(x)
+    ratios = []
+    for c in range(n_classes if n_classes > 1 else 0):
+        own, rest = x[codes == c], x[codes != c]
+        gap = (own.mean(0) - rest.mean(0)).square()
+        spread = own.var(0, correction=0) + rest.var(0, correction=0)
+        # Two different constants are separated without end: a large number, not infinity. Two
+        # equal ones, 0 / 0, are not separated at all.
+        spread = spread.clamp_min(1e-12 * gap).clamp_min(torch.finfo(x.dtype).tiny)
+        ratios.append((gap / spread).mean(1))
+    return torch.stack(ratios).mean(0) if ratios else x.new_zeros(x.shape[1])
+
+
+@_register("activation_std", needs=("features",))
+def activation_std(data: LayerData) -> Tensor:
+    """Standard deviation of a filter's pooled activation, mean over cells. A control: no labels."""
+    x = _need(data, "features").detach().double()
+    return centred(x).square().mean(0).sqrt().flatten(1).mean(1)
+
+
+@_register("random", needs=("weight", "generator"))
+def random(data: LayerData) -> Tensor:
+    """Uniform random numbers, the lower end of every comparison."""
+    n_filters = len(_need(data, "weight"))
+    return torch.rand(n_filters, generator=data.generator, dtype=torch.float64)
