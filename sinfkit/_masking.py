@@ -1,0 +1,171 @@
+"""Masked networks, with which sliced ones are compared.
+
+A mask sets a removed channel to zero where it is consumed, at the input of a layer. Zero after a
+batch-norm would not do: a residual sum, or a batch-norm before the convolution, fills it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._device import full_float32
+
+_CHUNK = 16  # images at a time: a wide network at a large image size needs memory
+
+
+class Comparison:
+    """A masked and a sliced network, both private copies in eval mode.
+
+    Parameters
+    ----------
+    dense : nn.Module
+        The original network.
+    small : nn.Module
+        The sliced one.
+    removed_inputs : mapping of str to ndarray of int64
+        Layer -> input channels that it lost.
+    """
+
+    def __init__(
+        self, dense: nn.Module, small: nn.Module, removed_inputs: Mapping[str, np.ndarray]
+    ) -> None:
+        self.masked = _private(dense)
+        self.small = _private(small)
+        for name, removed in removed_inputs.items():
+            self._zero(self.masked.get_submodule(name), torch.from_numpy(removed))
+
+    @staticmethod
+    def _zero(layer: nn.Module, removed: Tensor) -> None:
+        """Make a layer see zeros in place of its removed inputs."""
+
+        def zero(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, *rest = args
+            return x.index_fill(_channel_dim(layer), removed.to(x.device), 0), *rest
+
+        layer.register_forward_pre_hook(zero)
+
+    def of_outputs(self, X: Tensor, kept: np.ndarray | None) -> float:
+        """Compute max|difference| / max|masked| over the images; nan where one is not finite.
+
+        Parameters
+        ----------
+        X : Tensor of shape (n, ...)
+        kept : ndarray of int64, or None
+            Columns of the masked network's output that the sliced one gives. None: all.
+
+        Returns
+        -------
+        float
+            The largest value over chunks of images.
+        """
+        values = []
+        with exact_inference(X):
+            for x in X.split(_CHUNK):
+                reference, output = self.masked(x), self.small(x)
+                if kept is not None:
+                    reference = reference.index_select(1, torch.from_numpy(kept).to(x.device))
+                values.append(_relative(reference, output))
+        return math.nan if any(map(math.isnan, values)) else max(values)
+
+    def first_difference(
+        self, x: Tensor, supports: Mapping[str, np.ndarray], tol: float
+    ) -> tuple[str, str]:
+        """Find the first module whose kept channels differ.
+
+        Parameters
+        ----------
+        x : Tensor of shape (n, ...)
+        supports : mapping of str to ndarray of int64
+            Module -> original output channels that its sliced counterpart should give, in order.
+        tol : float
+            Allowed max|difference| / max|masked|.
+
+        Returns
+        -------
+        name, how : str
+            The module, in order of execution, and what is wrong. Both empty where none differs.
+        """
+        with exact_inference(x):
+            reference = _record(self.masked, supports, x)
+            output = _record(self.small, supports, x)
+        for name, value in reference.items():
+            if name not in output:
+                return name, "it cannot be executed"
+            dim = _channel_dim(self.masked.get_submodule(name))
+            kept = torch.from_numpy(supports[name]).to(value.device)
+            found = output[name].shape[dim]
+            if found != len(kept):
+                return name, f"it has {found} channels where {len(kept)} were to be kept"
+            difference = _relative(value.index_select(dim, kept), output[name])
+            if not difference <= tol:
+                return name, f"by {difference:.2g} of its largest value"
+        return "", ""
+
+
+def precision(model: nn.Module, x: Tensor) -> Tensor:
+    """Bring inputs to where and how `Comparison` runs a model: float64, or else float32."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), x)
+    double = weight.dtype == torch.float64
+    return x.detach().to(weight.device, torch.float64 if double else torch.float32)
+
+
+@contextlib.contextmanager
+def exact_inference(x: Tensor) -> Iterator[None]:
+    """Compute without gradients, and in the very precision of the tensors."""
+    with torch.inference_mode(), full_float32(), torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+def _private(module: nn.Module) -> nn.Module:
+    """Copy a module, sharing its tensors, except that half precision becomes float32."""
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): _widened(tensor) for tensor in tensors}).eval()
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Leave a tensor as it is, unless it is of half precision."""
+    if not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.float64):
+        return tensor
+    wide = tensor.detach().float()
+    return nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
+
+
+def _channel_dim(module: nn.Module) -> int:
+    """Which dimension of a module's input and output holds the channels."""
+    return -1 if isinstance(module, nn.Linear) else -3 if isinstance(module, nn.Conv2d) else 1
+
+
+def _relative(masked: Tensor, small: Tensor) -> float:
+    """Compute max|difference| / max|masked|; nan where values are not finite or shapes differ."""
+    if masked.shape != small.shape:
+        return math.nan
+    largest = float(masked.abs().max())
+    difference = float((masked - small).abs().max())
+    return difference / largest if largest > 0 else difference
+
+
+def _record(model: nn.Module, names: Mapping[str, Any], x: Tensor) -> dict[str, Tensor]:
+    """Record the named modules' outputs, in order of execution, up to where the network fails."""
+    values: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Any:
+        def record(module: nn.Module, args: Any, output: Tensor) -> None:
+            if name not in values:
+                values[name] = output.clone()  # an activation may overwrite it in place
+
+        return record
+
+    handles = [model.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
+    with contextlib.suppress(RuntimeError):
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return values

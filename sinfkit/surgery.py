@@ -1,0 +1,471 @@
+"""Physical slicing of channels, on torch-pruning's dependency graph.
+
+Removing a filter also removes its batch-norm entries, the inputs of every layer that reads it, and
+the same channel of all that it is added to. `find_groups` says which channels can only leave
+together, `slice_channels` builds the smaller network, and `check_sliced` proves it equal to the
+masked one. This is the only file that knows torch-pruning.
+
+Only the dependency graph is used: it says where each channel of a group sits in each module. The
+slicing itself is done here, because ``group.prune()`` works in place, one group after the other: it
+maps later groups through sizes that no longer hold (concatenations), takes wrong inputs of grouped
+convolutions, and thaws frozen weights. Here every position refers to the original network.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, fx, nn
+
+from ._channels import (
+    NARROWABLE,
+    ChannelGroup,
+    Member,
+    Sliced,
+    checked_indices,
+    groups_of,
+    is_depthwise,
+    take_out,
+    width,
+)
+from ._masking import Comparison, precision
+from ._ops import is_layer
+from ._trials import try_groups
+
+__all__ = [
+    "ChannelGroup",
+    "Sliced",
+    "SlicingError",
+    "check_sliced",
+    "find_groups",
+    "slice_channels",
+]
+
+_OP = tp.ops.OPTYPE
+_MAX_IMAGES = 64
+
+
+class SlicingError(RuntimeError):
+    """A sliced network does not compute what the masked one does.
+
+    Parameters
+    ----------
+    message : str
+        What differs, and by how much.
+    layer : str
+        The first module, in order of execution, whose output differs.
+    """
+
+    def __init__(self, message: str, layer: str) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.layer)
+
+
+def find_groups(model: nn.Module, example: Tensor, output_layer: str) -> list[ChannelGroup]:
+    """Find which channels of a network can only be removed together.
+
+    Each executed layer (`Conv2d` or `Linear`) is in exactly one group. Groups that look fit for
+    slicing are tried: half of their channels are removed and the result is compared with the masked
+    network. So whatever does not follow a narrower layer (a width written out in a reshape,
+    normalisation over channels, a channel shuffle) is found, and left whole.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module that maps one tensor to one tensor, also a `torch.fx.GraphModule`, whose opaque
+        submodules are then left whole. It is not changed.
+    example : Tensor of shape (n, ...)
+        An input that the network accepts, on its device. One row is used.
+    output_layer : str
+        Qualified name of the layer whose channels are the network's outputs.
+
+    Returns
+    -------
+    list of ChannelGroup
+        In the order in which the network executes the first layer of each.
+
+    Raises
+    ------
+    ValueError
+        If `output_layer` is not an executed layer; if the network fails on `example`, or gives
+        anything but one tensor of finite values.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from sinfkit.surgery import find_groups
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    >>> for group in find_groups(net, torch.zeros(1, 3, 8, 8), "3"):
+    ...     print(group.name, group.n_channels, group.consumers, group.is_output)
+    0 8 ('3',) False
+    3 10 () True
+    """
+    trace = _trace(model, example)
+    if output_layer not in trace.layers:
+        raise ValueError(
+            f"output_layer must be a layer that the model executes ({', '.join(trace.layers)}); "
+            f"got {output_layer!r}."
+        )
+    groups: list[ChannelGroup] = []
+    covered: set[str] = set()
+    for layer in trace.layers:
+        if layer not in covered:
+            group = _read_group(trace, layer)
+            covered.update(group.layers)
+            is_output = output_layer in group.layers
+            if group.is_output and not is_output:
+                why = "its channels reach the network's output past the output layer"
+                group = replace(group, whole=group.whole or why)
+            groups.append(replace(group, is_output=is_output))
+    reasons = try_groups(model, [group for group in groups if not group.whole], example)
+    return [replace(group, whole=reasons.get(group.name, group.whole)) for group in groups]
+
+
+def slice_channels(
+    model: nn.Module,
+    example: Tensor,
+    keep: Mapping[str, Sequence[int] | np.ndarray],
+    *,
+    groups: Sequence[ChannelGroup] | None = None,
+) -> Sliced:
+    """Build a network that holds only the channels to be kept.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network. It is not changed.
+    example : Tensor of shape (n, ...)
+        An input that the network accepts, on its device. Not used where `groups` are given.
+    keep : mapping of str to array-like of int
+        Group name -> kept ORIGINAL channels. Groups that are not named keep all of theirs. The
+        network's outputs come out in the order given, all other channels sorted.
+    groups : sequence of ChannelGroup, default=None
+        What `find_groups` gave for this network. It saves tracing the network again, where many
+        subgraphs are cut from one, and tells what must stay whole; without it only part of that is
+        known beforehand, and `check_sliced` tells the rest.
+
+    Returns
+    -------
+    Sliced
+        The smaller network, in the mode of `model`, and what it kept.
+
+    Raises
+    ------
+    ValueError
+        If a group does not exist or must stay whole; if its indices are empty, repeated, out of
+        range, or leave the runs of a grouped convolution unequal.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from sinfkit.surgery import slice_channels
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    >>> sliced = slice_channels(net, torch.zeros(1, 3, 8, 8), {"0": [0, 2, 5], "3": [9, 1]})
+    >>> sliced.model[0].out_channels, sliced.model[3].in_features
+    (3, 108)
+    >>> sliced.support["3"]
+    array([9, 1])
+    """
+    if groups is None:
+        trace = _trace(model, example)
+        layers = trace.layers
+        found = {name: _read_group(trace, name) for name in keep if name in layers}
+    else:
+        layers = [layer for group in groups for layer in group.layers]
+        found = {layer: group for group in groups for layer in group.layers}
+    chosen: list[tuple[ChannelGroup, np.ndarray]] = []
+    for name, indices in keep.items():
+        if name not in found:
+            raise ValueError(
+                f"keep names {name!r}, which is not a layer that the model executes: "
+                f"{', '.join(layers)}."
+            )
+        group = found[name]
+        if group.name != name:
+            raise ValueError(
+                f"keep names {name!r}, whose channels belong to the group {group.name!r}; name "
+                "that one."
+            )
+        kept = checked_indices(group, indices)
+        if not np.array_equal(kept, np.arange(group.n_channels)):
+            chosen.append((group, kept))
+    return take_out(model, layers, chosen)
+
+
+def check_sliced(
+    dense: nn.Module,
+    sliced: Sliced,
+    X: Tensor,
+    keep_outputs: Sequence[int] | np.ndarray | None = None,
+    tol: float = 1e-4,
+) -> float:
+    """Compare a sliced network with the original one, masked.
+
+    In the masked network each removed channel is set to zero where it is consumed: at the input of
+    every layer that lost it. Both run in eval mode and in float32 without TF32 (in float64 if the
+    model is). Outputs are compared on all images; the kept channels of every layer, as `sliced`
+    states them, on the first two.
+
+    Parameters
+    ----------
+    dense : nn.Module
+        The original network, with the weights that were sliced. It is not changed.
+    sliced : Sliced
+        What `slice_channels` made of it, not yet repaired.
+    X : Tensor of shape (n, ...)
+        Inputs, of which the first 64 are used.
+    keep_outputs : array-like of int, default=None
+        Columns of the original's output that the sliced network gives, in order. None: those in
+        ``sliced.outputs``.
+    tol : float, default=1e-4
+        Largest allowed max|difference| / max|masked output|.
+
+    Returns
+    -------
+    float
+        max|difference| / max|masked output|, the largest over chunks of the images.
+
+    Raises
+    ------
+    SlicingError
+        If the two differ by more than `tol`. It names the first layer that does.
+    ValueError
+        If `X` is empty.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from sinfkit.surgery import check_sliced, slice_channels
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    >>> check_sliced(net, slice_channels(net, X, {"0": [1, 3, 6]}), X) <= 1e-4
+    True
+    """
+    if len(X) == 0:
+        raise ValueError("X is empty; the comparison needs images.")
+    kept = sliced.outputs if keep_outputs is None else np.asarray(keep_outputs)
+    comparison = Comparison(dense, sliced.model, sliced.removed_inputs)
+    X = precision(dense, X[:_MAX_IMAGES])
+    try:
+        difference = comparison.of_outputs(X, kept)
+    except (RuntimeError, IndexError):  # shapes that do not fit; the layers show where
+        difference = math.nan
+    # In a network that agrees, a hidden layer may be a little further off than the outputs are.
+    allowed = 10 * tol if difference <= tol else tol
+    supports = {**sliced.support, **sliced.norm_support}
+    layer, how = comparison.first_difference(X[:2], supports, allowed)
+    if difference <= tol and not layer:
+        return difference
+    where = f"The first layer that differs is {layer!r}: {how}." if layer else "No layer differs."
+    raise SlicingError(
+        f"The sliced and the masked network differ by {difference:.2g} of the largest output "
+        f"(allowed: {tol:g}). {where}",
+        layer,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Trace:
+    """What one forward pass of a private copy of the network showed."""
+
+    graph: tp.DependencyGraph | None
+    failure: str  # why there is no graph
+    modules: dict[str, nn.Module]  # of the copy
+    names: dict[Any, str]  # of its modules, its parameters and its input
+    calls: dict[str, int]  # narrowable module -> how often it was executed, in order
+    opaque: dict[str, str]  # narrowable module inside an opaque leaf of a GraphModule -> that leaf
+
+    @property
+    def layers(self) -> list[str]:
+        """Layers in order of first execution."""
+        return [name for name in self.calls if is_layer(self.modules[name])]
+
+
+def _trace(model: nn.Module, example: Tensor) -> _Trace:
+    """Run a copy of the network under autograd, from which torch-pruning reads the graph."""
+    if not isinstance(example, Tensor) or example.ndim < 2 or not example.is_floating_point():
+        raise ValueError("example must be a floating-point tensor of shape (n, ...).")
+    # Two rows: a forward pass may squeeze a single one away.
+    shape = (2, *example.shape[1:])
+    with torch.inference_mode(False), torch.enable_grad():
+        try:  # Without data, in a moment whatever the size of the images.
+            return _trace_at(model, torch.empty(shape, dtype=example.dtype, device="meta"))
+        except Exception:  # It looks at values, or makes tensors of its own.
+            try:
+                return _trace_at(model, example.detach()[:1].expand(shape).clone())
+            except Exception as error:
+                raise ValueError(f"The model fails on the example input: {error}") from error
+
+
+def _trace_at(model: nn.Module, example: Tensor) -> _Trace:
+    """Trace on the device of the example."""
+
+    def private(tensor: Tensor) -> Tensor:
+        # Autograd passes by frozen weights, so each gets a stand-in that is not.
+        new = tensor.detach().to(example.device)
+        learned = isinstance(tensor, nn.Parameter) and new.is_floating_point()
+        return nn.Parameter(new) if learned else new
+
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): private(tensor) for tensor in tensors})
+    # torch-pruning does not know the input; as a parameter, it becomes a node of the graph.
+    entry = nn.Parameter(example)
+    modules = dict(twin.named_modules())
+    names: dict[Any, str] = {module: name for name, module in modules.items()}
+    names |= {parameter: f"the parameter {name!r}" for name, parameter in twin.named_parameters()}
+    names[entry] = "the network's input"
+    calls: dict[str, int] = {}
+
+    def count(module: nn.Module, args: Any) -> None:
+        calls[names[module]] = calls.get(names[module], 0) + 1
+
+    for module in modules.values():
+        if isinstance(module, NARROWABLE):
+            module.register_forward_pre_hook(count)
+
+    ran = False
+
+    def forward(twin: nn.Module, x: Tensor) -> Tensor:
+        nonlocal ran
+        output = twin(x.clone())  # a leaf could not be overwritten in place
+        if not isinstance(output, Tensor):
+            raise TypeError(f"it must return one tensor, not {type(output).__name__}")
+        ran = True
+        return output
+
+    graph, failure = tp.DependencyGraph(), ""
+    try:
+        graph.build_dependency(
+            twin, entry, forward_fn=forward, unwrapped_parameters=[(entry, 1)], verbose=False
+        )
+    except Exception as error:
+        if not ran:
+            raise
+        graph, failure = None, f"torch-pruning cannot follow the network's channels ({error})"
+    opaque = {}
+    if isinstance(model, fx.GraphModule):
+        leaves = {str(node.target) for node in model.graph.nodes if node.op == "call_module"}
+        for name in calls.keys() - leaves:
+            opaque[name] = next((leaf for leaf in leaves if name.startswith(leaf + ".")), name)
+    return _Trace(graph, failure, modules, names, calls, opaque)
+
+
+def _read_group(trace: _Trace, layer: str) -> ChannelGroup:
+    """Read the group of a layer's outputs; ``is_output`` tells whether it reaches the output."""
+    root = trace.modules[layer]
+    alone = ChannelGroup(layer, (layer,), width(root, "out"))
+    if trace.graph is None:
+        return replace(alone, whole=trace.failure)
+    if root not in trace.graph.module2node:
+        return replace(alone, whole="no gradient comes back to it from the network's output")
+    prune = trace.graph.get_pruner_of_module(root).prune_out_channels
+    try:
+        items = trace.graph.get_pruning_group(root, prune, list(range(alone.n_channels))).items
+    except Exception as error:  # a layer that torch-pruning cannot follow stays whole
+        return replace(alone, whole=f"torch-pruning cannot follow its channels ({error})")
+    obstacles = [why for item in items if (why := _obstacle(trace, item.dep.target))]
+    members: list[Member] = []
+    is_output = False
+    for item in items:
+        node = item.dep.target
+        side = "in" if item.dep.handler.__name__ == "prune_in_channels" else "out"
+        is_output |= node.type == _OP.OUTPUT or (side == "out" and not node.outputs)
+        name = trace.names.get(node.module, "")
+        shares_one_slope = isinstance(node.module, nn.PReLU) and node.module.num_parameters == 1
+        if name in trace.calls and not shares_one_slope:
+            index = np.array(item.idxs, dtype=np.int64)
+            channel = np.array([-1 if i is None else i for i in item.root_idxs], dtype=np.int64)
+            members.append(Member(name, side, index, channel))
+    return _assemble(trace, alone, members, is_output, obstacles)
+
+
+def _assemble(
+    trace: _Trace,
+    alone: ChannelGroup,
+    members: Sequence[Member],
+    is_output: bool,
+    obstacles: list[str],
+) -> ChannelGroup:
+    """Make a group of its members, and see whether its channels fit into each of them."""
+    n, layers, consumers, runs = alone.n_channels, {alone.name}, set(), [alone.n_channels]
+    for member in members:
+        name, module = member.module, trace.modules[member.module]
+        produces = member.side == "out" and is_layer(module)
+        if member.side == "in" or is_depthwise(module):
+            consumers.add(name)
+        if _is_one_to_one(member, n, width(module, member.side)):
+            if produces:
+                layers.add(name)
+            if groups_of(module) > 1:
+                runs.append(n // groups_of(module))
+                if not np.array_equal(member.index, member.channel):
+                    obstacles.append(f"its channels come to {name!r} in another order")
+        elif produces or groups_of(module) > 1:
+            obstacles.append(f"its {n} channels are not one to one those of {name!r}")
+        elif member.channel.min() < 0 or member.index.max() >= width(module, member.side):
+            obstacles.append(f"its {n} channels are more than {name!r} has")
+    run = math.gcd(*runs)
+    if run == 1 < n:
+        obstacles.append("a grouped convolution needs every one of its channels")
+    in_order = tuple(name for name in trace.calls if name in layers)
+    return ChannelGroup(
+        name=in_order[0],
+        layers=in_order,
+        n_channels=n,
+        n_groups=n // run,
+        consumers=tuple(name for name in trace.calls if name in consumers),
+        is_output=is_output,
+        whole=obstacles[0] if obstacles else "",
+        _members=tuple(members),
+    )
+
+
+def _is_one_to_one(member: Member, n_channels: int, width: int) -> bool:
+    """Whether each of a group's channels has one position in a module, and no position is left."""
+    every = np.arange(n_channels)
+    return (
+        len(member.index) == width == n_channels
+        and np.array_equal(np.sort(member.index), every)
+        and np.array_equal(np.sort(member.channel), every)
+    )
+
+
+def _obstacle(trace: _Trace, node: Any) -> str:
+    """Say why channels that run through a node of the dependency graph cannot be sliced."""
+    module, name = node.module, trace.names.get(node.module, "")
+    if node.type == _OP.PARAMETER:
+        return f"its channels are tied to {name}"
+    if node.type in (_OP.SPLIT, _OP.UNBIND):
+        return "the forward pass splits its channels"
+    if node.type == _OP.SLICE and module.dim not in (2, 3):
+        return "the forward pass takes a part of its channels"
+    if module not in trace.names:
+        return ""
+    if name in trace.opaque:
+        return f"its channels run through {trace.opaque[name]!r}, which torch.fx cannot look into"
+    what = f"its channels run through the {type(module).__name__} {name!r}"
+    if not isinstance(module, NARROWABLE):
+        return f"{what}, which is not sliced"
+    if "weight" not in module._parameters or (
+        isinstance(module, (nn.Conv2d, nn.Linear)) and not is_layer(module)
+    ):
+        return f"{what}, whose weight is computed from others"
+    if trace.calls[name] > 1:
+        return f"{what}, which is executed {trace.calls[name]} times"
+    if isinstance(module, nn.Conv2d) and 1 < module.groups == module.out_channels:
+        if not is_depthwise(module):
+            return f"{what}, which has one group for each output"
+    return ""
