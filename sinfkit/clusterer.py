@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -41,7 +42,8 @@ class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Torch
     n_clusters : int, optional
         Number of clusters; default the square root of the number of classes, rounded.
     max_cluster_size : int, optional
-        No cluster gets more classes; default no limit.
+        No cluster gets more classes; default one and a half times the mean size, rounded up, since
+        agglomerative clustering likes to make one cluster of nearly everything.
     layer : str, default="auto"
         The cut behind which the probe sits (see `sinfkit.graph.cut_points`); ``"auto"`` takes the
         one nearest to half of the network's multiplications.
@@ -223,7 +225,8 @@ n_features)
                 stacklevel=4,
             )
             n_clusters = n_classes
-        self.class_clusters_ = group_classes(self.affinity_, n_clusters, self.max_cluster_size)
+        limit = self.max_cluster_size or math.ceil(1.5 * n_classes / n_clusters)
+        self.class_clusters_ = group_classes(self.affinity_, n_clusters, limit)
         self.cluster_names_ = np.arange(n_clusters)
 
     def predict(self, X: Any) -> np.ndarray:

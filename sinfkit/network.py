@@ -126,6 +126,11 @@ class SINFNetwork(nn.Module):
         self.fallback = fallback
         self.top_k = top_k
 
+    def subgraph(self, cluster: int) -> nn.Module | None:
+        """Return the subgraph of a cluster; None for a cluster of one class."""
+        key = str(cluster)
+        return self.subgraphs[key] if key in self.subgraphs else None
+
     def forward(self, x: Tensor) -> Tensor:
         """Return class probabilities.
 
@@ -257,8 +262,8 @@ class SINFNetwork(nn.Module):
                 assert self.rest is not None
                 answers = self.rest(group)[:, self.outputs].to(self.router.weight.dtype)
                 fallback = (rows[index], torch.softmax(answers, 1))
-            elif str(c) in self.subgraphs:
-                out = self.subgraphs[str(c)](group)
+            elif (subgraph := self.subgraph(c)) is not None:
+                out = subgraph(group)
                 if logits is None:
                     logits = out.new_zeros(len(branch), len(self.class_clusters))
                 columns = (self.class_clusters == c).nonzero()[:, 0]

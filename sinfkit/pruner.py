@@ -320,7 +320,6 @@ n_features)
             raise ValueError(
                 f"repair_samples must be a positive integer, got {self.repair_samples!r}."
             )
-        options = {"penalty": self.penalty} if self.criterion == "dcs" else {}
         if not isinstance(self.penalty, (int, float)) or not 0 < self.penalty < float("inf"):
             raise ValueError(f"penalty must be a positive number, got {self.penalty!r}.")
         return make_recipe(
@@ -330,7 +329,7 @@ n_features)
             self.max_ratio,
             self.pool_size,
             self.repair,
-            options,
+            {"penalty": self.penalty},
         )
 
     def _layers_from(self, graph: fx.GraphModule, output: str) -> list[str]:

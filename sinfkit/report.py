@@ -173,7 +173,7 @@ def make_report(
     rows = []
     for c, name in enumerate(cluster_names.tolist()):
         own = truth == c
-        has_subgraph = str(c) in network.subgraphs
+        has_subgraph = network.subgraph(c) is not None
         rows.append(
             ClusterRow(
                 name,
@@ -245,7 +245,7 @@ def branch_costs(network: SINFNetwork, example: Tensor) -> dict[str, Any]:
     n = network.n_clusters
     macs, parameters = np.zeros(n + 1), np.zeros(n + 1)
     for c in range(n + 1):
-        branch = network.rest if c == n else network.subgraphs.get(str(c))
+        branch = network.rest if c == n else network.subgraph(c)
         if branch is not None:
             macs[c], parameters[c] = count_macs(branch, h)[0], count_parameters(branch)
     return {

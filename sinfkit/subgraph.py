@@ -30,7 +30,7 @@ class Recipe:
     ----------
     criterion : Criterion
     options : mapping
-        Keyword arguments of the criterion (penalty ...).
+        Keyword arguments of the criterion (penalty ...), only those that it knows.
     schedule : str
     min_ratio, max_ratio : float
         Fraction of filters removed from the first and the last group.
@@ -76,7 +76,8 @@ def make_recipe(
         raise ValueError(f"repair must be one of {tuple(REPAIRS)}, got {repair!r}.")
     if not isinstance(pool_size, (int, np.integer)) or pool_size < 1:
         raise ValueError(f"pool_size must be a positive integer, got {pool_size!r}.")
-    return Recipe(found, schedule, min_ratio, max_ratio, int(pool_size), repair, dict(options))
+    known = {name: value for name, value in options.items() if name in found.options}
+    return Recipe(found, schedule, min_ratio, max_ratio, int(pool_size), repair, known)
 
 
 def _is_number(value: Any) -> bool:
