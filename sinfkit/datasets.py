@@ -67,6 +67,14 @@ class ImageDataset:
         ``SemanticClusterer``.
     paths : tuple of pathlib.Path, default=()
         File of each image, where each has its own.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sinfkit.datasets import ImageDataset
+    >>> images = np.zeros((2, 3, 8, 8), dtype=np.uint8)
+    >>> ImageDataset(images, np.array([0, 1]), ("cat", "oak"), {0: "animals", 1: "plants"})
+    ImageDataset(2 images of shape (3, 8, 8), 2 classes, 2 clusters)
     """
 
     X: np.ndarray

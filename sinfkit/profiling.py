@@ -29,6 +29,7 @@ def count_parameters(module: nn.Module) -> int:
     Parameters
     ----------
     module : torch.nn.Module
+        Any network, or a part of one.
 
     Returns
     -------
@@ -199,6 +200,13 @@ class Latency:
     ----------
     seconds : mapping of str to ndarray of shape (n_rounds,)
         Wall-clock time of each callable in each round.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> latency = Latency({"old": np.array([2.0, 4.0, 6.0]), "new": np.array([1.0, 3.0, 3.0])})
+    >>> latency.median, latency.ratio("new", "old")
+    ({'old': 4.0, 'new': 3.0}, 0.5)
     """
 
     seconds: Mapping[str, np.ndarray]

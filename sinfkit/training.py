@@ -58,8 +58,8 @@ def train_network(
     model : torch.nn.Module
         Maps a batch of X to logits. It is left as it is: a copy is trained, all of its parameters.
     X : ndarray or Tensor of shape (n_samples, channels, height, width) or (n_samples, n_features)
-        uint8 (divided by 255 on the way) or floating point. Stays where it is in memory; batches
-        move to the device.
+        Samples, uint8 (divided by 255 on the way) or floating point. They stay where they are in
+        memory; batches move to the device.
     y : ndarray or Tensor of shape (n_samples,)
         Integer labels: index of the network's output, from 0.
     epochs : int

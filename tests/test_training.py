@@ -99,6 +99,24 @@ def test_same_seed_same_result_whatever_the_global_generators(digits):
     assert not same(results[0], train_network(Interruptible(), X, y, epochs=2, random_state=4))
 
 
+def test_each_epoch_sees_every_sample_in_an_order_of_its_own():
+    seen: list[int] = []
+
+    class Recording(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                seen.extend(x[:, 0].int().tolist())
+            return super().forward(x)
+
+    X = np.arange(50, dtype=np.float32)[:, None]
+    train_network(
+        Recording(1, 2), X, np.arange(50) % 2, epochs=2, batch_size=8, max_lr=1e-6, random_state=0
+    )
+    first, second = seen[:50], seen[50:]
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+
+
 def test_random_state_object(digits):
     X, y = digits[0][:100], digits[1][:100]
     first, second = (
