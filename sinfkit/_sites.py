@@ -1,0 +1,272 @@
+"""A layer under repair: what its output runs into, and how its inputs and outputs are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ._lockstep import Lockstep
+from ._ops import is_addition, is_identity, is_shape_query
+from ._ridge import double
+
+Layer = nn.Conv2d | nn.Linear
+_Norm = nn.BatchNorm1d | nn.BatchNorm2d
+
+_TINY = 1e-3  # batch-norm scales that are not divided by, relative to the layer's largest
+
+
+@dataclass
+class Site:
+    """A layer of the sliced network, and what its output runs into.
+
+    Attributes
+    ----------
+    walk : Lockstep
+    node : fx.Node
+        That calls the layer.
+    layer : Conv2d or Linear
+    kept : Tensor of shape (n_channels,)
+        The dense layer's channels that it still has.
+    norm : BatchNorm1d, BatchNorm2d or None
+        The batch-norm that alone reads its output.
+    other : fx.Node or None
+        The value that its output is added to, if that is known by now.
+    gain : Tensor of shape (n_channels,)
+        What the batch-norm multiplies each channel with, float64.
+    """
+
+    walk: Lockstep
+    node: fx.Node
+    layer: Layer
+    kept: Tensor
+    norm: _Norm | None = None
+    other: fx.Node | None = None
+
+    def __post_init__(self) -> None:
+        self.gain = torch.ones_like(double(self.kept))
+        if self.norm is not None:
+            assert self.norm.running_var is not None
+            self.gain = (double(self.norm.running_var) + self.norm.eps).rsqrt()
+            if self.norm.weight is not None:
+                self.gain = self.gain * double(self.norm.weight)
+        self._faint = self.gain.abs() <= _TINY * self.gain.abs().max()
+        self._gap_sum = torch.zeros_like(self.gain)
+        self._n_positions = 0
+
+    @property
+    def axis(self) -> int:
+        """Axis of the channels in the layer's output."""
+        return 1 if isinstance(self.layer, nn.Conv2d) else -1
+
+    def along_channels(self, values: Tensor, like: Tensor) -> Tensor:
+        """One number per channel, shaped to be broadcast over an output of the layer."""
+        shape = [1] * like.ndim
+        shape[self.axis] = -1
+        return values.to(like).reshape(shape)
+
+    def targets(self, dense: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        """What the layer should give, from what the dense layer gave.
+
+        Parameters
+        ----------
+        dense : Tensor of shape (n, n_dense_channels, height, width) or (n, ..., n_dense_channels)
+        chunk : int
+
+        Returns
+        -------
+        own, target : Tensor
+            The dense output at the kept channels; and the same plus what makes up for the error of
+            the value that it will be added to. Where the batch-norm's gain is next to nothing,
+            that would take a huge correction: `lift` has it instead.
+        """
+        own = dense.index_select(self.axis, self.kept)
+        if self.other is None:
+            return own, own
+        other = self.walk.value(self.other, "dense", chunk)
+        theirs = self.walk.value(self.other, "sliced", chunk)
+        if other.shape != dense.shape or theirs.shape != own.shape:  # broadcast
+            self.other = None
+            return own, own
+        gap = other.index_select(self.axis, self.kept) - theirs
+        self._gap_sum += double(gap.movedim(self.axis, -1).flatten(0, -2).sum(0))
+        self._n_positions += gap.numel() // len(self.kept)
+        inverse = torch.where(self._faint, 0.0, 1 / self.gain)
+        return own, own + gap * self.along_channels(inverse, gap)
+
+    def install(self, weight: Tensor, shift: Tensor) -> bool:
+        """Give the layer a new weight and shift its output.
+
+        Parameters
+        ----------
+        weight : Tensor
+            As the layer's weight.
+        shift : Tensor of shape (n_channels,)
+            To be added to its output.
+
+        Returns
+        -------
+        bool
+            Whether the layer's own output is shifted; else a batch-norm's running mean is.
+        """
+        layer, norm = self.layer, self.norm
+        layer.weight = _parameter(weight, layer.weight)
+        if norm is not None and norm.bias is not None and self.other is not None:
+            lift = torch.where(self._faint, self._gap_sum / self._n_positions, 0.0)
+            norm.bias = _parameter(norm.bias + lift.to(norm.bias), norm.bias)
+        if layer.bias is None and norm is not None:
+            assert norm.running_mean is not None
+            norm.running_mean = norm.running_mean - shift.to(norm.running_mean)
+            return False
+        bias = shift if layer.bias is None else double(layer.bias) + shift
+        layer.bias = _parameter(bias, layer.weight)
+        return True
+
+
+def find_site(walk: Lockstep, node: fx.Node, layer: Layer, kept: np.ndarray | None) -> Site:
+    """Look at what follows a layer.
+
+    Parameters
+    ----------
+    walk : Lockstep
+        About to pass `node`.
+    node : fx.Node
+    layer : Conv2d or Linear
+        The layer that it calls.
+    kept : ndarray of int or None
+        The dense layer's channels that it still has; None for all.
+
+    Returns
+    -------
+    Site
+
+    Raises
+    ------
+    ValueError
+        If `kept` does not fit the two layers, or both networks call the same module.
+    """
+    dense = walk.module(node, "dense")
+    assert isinstance(dense, (nn.Conv2d, nn.Linear))
+    if dense is layer:
+        raise ValueError(
+            f"The layer {node.target!r} is one module in both networks, so a repair would change "
+            "the dense one as well. Trace the sliced network from a copy."
+        )
+    n_dense, n_sliced = len(dense.weight), len(layer.weight)
+    kept = np.arange(n_dense) if kept is None else np.asarray(kept)
+    if kept.shape != (n_sliced,) or kept.min() < 0 or kept.max() >= n_dense:
+        raise ValueError(
+            f"support of {node.target!r} must be {n_sliced} channels below {n_dense}, one for each "
+            f"channel of the sliced layer; got {kept}."
+        )
+    place, reader = node, _only_reader(node)
+    norm = None
+    if reader is not None:
+        norm = _foldable_norm(walk, node, reader)
+        if norm is not None:
+            place, reader = reader, _only_reader(reader)
+    while reader is not None and is_identity(walk.sliced, reader):
+        place, reader = reader, _only_reader(reader)
+    other = None
+    if reader is not None and is_addition(reader) and not reader.kwargs:
+        other = next((source for source in reader.all_input_nodes if source is not place), place)
+        while is_identity(walk.sliced, other):
+            other = other.all_input_nodes[0]
+        other = other if walk.known(other) else None
+    return Site(walk, node, layer, torch.as_tensor(kept, device=layer.weight.device), norm, other)
+
+
+def _foldable_norm(walk: Lockstep, node: fx.Node, reader: fx.Node) -> _Norm | None:
+    """The batch-norm that a node calls, if it only scales and shifts a layer's channels."""
+    norm = walk.module(reader, "sliced")
+    if not isinstance(norm, _Norm) or norm.running_var is None or not walk.called_once(reader):
+        return None
+    inputs = walk.value(node.all_input_nodes[0], "sliced", 0)
+    per_feature = isinstance(norm, nn.BatchNorm2d) or inputs.ndim == 2
+    return norm if per_feature else None
+
+
+def sample(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
+    """Take a layer's outputs at some positions.
+
+    Parameters
+    ----------
+    values : Tensor of shape (n_maps, n_channels, height, width) or (n, ..., n_channels)
+        Output of a convolution or of a linear layer. Each of the n images has one or more maps,
+        one after the other.
+    layer : Conv2d or Linear
+    where : Tensor of int, of shape (n, n_drawn)
+        Positions in each image, counted through its maps, rows and columns.
+
+    Returns
+    -------
+    Tensor of shape (n, n_drawn, n_channels)
+    """
+    if isinstance(layer, nn.Conv2d):
+        maps, rows, columns = _places(where, len(values), values.shape[2], values.shape[3])
+        return values[maps, :, rows, columns]
+    images = torch.arange(len(where), device=where.device)[:, None]
+    return values.reshape(len(where), -1, values.shape[-1])[images, where]
+
+
+def sample_patches(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
+    """Take what a layer multiplies with its weights, at some positions of its output.
+
+    Parameters
+    ----------
+    values : Tensor of shape (n_maps, n_inputs, height, width) or (n, ..., n_inputs)
+        Input of the layer.
+    layer : Conv2d or Linear
+    where : Tensor of int, of shape (n, n_drawn)
+        As for `sample`: positions of the OUTPUT.
+
+    Returns
+    -------
+    Tensor of shape (n, n_drawn, n_inputs * kernel height * kernel width)
+        In the order of the weights. Only what is sampled is copied.
+    """
+    if isinstance(layer, nn.Linear):
+        return sample(values, layer, where)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    values = F.pad(values, _padding(layer), mode=mode)
+    for axis in (0, 1):
+        step = layer.dilation[axis]
+        extent = step * (layer.kernel_size[axis] - 1) + 1
+        values = values.unfold(2 + axis, extent, layer.stride[axis])[..., ::step]
+    maps, rows, columns = _places(where, len(values), values.shape[2], values.shape[3])
+    return values[maps, :, rows, columns].flatten(2)
+
+
+def _padding(layer: nn.Conv2d) -> list[int]:
+    """Left, right, top and bottom padding of a convolution."""
+    if not isinstance(layer.padding, str):
+        height, width = layer.padding
+        return [width, width, height, height]
+    if layer.padding == "valid":
+        return [0, 0, 0, 0]
+    sides = []
+    for step, size in zip(reversed(layer.dilation), reversed(layer.kernel_size), strict=True):
+        total = step * (size - 1)
+        sides += [total // 2, total - total // 2]
+    return sides
+
+
+def _places(where: Tensor, n_maps: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Map, row and column of positions that are counted image by image."""
+    first = torch.arange(0, n_maps, n_maps // len(where), device=where.device)[:, None]
+    plane = height * width
+    return first + where // plane, where % plane // width, where % width
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    """The only node that uses the values of another, not just its shape."""
+    readers = [user for user in node.users if not is_shape_query(user)]
+    return readers[0] if len(readers) == 1 else None
+
+
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    """A new parameter, of the kind of another."""
+    return nn.Parameter(value.to(like).contiguous(), requires_grad=like.requires_grad)
