@@ -11,7 +11,6 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ._checkpoint import Checkpoint
 from ._device import resolve_device
 
 __all__ = ["train_network"]
@@ -163,7 +163,7 @@ def train_network(
         pct_start=_WARM_UP,
         cycle_momentum=False,
     )
-    run = _Checkpoint(
+    run = Checkpoint(
         checkpoint,
         settings={
             "epochs": int(epochs),
@@ -279,64 +279,6 @@ class _Engine:
         for batch, truth in pairs:
             correct += int((self.logits(batch).argmax(1).cpu() == truth).sum())
         return correct / len(images)
-
-
-class _Checkpoint:
-    """State of a run after each finished epoch, in a file if one is named."""
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None,
-        settings: dict[str, Any],
-        parts: dict[str, Any],
-    ) -> None:
-        self.path = None if path is None else Path(path)
-        self.settings, self.parts = settings, parts
-        self.history: list[dict[str, float]] = []
-
-    def resume(self, seed: int, *, given: bool) -> int:
-        """Load the file if it exists; return the run's seed, which must agree if it was given."""
-        if self.path is None or not self.path.exists():
-            return seed
-        way_out = "Delete the file or name another."
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            found = {**state["settings"], "random_state": state["seed"]}
-        except Exception as error:
-            raise ValueError(
-                f"checkpoint {self.path} is not one of train_network ({error}). {way_out}"
-            ) from error
-        expected = {**self.settings, "random_state": seed if given else state["seed"]}
-        different = [key for key, value in expected.items() if found.get(key) != value]
-        if different:
-            raise ValueError(
-                f"checkpoint {self.path} belongs to another run, of which {', '.join(different)} "
-                f"differ. {way_out}"
-            )
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint {self.path} belongs to another network ({error}). {way_out}"
-            ) from error
-        self.history = state["history"]
-        return int(state["seed"])
-
-    def save(self, seed: int, record: dict[str, float]) -> None:
-        """Add one epoch and write the file, never leaving half of one."""
-        self.history.append(record)
-        if self.path is None:
-            return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"settings": self.settings, "seed": seed, "history": self.history}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        try:
-            torch.save(state, partial)
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _check_settings(epochs: int, batch_size: int, max_lr: float, augment: str | None) -> None:
