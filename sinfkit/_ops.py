@@ -138,8 +138,8 @@ def is_arithmetic(node: fx.Node) -> bool:
 
 
 def is_addition(node: fx.Node) -> bool:
-    """Whether a node adds two computed values, as at the end of a residual block."""
-    if _function_name(node) != "add" or len(node.args) != 2:
+    """Whether a node adds two different computed values, as at the end of a residual block."""
+    if _function_name(node) != "add" or len(node.args) != 2 or node.args[0] is node.args[1]:
         return False
     return all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
+import operator
 import warnings
 from collections.abc import Callable
 from types import FrameType
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from ._ops import called_module, holds_layers, is_identity, is_layer, out_of_place
+from ._ops import called_module, holds_layers, is_identity, is_layer, is_shape_query, out_of_place
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -77,9 +78,9 @@ def trace(model: nn.Module) -> fx.GraphModule:
 
     Notes
     -----
-    An operation that overwrites its argument (``nn.ReLU(inplace=True)``, ``x.add_(y)``) is
-    replaced by the one that does not, and whatever reads the argument later reads the result
-    instead, as it would have done.  Writing into a *view* (a slice, a chunk) is not recognised.
+    An operation that overwrites its argument (``nn.ReLU(inplace=True)``, ``x += y``) is replaced
+    by the one that does not, and whatever reads the argument later reads the result instead, as
+    it would have done.  Writing into a *view* (a slice, a chunk) is not recognised.
     An ``assert`` about the input, for instance its shape, is taken to hold and left out.
 
     Examples
@@ -151,12 +152,35 @@ class _Untraceable(Exception):
         self.name = name
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that records ``x += y`` as what it is; torch.fx takes it for ``x = x + y``."""
+
+    def _record(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
+        """Record the call of an in-place operator."""
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._record(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._record(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._record(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._record(operator.itruediv, other)
+
+
 class _Tracer(fx.Tracer):
     """A tracer that gives the root one argument and says where it failed."""
 
     def __init__(self, opaque: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.opaque = opaque
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_args_for_root(
         self,
@@ -179,7 +203,8 @@ class _Tracer(fx.Tracer):
         frame = inspect.currentframe()
         while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch.fx.proxy"):
             frame = frame.f_back
-        return True if frame is not None and _asserts(frame) else super().to_bool(obj)
+        passing = None if frame is None else _asserted(frame)
+        return super().to_bool(obj) if passing is None else passing
 
     def call_module(
         self,
@@ -199,18 +224,25 @@ class _Tracer(fx.Tracer):
             raise _Untraceable(name) from error
 
 
-def _asserts(frame: FrameType) -> bool:
-    """Whether the condition that a frame is just testing is that of an ``assert``."""
-    skipped = ("CACHE", "NOT_TAKEN", "TO_BOOL")
+def _asserted(frame: FrameType) -> bool | None:
+    """The value that lets the condition pass that a frame is just testing in an ``assert``."""
+    # Depending on Python's version the condition is tested by the jump or just before it.
+    skipped = ("CACHE", "COMPARE_OP", "NOT_TAKEN", "TO_BOOL")
     code = [i for i in dis.get_instructions(frame.f_code) if i.opname not in skipped]
-    test = next(n for n, i in enumerate(code) if i.offset >= frame.f_lasti)
-    if "JUMP_IF_TRUE" in code[test].opname:
-        failure = code[test + 1]
-    elif "JUMP_IF_FALSE" in code[test].opname:  # not the last of several joined by `and`
-        failure = next(i for i in code if i.offset >= code[test].argval)
-    else:
-        return False
-    return failure.opname == "LOAD_ASSERTION_ERROR" or failure.argrepr == "AssertionError"
+    at = next(n for n, i in enumerate(code) if i.offset >= frame.f_lasti)
+    test = code[at]
+    if not test.opname.endswith(("IF_TRUE", "IF_FALSE")):
+        return None
+    jumps = test.opname.endswith("IF_TRUE")
+    if _raises_assertion(code[at + 1]):
+        return jumps
+    target = next(i for i in code if i.offset >= test.argval)
+    return not jumps if _raises_assertion(target) else None
+
+
+def _raises_assertion(instruction: dis.Instruction) -> bool:
+    """Whether an ``assert`` that fails goes on with an instruction."""
+    return instruction.opname == "LOAD_ASSERTION_ERROR" or instruction.argrepr == "AssertionError"
 
 
 class _Replayer(_Tracer):
@@ -256,21 +288,22 @@ def _make_functional(gm: fx.GraphModule) -> None:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     # Nodes that may share one tensor: an eval-mode dropout returns its very argument.
     same: dict[fx.Node, list[fx.Node]] = {}
+    numbers: set[fx.Node] = set()  # sizes and what is computed from them cannot be overwritten
     for node in list(gm.graph.nodes):
-        source = next(iter(node.all_input_nodes), None)
         same[node] = [node]
-        if source is None:
-            continue
+        sources = node.all_input_nodes
+        if is_shape_query(node) or (sources and numbers.issuperset(sources)):
+            numbers.add(node)
         overwrites = node.op == "call_module" and node.target in overwriting
         if node.op in ("call_function", "call_method"):
             overwrites = _switch_off(node)
-        if overwrites:
-            for old in same[source]:
+        if overwrites and sources and sources[0] not in numbers:
+            for old in same[sources[0]]:
                 for user in [user for user in old.users if order[user] > order[node]]:
                     user.replace_input_with(old, node)
         elif is_identity(gm, node):
-            same[source].append(node)
-            same[node] = same[source]
+            same[sources[0]].append(node)
+            same[node] = same[sources[0]]
 
 
 def _switch_off(node: fx.Node) -> bool:

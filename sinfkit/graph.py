@@ -6,7 +6,6 @@ qualified names that they have in the user's model.
 
 from __future__ import annotations
 
-import operator
 import os.path
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -219,7 +218,7 @@ def cut_points(gm: fx.GraphModule) -> list[CutPoint]:
         else:
             names[place] = _joined_name(stations, start, stop)
         start = stop
-    return [CutPoint(names[p], p.name) for p in _with_own_parameters(gm, list(names))]
+    return [CutPoint(names[p], p.name) for p in _with_own_modules(gm, list(names))]
 
 
 def find_cut(gm: fx.GraphModule, name: str) -> CutPoint:
@@ -449,15 +448,13 @@ def _any_in(names: Iterable[str], path: Sequence[str]) -> bool:
     return any(_lies_in(name, ".".join(path)) for name in names)
 
 
-def _with_own_parameters(gm: fx.GraphModule, places: Sequence[fx.Node]) -> list[fx.Node]:
-    """Those of the places where no parameter is used both before and after."""
+def _with_own_modules(gm: fx.GraphModule, places: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those of the places where no module with parameters is called both before and after."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    uses: dict[int, list[int]] = {}
+    calls: dict[int, list[int]] = {}
     for node, i in order.items():
-        if node.op == "get_attr":
-            uses.setdefault(id(operator.attrgetter(str(node.target))(gm)), []).append(i)
-        elif (module := called_module(gm, node)) is not None:
-            for parameter in module.parameters():
-                uses.setdefault(id(parameter), []).append(i)
-    spans = [(at[0], at[-1]) for at in uses.values() if len(at) > 1]
+        module = called_module(gm, node)
+        for parameter in () if module is None else module.parameters():
+            calls.setdefault(id(parameter), []).append(i)
+    spans = [(at[0], at[-1]) for at in calls.values() if len(at) > 1]
     return [p for p in places if not any(first <= order[p] < last for first, last in spans)]
