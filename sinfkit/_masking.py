@@ -69,7 +69,7 @@ class Comparison:
         values = []
         with exact_inference(X):
             for x in X.split(_CHUNK):
-                reference, output = self.masked(x), self.small(x)
+                reference, output = self.masked(x.clone()), self.small(x.clone())
                 if kept is not None:
                     reference = reference.index_select(1, torch.from_numpy(kept).to(x.device))
                 values.append(_relative(reference, output))
@@ -165,7 +165,7 @@ def _record(model: nn.Module, names: Mapping[str, Any], x: Tensor) -> dict[str, 
 
     handles = [model.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
     with contextlib.suppress(RuntimeError):
-        model(x)
+        model(x.clone())
     for handle in handles:
         handle.remove()
     return values

@@ -29,7 +29,7 @@ def try_groups(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor
     x = x + (float(x.std()) or 1.0) * noise.to(x)
     dense = Comparison(model, model, {})
     with exact_inference(x):
-        if not torch.isfinite(dense.masked(x)).all():
+        if not torch.isfinite(dense.masked(x.clone())).all():
             raise ValueError("The model gives values that are not finite: check its weights.")
     halves = {group.name: _half(group, rng) for group in groups}
     reasons: dict[str, str] = {}

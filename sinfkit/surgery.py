@@ -5,10 +5,11 @@ the same channel of all that it is added to. `find_groups` says which channels c
 together, `slice_channels` builds the smaller network, and `check_sliced` proves it equal to the
 masked one. This is the only file that knows torch-pruning.
 
-Only the dependency graph is used: it says where each channel of a group sits in each module. The
-slicing itself is done here, because ``group.prune()`` works in place, one group after the other: it
-maps later groups through sizes that no longer hold (concatenations), takes wrong inputs of grouped
-convolutions, and thaws frozen weights. Here every position refers to the original network.
+torch-pruning supplies the dependency graph: its nodes, what each triggers in which other, and how
+channels are renumbered on the way. Following a group through it, and slicing, are done here. Its
+own ``get_pruning_group`` need not end where reshapes form a loop; its ``prune`` works in place, one
+group after the other, so that later groups are mapped through sizes that no longer hold, takes
+wrong inputs of grouped convolutions, and thaws frozen weights.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ __all__ = [
 
 _OP = tp.ops.OPTYPE
 _MAX_IMAGES = 64
+# Without parameters torch-pruning would pass by them, and they mix so weakly that a trial might.
+_MIXERS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
 class SlicingError(RuntimeError):
@@ -277,6 +280,13 @@ def check_sliced(
     )
 
 
+class _Place(NamedTuple):
+    """A position in a module, and the channel of a group that it holds (torch-pruning's names)."""
+
+    idx: int
+    root_idx: int
+
+
 @dataclass(frozen=True, eq=False)
 class _Trace:
     """What one forward pass of a private copy of the network showed."""
@@ -292,6 +302,12 @@ class _Trace:
     def layers(self) -> list[str]:
         """Layers in order of first execution."""
         return [name for name in self.calls if is_layer(self.modules[name])]
+
+    @property
+    def widest(self) -> int:
+        """Largest number of channels on any side of a layer or batch-norm."""
+        sides = ("in", "out")
+        return max((width(self.modules[n], s) for n in self.calls for s in sides), default=0)
 
 
 def _trace(model: nn.Module, example: Tensor) -> _Trace:
@@ -349,7 +365,12 @@ def _trace_at(model: nn.Module, example: Tensor) -> _Trace:
     graph, failure = tp.DependencyGraph(), ""
     try:
         graph.build_dependency(
-            twin, entry, forward_fn=forward, unwrapped_parameters=[(entry, 1)], verbose=False
+            twin,
+            entry,
+            forward_fn=forward,
+            unwrapped_parameters=[(entry, 1)],
+            customized_pruners={kind: tp.ops.DummyPruner() for kind in _MIXERS},
+            verbose=False,
         )
     except Exception as error:
         if not ran:
@@ -371,25 +392,50 @@ def _read_group(trace: _Trace, layer: str) -> ChannelGroup:
         return replace(alone, whole=trace.failure)
     if root not in trace.graph.module2node:
         return replace(alone, whole="no gradient comes back to it from the network's output")
-    prune = trace.graph.get_pruner_of_module(root).prune_out_channels
-    try:
-        items = trace.graph.get_pruning_group(root, prune, list(range(alone.n_channels))).items
-    except Exception as error:  # a layer that torch-pruning cannot follow stays whole
-        return replace(alone, whole=f"torch-pruning cannot follow its channels ({error})")
-    obstacles = [why for item in items if (why := _obstacle(trace, item.dep.target))]
+    places, broken_off = _follow(trace.graph, root, trace.widest)
+    obstacles: list[str] = []
     members: list[Member] = []
     is_output = False
-    for item in items:
-        node = item.dep.target
-        side = "in" if item.dep.handler.__name__ == "prune_in_channels" else "out"
+    for (node, handler), pairs in places.items():
+        obstacles.append(_obstacle(trace, node))
+        side = "in" if handler.__name__ == "prune_in_channels" else "out"
         is_output |= node.type == _OP.OUTPUT or (side == "out" and not node.outputs)
         name = trace.names.get(node.module, "")
         shares_one_slope = isinstance(node.module, nn.PReLU) and node.module.num_parameters == 1
         if name in trace.calls and not shares_one_slope:
-            index = np.array(item.idxs, dtype=np.int64)
-            channel = np.array([-1 if i is None else i for i in item.root_idxs], dtype=np.int64)
+            index, channel = np.array(sorted(pairs), dtype=np.int64).T
             members.append(Member(name, side, index, channel))
-    return _assemble(trace, alone, members, is_output, obstacles)
+    if broken_off:
+        obstacles.append("its channels are reshaped in a way that torch-pruning cannot follow")
+    return _assemble(trace, alone, members, is_output, [why for why in obstacles if why])
+
+
+def _follow(
+    graph: tp.DependencyGraph, root: nn.Module, widest: int
+) -> tuple[dict[tuple[Any, Any], set[_Place]], bool]:
+    """Follow a layer's outputs to all the places they reach, by node and pruning function.
+
+    Also tells whether that was broken off: more channels in a node than any layer has.
+    """
+    places: dict[tuple[Any, Any], set[_Place]] = {}
+    handler = graph.get_pruner_of_module(root).prune_out_channels
+    start = {_Place(i, i) for i in range(width(root, "out"))}
+    todo: list[tuple[Any, Any, set[_Place]]] = [(graph.module2node[root], handler, start)]
+    while todo:
+        node, handler, found = todo.pop()
+        seen = places.setdefault((node, handler), set())
+        fresh = found - seen
+        seen |= fresh
+        if len(seen) > widest:
+            return places, True
+        for dependency in node.dependencies if fresh else ():
+            if dependency.is_triggered_by(handler):
+                mapped: Any = fresh
+                for mapping in dependency.index_mapping:
+                    mapped = mapping(mapped) if mapping is not None else mapped
+                if mapped:
+                    todo.append((dependency.target, dependency.handler, set(mapped)))
+    return places, False
 
 
 def _assemble(
@@ -415,8 +461,10 @@ def _assemble(
                     obstacles.append(f"its channels come to {name!r} in another order")
         elif produces or groups_of(module) > 1:
             obstacles.append(f"its {n} channels are not one to one those of {name!r}")
-        elif member.channel.min() < 0 or member.index.max() >= width(module, member.side):
+        elif member.index.max() >= width(module, member.side):
             obstacles.append(f"its {n} channels are more than {name!r} has")
+        elif len(np.unique(member.index)) < len(member.index):
+            obstacles.append(f"several of its channels share a place in {name!r}")
     run = math.gcd(*runs)
     if run == 1 < n:
         obstacles.append("a grouped convolution needs every one of its channels")
