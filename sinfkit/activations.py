@@ -77,7 +77,7 @@ def pool(x: Tensor, size: int, axis: int = 1) -> Tensor:
         return x.mean((2, 3) if axis == 1 else (1, 2))
     if axis == -1:
         x = x.permute(0, 3, 1, 2)
-    return F.adaptive_avg_pool2d(x, size).flatten(1)
+    return F.adaptive_avg_pool2d(x, int(size)).flatten(1)
 
 
 def collect(
@@ -210,7 +210,6 @@ def taylor_scores(
     wanted = {key: node for node, key in first_key.items()}
     axes = {key: channel_axis(gm, node) for key, node in wanted.items()}
     totals: dict[str, Tensor] = {}
-    n_samples = 0
 
     def attend(key: str, value: Tensor) -> None:
         if not value.requires_grad:
@@ -227,16 +226,20 @@ def taylor_scores(
 
     watched = with_capture(gm, wanted, attend)
     constants = {name: p.detach() for name, p in watched.named_parameters()}
+
+    def attribute(batch: Tensor, labels: Tensor) -> int:
+        logits = _checked(torch.func.functional_call(watched, constants, (batch.detach(),)))
+        if outputs is not None:
+            logits = logits[:, torch.as_tensor(outputs, device=logits.device)]
+        _check_labels(labels, *logits.shape)
+        loss = F.cross_entropy(logits, labels.to(logits.device).long(), reduction="sum")
+        if loss.requires_grad:
+            loss.backward()
+        return len(batch)
+
+    # Whatever a batch needs ends with the call, before the next batch is read.
     with torch.inference_mode(False), torch.enable_grad():
-        for batch, labels in batches:
-            logits = _checked(torch.func.functional_call(watched, constants, (batch.detach(),)))
-            if outputs is not None:
-                logits = logits[:, torch.as_tensor(outputs, device=logits.device)]
-            _check_labels(labels, *logits.shape)
-            loss = F.cross_entropy(logits, labels.to(logits.device).long(), reduction="sum")
-            if loss.requires_grad:
-                loss.backward()
-            n_samples += len(batch)
+        n_samples = sum(attribute(batch, labels) for batch, labels in batches)
     if n_samples == 0:
         raise ValueError("there is no sample to compute Taylor scores from")
     means = {key: total.cpu() / n_samples for key, total in totals.items()}
