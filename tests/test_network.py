@@ -14,7 +14,7 @@ from torch import nn
 from sinfkit.network import Normalise, SINFNetwork
 from sinfkit.routing import RoutePredictor
 
-CLUSTERS = torch.tensor([0, 1, 0, 2, 1, 1, 3])  # cluster 3 has one class: no subgraph
+CLUSTERS = torch.tensor([0, 1, 0, 2, 1, 2, 3])  # cluster 3 has one class: no subgraph
 K, M, WIDTH = 7, 4, 6
 
 
@@ -33,7 +33,9 @@ def make_network(fallback="base", threshold=0.45, top_k=2, seed=0, dtype=torch.f
         Normalise(torch.full((WIDTH,), 0.1, dtype=dtype), torch.full((WIDTH,), 2.0, dtype=dtype)),
         nn.Sequential(linear(WIDTH, WIDTH), nn.ReLU()),
         RoutePredictor(
-            torch.randn(K, WIDTH, generator=generator).to(dtype), torch.zeros(K, dtype=dtype), 1
+            torch.randn(K, WIDTH, generator=generator).to(dtype),
+            torch.randn(K, generator=generator).to(dtype),  # no ties where the ReLU gives only zeros
+            1,
         ),
         [linear(WIDTH, n) if n > 1 else None for n in sizes],
         linear(WIDTH, K + 1),
