@@ -448,3 +448,12 @@ def choose_weight(
             best = (loss, weight, temperatures)
     assert best is not None
     return best[1], best[2]
+
+
+def routed_answers(
+    held: HeldOut, class_clusters: Tensor, temperatures: Tensor, weight: float
+) -> np.ndarray:
+    """Predicted classes where every sample takes its own cluster's subgraph."""
+    members = class_clusters == held.cluster[:, None]
+    logits = held.logits / temperatures[held.cluster][:, None]
+    return fuse(held.log_posterior, logits, members, weight).argmax(1).numpy()

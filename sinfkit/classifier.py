@@ -22,6 +22,7 @@ from .assembly import (
     choose_weight,
     observe,
     pooled_output,
+    routed_answers,
     sides,
     slice_prefix,
     try_cuts,
@@ -529,8 +530,7 @@ n_features)
         elif self.fallback == "none" or network.n_clusters == 1:
             self.confidence_threshold_ = 0.0
         else:
-            network.threshold = 0.0
-            routed = _answers(network, batches())
+            routed = routed_answers(held, network.class_clusters.cpu(), temperatures, weight)
             network.threshold = 2.0  # above every confidence: everybody takes the fallback
             fallback = _answers(network, batches())
             self.confidence_threshold_ = choose_threshold(
