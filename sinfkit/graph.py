@@ -278,7 +278,8 @@ def split(gm: fx.GraphModule, cut: CutPoint) -> tuple[fx.GraphModule, fx.GraphMo
     -------
     prefix, rest : GraphModule
         ``rest(prefix(x))`` computes what ``gm(x)`` does.  Both share their submodules with `gm`,
-        each has only those that it runs, and the names of submodules and nodes are the same.
+        each has only those that it runs, and the names of submodules and nodes are the same
+        (those of nodes until a half is pickled or traced).
 
     Raises
     ------
@@ -367,12 +368,11 @@ def penultimate(gm: fx.GraphModule, output: str) -> fx.GraphModule:
 
 
 def _finished(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """A module for part of a graph, with only the submodules that it runs."""
-    part = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    """A module for part of a graph, with only the submodules and tensors that it uses."""
+    part = fx.GraphModule(gm, graph)
     part.graph.eliminate_dead_code()
-    part.delete_all_unused_submodules()
-    part.recompile()
-    return part.eval()
+    # Once more: the first one has the parameters of the dead code, too.
+    return fx.GraphModule(part, part.graph, class_name=type(gm).__name__).eval()
 
 
 def _lies_in(target: object, path: str) -> bool:

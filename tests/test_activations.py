@@ -167,6 +167,20 @@ def test_only_pooled_values_are_kept() -> None:
         assert not x.requires_grad
 
 
+def test_nothing_hides_behind_a_view() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)[:, 0]
+
+    x = rand(4, 50, 3, dtype=torch.float32)
+    logits = collect(trace(Token()), [x], {}).logits
+    assert logits.untyped_storage().nbytes() == 4 * 2 * 4
+
+
 def test_batches_are_read_one_at_a_time() -> None:
     gm = trace(residual())
     read: list[int] = []

@@ -874,6 +874,13 @@ class SharedParameter(Case):
         return self.c(self.b(self.a(x + self.offset)) * self.offset)
 
 
+class EarlyConstant(Case):
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.offset * 2
+        x = self.b(self.a(x))
+        return self.c(x * shift)
+
+
 class Swish(Case):
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -896,6 +903,7 @@ class Chunks(Case):
         (Width, ["b"]),
         (Constants, ["a", "b"]),
         (SharedParameter, ["a", "b"]),
+        (EarlyConstant, ["a", "b"]),
         (Swish, ["a", "b"]),
         (Chunks, ["a", "b"]),
     ],
@@ -911,6 +919,9 @@ def test_one_live_tensor(kind: type[Case], expected: list[str]) -> None:
         for cut in cuts:
             prefix, rest = split(gm, cut)
             assert torch.equal(run(rest, run(prefix, x)), run(network, x))
+            assert set(prefix.state_dict()) | set(rest.state_dict()) == set(gm.state_dict())
+            if kind is EarlyConstant and cut is cuts[0]:
+                assert "offset" not in prefix.state_dict()
 
 
 def test_the_cut_after_a_swish_is_after_its_product() -> None:
