@@ -17,6 +17,29 @@ from sinfkit.datasets import (
     load_image_folder,
 )
 
+# The labels as the release's own files have them: fine ones in order, and the coarse one of each.
+FINE = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
+road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+wardrobe whale willow_tree wolf woman worm
+""".split()
+COARSE = """
+aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices
+household_furniture insects large_carnivores large_man-made_outdoor_things
+large_natural_outdoor_scenes large_omnivores_and_herbivores medium_mammals non-insect_invertebrates
+people reptiles small_mammals trees vehicles_1 vehicles_2
+""".split()
+COARSE_OF_FINE = """
+4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11 5
+5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9 13
+15 13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13
+""".split()
+
 TABLE = "wnid,name,cluster\nn02,tabby cat,pets\nn01,oak,plants\nn03,dog,pets\n"
 
 
@@ -32,7 +55,7 @@ def write_image(path: Path, side: int | tuple[int, int] = 8, seed: int = 0) -> n
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for index, wnid in enumerate(["n03", "n01", "n02"]):
-        for image in (2, 1):
+        for image in (2, 1, 4, 3):
             write_image(tmp_path / "train" / wnid / f"{image}.png", seed=10 * index + image)
     (tmp_path / "classes.csv").write_text(TABLE)
     return tmp_path
@@ -49,23 +72,18 @@ def small_cifar100(root: Path) -> type[CIFAR100]:
     """CIFAR-100's files with 200 and 100 random images, and torchvision's class for them."""
     rng = np.random.default_rng(0)
     folder = root / CIFAR100.base_folder
-    fine = sorted(name for members in CIFAR100_SUPERCLASSES.values() for name in members)
-    coarse = sorted(CIFAR100_SUPERCLASSES)
-    superclass = [
-        next(i for i, c in enumerate(coarse) if name in CIFAR100_SUPERCLASSES[c]) for name in fine
-    ]
     sums = {}
     for part, n in (("train", 200), ("test", 100)):
         labels = rng.permutation(n) % 100
         content = {
             "data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
             "fine_labels": labels.tolist(),
-            "coarse_labels": [superclass[label] for label in labels],
+            "coarse_labels": [int(COARSE_OF_FINE[label]) for label in labels],
             "filenames": [f"{i}.png" for i in range(n)],
             "batch_label": part,
         }
         sums[part] = pickled(folder / part, content)
-    names = {"fine_label_names": fine, "coarse_label_names": coarse}
+    names = {"fine_label_names": FINE, "coarse_label_names": COARSE}
     checksum = pickled(folder / "meta", names)
 
     class Small(CIFAR100):
@@ -164,13 +182,13 @@ def test_folder_order_pixels_and_table(folder, n_jobs):
     data = load_image_folder(folder / "train", folder / "classes.csv", n_jobs=n_jobs)
     assert data.class_names == ("oak", "tabby cat", "dog")
     assert data.clusters == {0: "plants", 1: "pets", 2: "pets"}
-    assert data.y.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert [f"{p.parent.name}/{p.name}" for p in data.paths] == [
-        f"{wnid}/{image}.png" for wnid in ("n01", "n02", "n03") for image in (1, 2)
+        f"{wnid}/{image}.png" for wnid in ("n01", "n02", "n03") for image in (1, 2, 3, 4)
     ]
     for image, path in zip(data.X, data.paths, strict=True):
         np.testing.assert_array_equal(image, np.asarray(Image.open(path)).transpose(2, 0, 1))
-    assert repr(data) == "ImageDataset(6 images of shape (3, 8, 8), 3 classes, 2 clusters)"
+    assert repr(data) == "ImageDataset(12 images of shape (3, 8, 8), 3 classes, 2 clusters)"
 
 
 def test_folder_without_table(folder):
@@ -184,7 +202,7 @@ def test_folder_passes_over_what_is_no_image(folder):
     (folder / "train" / ".cache").mkdir()
     (folder / "train" / "readme.md").write_text("no class")
     data = load_image_folder(folder / "train", folder / "classes.csv")
-    assert len(data) == 6 and len(data.class_names) == 3
+    assert len(data) == 12 and len(data.class_names) == 3
 
 
 def test_table_with_byte_order_mark_spaces_and_more_columns(folder):
