@@ -57,7 +57,8 @@ def fit_ridge(
         fitted with the best. If there are no others, the largest penalty is taken.
     alphas : sequence of float
         Penalties, positive, relative to a problem's mean of ``diag(X'X)``, X centred. Infinity,
-        which leaves only the intercept, is always one more.
+        which leaves only the intercept, is always one more. They are tried from the middle one
+        outwards, as long as the error falls.
     weight : Tensor of shape (n_problems, n_outputs)
         Of the outputs, when errors are compared. It does not change the fit with a given penalty.
 
@@ -88,19 +89,30 @@ def _best_alpha(
     """The penalty with the smallest error on the rows that are not in a system, and that error."""
     n_train, n_rows = system.X.shape[1], X.shape[1]
     train, held = slice(n_train), slice(n_train, n_rows)
-    candidates = [float("inf"), *sorted(alphas, reverse=True)]
+    grid = sorted(alphas)
     if n_train == n_rows:
-        held, candidates = train, [max(alphas)]
+        held, grid = train, grid[-1:]
     right_hand_side = system.right_hand_side(Y[:, train])
-    best = (float("inf"), float("inf"))
-    for alpha in candidates:
+
+    def error(residual: Tensor) -> float:
+        return float((double(residual.square().sum(1)) * weight).sum())
+
+    def attempt(alpha: float) -> tuple[float, float]:
         coef, intercept = system.solve(right_hand_side, Y[:, train], alpha)
         residual = Y[:, held] - X[:, held] @ coef.to(X)
-        residual -= intercept.to(X)[:, None]
-        error = float((double(residual.square().sum(1)) * weight).sum())
-        if error < best[1]:
-            best = (alpha, error)
-    return best
+        return error(residual - intercept.to(X)[:, None]), alpha
+
+    middle = len(grid) // 2
+    best = attempt(grid[middle])
+    for direction in (grid[:middle][::-1], grid[middle + 1 :]):
+        for alpha in direction:
+            other = attempt(alpha)
+            if not other < best:  # further on it would only rise
+                break
+            best = other
+    if n_train < n_rows:
+        best = min(best, (error(Y[:, held] - Y[:, train].mean(1, keepdim=True)), float("inf")))
+    return best[1], best[0]
 
 
 @dataclass(frozen=True)

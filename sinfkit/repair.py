@@ -36,7 +36,7 @@ from ._sites import Site, find_site, sample, sample_patches
 __all__ = ["REPAIRS", "repair"]
 
 REPAIRS = ("none", "mean", "match", "least_squares")
-ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 _HELD_OUT = 0.2  # of the images
 _RATIOS = (1 / 3, 3.0)  # to which "match" clips what it multiplies a channel with
@@ -86,8 +86,8 @@ def repair(
         images, at least one per image.
     alphas : sequence of float
         Least squares: ridge penalties to choose from, relative to the mean squared (centred)
-        input; chosen per layer by the error on one fifth of the images. Keeping the old weights
-        is always a candidate.
+        input; chosen per layer by the error on one fifth of the images, from the middle one
+        outwards. Keeping the old weights is always a candidate. Default: 1e-4, 1e-3, ..., 100.
     batch_size : int, default=256
         Images per forward pass. The result does not depend on it beyond rounding.
     seed : int, default=0
