@@ -337,6 +337,11 @@ def _trace_at(model: nn.Module, example: Tensor) -> _Trace:
 
     tensors = (*model.parameters(), *model.buffers())
     twin = copy.deepcopy(model, {id(tensor): private(tensor) for tensor in tensors})
+    for module in list(twin.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.PReLU) and child.num_parameters == 1:
+                # It takes the single slope for an operand, and infers the width from that.
+                setattr(module, name, nn.LeakyReLU())
     # torch-pruning does not know the input; as a parameter, it becomes a node of the graph.
     entry = nn.Parameter(example)
     modules = dict(twin.named_modules())
@@ -401,8 +406,7 @@ def _read_group(trace: _Trace, layer: str) -> ChannelGroup:
         side = "in" if handler.__name__ == "prune_in_channels" else "out"
         is_output |= node.type == _OP.OUTPUT or (side == "out" and not node.outputs)
         name = trace.names.get(node.module, "")
-        shares_one_slope = isinstance(node.module, nn.PReLU) and node.module.num_parameters == 1
-        if name in trace.calls and not shares_one_slope:
+        if name in trace.calls:
             index, channel = np.array(sorted(pairs), dtype=np.int64).T
             members.append(Member(name, side, index, channel))
     if broken_off:
