@@ -98,9 +98,14 @@ class Lockstep:
         """Whether no other node calls the module that a node calls."""
         return self._calls[node.target] == 1
 
+    def agree(self, node: fx.Node) -> bool:
+        """Whether both networks are known to have the same value at a node."""
+        value = self._values[node]
+        return value.dense is value.sliced
+
     def inputs_agree(self, node: fx.Node) -> bool:
         """Whether both networks are known to have the same inputs at a node."""
-        return all(self._agree(source) for source in node.all_input_nodes)
+        return all(self.agree(source) for source in node.all_input_nodes)
 
     def known(self, node: fx.Node) -> bool:
         """Whether a node's value has been computed and is still held."""
@@ -140,7 +145,7 @@ class Lockstep:
         finished = [
             source
             for source in self._finished_by[node]
-            if side == "sliced" or not self._agree(source)  # else the sliced network needs it, too
+            if side == "sliced" or not self.agree(source)  # else the sliced network needs it, too
         ]
         for i in range(len(self.images)):
             inputs = {source: self.value(source, side, i) for source in node.all_input_nodes}
@@ -165,11 +170,6 @@ class Lockstep:
     def _own(self, node: fx.Node, side: Side) -> fx.Node:
         """A node's counterpart in one of the networks."""
         return node if side == "sliced" else self._twins[node]
-
-    def _agree(self, node: fx.Node) -> bool:
-        """Whether both networks are known to have the same value."""
-        value = self._values[node]
-        return value.dense is value.sliced
 
     def _same_operation(self, node: fx.Node) -> bool:
         """Whether a node computes the same in both networks from the same inputs."""

@@ -81,7 +81,7 @@ class Site:
         own, target : Tensor
             The dense output at the kept channels; and the same plus what makes up for the error of
             the value that it will be added to. Where the batch-norm's gain is next to nothing,
-            that would take a huge correction: `lift` has it instead.
+            that would take a huge correction: there `install` corrects only the mean of the sum.
         """
         own = dense.index_select(self.axis, self.kept)
         if self.other is None:
@@ -98,7 +98,7 @@ class Site:
         return own, own + gap * self.along_channels(inverse, gap)
 
     def install(self, weight: Tensor, shift: Tensor) -> bool:
-        """Give the layer a new weight and shift its output.
+        """Give the layer a new weight and shift its output; both as new tensors.
 
         Parameters
         ----------
@@ -146,15 +146,10 @@ def find_site(walk: Lockstep, node: fx.Node, layer: Layer, kept: np.ndarray | No
     Raises
     ------
     ValueError
-        If `kept` does not fit the two layers, or both networks call the same module.
+        If `kept` does not fit the two layers.
     """
     dense = walk.module(node, "dense")
     assert isinstance(dense, (nn.Conv2d, nn.Linear))
-    if dense is layer:
-        raise ValueError(
-            f"The layer {node.target!r} is one module in both networks, so a repair would change "
-            "the dense one as well. Trace the sliced network from a copy."
-        )
     n_dense, n_sliced = len(dense.weight), len(layer.weight)
     kept = np.arange(n_dense) if kept is None else np.asarray(kept)
     if kept.shape != (n_sliced,) or kept.min() < 0 or kept.max() >= n_dense:

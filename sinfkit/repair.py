@@ -156,20 +156,26 @@ def repair(
     walk = Lockstep(dense, sliced, X, X_sliced, batch_size)
     rows = _Rows(len(X), max_rows, seed)
     errors: dict[str, float] = {}
-    left: list[str] = []
+    skipped: list[str] = []
     for node in walk.nodes:
         name = str(node.target)
         layer = walk.layer(node)
         if layer is None:
             walk.run(node)
-        elif walk.inputs_agree(node):
+            continue
+        site = find_site(walk, node, layer, support.get(name))
+        if walk.inputs_agree(node) and (site.other is None or walk.agree(site.other)):
             walk.run(node)
             errors[name] = 0.0
         elif not walk.called_once(node):
             walk.run(node)
-            left.append(name)
+            skipped.append(name)
+        elif layer is walk.module(node, "dense"):
+            raise ValueError(
+                f"The layer {name!r} is one module in both networks, so a repair would change the "
+                "dense one as well. Trace the sliced network from a copy."
+            )
         else:
-            site = find_site(walk, node, layer, support.get(name))
             if method == "least_squares":
                 errors[name] = _least_squares(site, rows, alphas)
             else:
@@ -179,10 +185,10 @@ def repair(
                     f"The inputs or outputs of the layer {name!r} are not finite numbers. Look for "
                     "NaN or infinity in X and in the networks' weights."
                 )
-    if left and method != "none":
+    if skipped and method != "none":
         warnings.warn(
             f"Layers that are used more than once stay as they were sliced: "
-            f"{', '.join(dict.fromkeys(left))}.",
+            f"{', '.join(dict.fromkeys(skipped))}.",
             UserWarning,
             stacklevel=2,
         )
@@ -230,40 +236,49 @@ def _match_moments(site: Site, method: str) -> float:
 
 def _least_squares(site: Site, rows: _Rows, alphas: Sequence[float]) -> float:
     """Pass a layer whose weights are refitted; return its error on the held-out images."""
-    walk, layer = site.walk, site.layer
-    n_groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    old = layer.weight.reshape(n_groups, len(site.kept) // n_groups, -1)
-    where = X = Y = torch.empty(0)
-    for chunk, dense in walk.advance(site.node, "dense"):
-        images = walk.images[chunk]
-        _, target = site.targets(dense, chunk)
-        inputs = walk.value(site.node.all_input_nodes[0], "sliced", chunk)
-        place = rows.place[images]
-        if chunk == 0:
-            where = rows.draw(target.numel() // (len(place) * len(site.kept))).to(target.device)
-            dtype = torch.promote_types(target.dtype, torch.float32)
-            X, Y = (
-                torch.empty(*where.shape, width, dtype=dtype, device=target.device)
-                for width in (n_groups * old.shape[2], len(site.kept))
-            )
-        X[place] = sample_patches(inputs, layer, where[images]).to(X.dtype)
-        Y[place] = sample(target, layer, where[images]).to(Y.dtype)
-    X, Y = (Z.flatten(0, 1).unflatten(1, (n_groups, -1)).transpose(0, 1) for Z in (X, Y))
-    n_train = rows.n_train * where.shape[1]
+    layer = site.layer
+    X, Y = _gather(site, rows)
+    n_groups, n_rows, _ = X.shape
+    n_train = n_rows * rows.n_train // len(rows.place)
     weight = site.gain.square().reshape(n_groups, -1)
-    held = Y[:, n_train:] if n_train < Y.shape[1] else Y
+    held = Y[:, n_train:] if n_train < n_rows else Y
     spread = float((double(held.var(1, correction=0)) * weight).sum()) * held.shape[1]
     power = float((double(held.square().mean(1)) * weight).sum()) * held.shape[1]
 
+    old = layer.weight.reshape(n_groups, -1, X.shape[2])
     Y -= X @ old.to(X).mT
     if layer.bias is not None:
         Y -= layer.bias.to(Y).reshape(n_groups, 1, -1)
     fit = fit_ridge(X, Y, n_train, alphas, weight)
     del X, Y, held
     site.install((double(old) + fit.coef.mT).reshape(layer.weight.shape), fit.intercept.flatten())
-    for _ in walk.advance(site.node, "sliced"):
+    for _ in site.walk.advance(site.node, "sliced"):
         pass
     return _relative(fit.error, spread, power)
+
+
+def _gather(site: Site, rows: _Rows) -> tuple[Tensor, Tensor]:
+    """Pass a layer in the dense network; return inputs and targets, held-out images last.
+
+    Of shape (groups, rows, inputs of a group) and (groups, rows, outputs of a group).
+    """
+    walk, layer = site.walk, site.layer
+    n_groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    widths = n_groups * layer.weight[0].numel(), len(layer.weight)
+    where, gathered = torch.empty(0), []
+    for chunk, dense in walk.advance(site.node, "dense"):
+        _, target = site.targets(dense, chunk)
+        inputs = walk.value(site.node.all_input_nodes[0], "sliced", chunk)
+        place = rows.place[walk.images[chunk]]
+        if chunk == 0:
+            where = rows.draw(target.numel() // (len(place) * len(site.kept))).to(target.device)
+            dtype = torch.promote_types(target.dtype, torch.float32)
+            gathered = [target.new_empty(*where.shape, width, dtype=dtype) for width in widths]
+        here = where[walk.images[chunk]]
+        gathered[0][place] = sample_patches(inputs, layer, here).to(dtype)
+        gathered[1][place] = sample(target, layer, here).to(dtype)
+    X, Y = (part.flatten(0, 1).unflatten(1, (n_groups, -1)).transpose(0, 1) for part in gathered)
+    return X, Y
 
 
 class _Rows:

@@ -493,7 +493,7 @@ def test_branch_executed_last_makes_up_for_the_other():
     X = torch.randn(60, 4, generator=generator()).double()
     dense, sliced, support = halves(model, {"layer.0": [1]}, X)
     # The shortcut's own input is intact: only its target tells that something is wrong.
-    errors = repair(dense, sliced, support, X, X_sliced=X.clone(), alphas=[1e-10])
+    errors = repair(dense, sliced, support, X, alphas=[1e-10])
     assert errors["layer.1"] > 0.05
     assert errors["shortcut"] < 1e-9
     torch.testing.assert_close(sliced(X), dense(X))
@@ -765,8 +765,9 @@ def call(**changes):
         ({"X_sliced": images(3)}, "got 24 and 3"),
         ({"X": images() * float("nan")}, "'3' are not finite"),
         ({"X": images() * float("nan"), "method": "mean"}, "'3' are not finite"),
-        ({"support": {"3": np.arange(5)}}, "support of '3' must be 6 channels below 12"),
-        ({"support": {}}, "support of '3' must be 6 channels below 12"),
+        ({"support": {"0": np.arange(3)}}, "support of '0' must be 4 channels below 8"),
+        ({"support": {"0": np.arange(4) + 5}}, "support of '0' must be 4 channels below 8"),
+        ({"support": {}}, "support of '0' must be 4 channels below 8"),
         ({"dense": trace(Functional().eval())}, "different graphs"),
     ],
 )
