@@ -129,7 +129,7 @@ def n_removed(ratio: float, n: int, multiple: int = 1) -> int:
         raise ValueError(f"a layer has at least one filter, got n={n}")
     if multiple < 1 or n % multiple:
         raise ValueError(f"multiple must divide the number of filters, got {multiple} and n={n}")
-    # The small number keeps 0.3 * 10 = 3 where floating point has 2.9999999999999996.
+    # 0.29 * 100 is 28.999999999999996 in floating point, and 29 filters are meant.
     count = int(np.floor(ratio * n + 1e-9))
     return min(count - count % multiple, n - multiple)
 
