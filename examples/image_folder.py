@@ -102,18 +102,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("network", choices=NETWORKS)
     default = os.environ.get("SINFKIT_DATA")
     parser.add_argument("folder", type=Path, nargs="?", default=default)
-    parser.add_argument("--weights", type=Path, help="state dict, or a dict with state_dict, mean, std")
+    parser.add_argument(
+        "--weights", type=Path, help="state dict, or a dict with state_dict, mean, std"
+    )
     parser.add_argument("--epochs", type=int, default=4, help="of training, without --weights")
-    parser.add_argument("--clusters", choices=("confusion", "activation", "given"), default="confusion")
+    parser.add_argument(
+        "--clusters", choices=("confusion", "activation", "given"), default="confusion"
+    )
     parser.add_argument("--n-clusters", type=int, default=10)
     parser.add_argument("--route-layer", help='a cut of the network, or "auto"')
-    parser.add_argument("--size", type=float, nargs=3, default=SIZES[1], help="prefix, first, last ratio")
+    parser.add_argument(
+        "--size", type=float, nargs=3, default=SIZES[1], help="prefix, first, last ratio"
+    )
     parser.add_argument("--calibration", type=int, default=0, help="images per class, 0 for all")
     parser.add_argument("--repair-samples", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=256, help="images in the batch that is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--curve", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("."), help="where checkpoints and figures go")
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), help="where checkpoints and figures go"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.folder is None:
@@ -144,7 +152,9 @@ def load(path: Path, network: str, n_classes: int) -> FrozenModel:
     stored = torch.load(path, weights_only=True)
     weights = stored.get("state_dict", stored)
     module = NETWORKS[network](n_classes)
-    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+    module.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    )
     return FrozenModel(module, stored.get("mean"), stored.get("std"))
 
 

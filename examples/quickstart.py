@@ -37,7 +37,9 @@ def main() -> None:
         verbose=1,
     )
     sinf.fit(X_train, y_train)
-    print(f"fitted in {time.perf_counter() - start:.0f} s, routed behind layer {sinf.route_layer_!r}")
+    print(
+        f"fitted in {time.perf_counter() - start:.0f} s, routed behind layer {sinf.route_layer_!r}"
+    )
     for c, name in enumerate(sinf.cluster_names_):
         print(f"  cluster {name}: digits {sinf.classes_[sinf.class_clusters_ == c].tolist()}")
 
@@ -73,7 +75,13 @@ def draw(report: SINFReport) -> None:
             ("routed", "SINF, routed", "#d9822b"),
         )
     ):
-        right.bar(place + 0.27 * (i - 1), [getattr(r, field) for r in rows], 0.25, label=label, color=color)
+        right.bar(
+            place + 0.27 * (i - 1),
+            [getattr(r, field) for r in rows],
+            0.25,
+            label=label,
+            color=color,
+        )
     right.set(
         xticks=place,
         xticklabels=[f"cluster {row.name}" for row in rows],

@@ -267,11 +267,12 @@ def _train_default(
     mean = data.mean(axis=axes, dtype=np.float64) / scale
     std = data.std(axis=axes, dtype=np.float64) / scale
     std = np.where(std > 1e-12 * np.maximum(1.0, np.abs(mean)), std, 1.0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = default_network(
-            tuple(X.shape[1:]), len(classes), torch.float64 if double else torch.float32
-        )
+    network = default_network(
+        tuple(X.shape[1:]),
+        len(classes),
+        torch.float64 if double else torch.float32,
+        random_state=seed,
+    )
     # Small sets need more epochs for as many steps.
     epochs = int(np.clip(np.ceil(20_000 / len(codes)), 8, 60))
     trained = train_network(

@@ -31,9 +31,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is not a torch device, such as 'cpu' or 'cuda'.") from (
-            error
-        )
+        raise ValueError(
+            f"device={device!r} is not a torch device, such as 'cpu' or 'cuda'."
+        ) from (error)
     if not _is_available(resolved):
         raise ValueError(
             f"device={str(resolved)!r} is not available on this machine. Use device='cpu', or "

@@ -100,7 +100,9 @@ def expected_macs(
     graph = calibration.graph
     inside, behind = sides(graph, cut)
     prefix_groups, rest_groups = sliceable(groups, inside), sliceable(groups, behind)
-    keep = first_channels(prefix_groups, replace(recipe, schedule="uniform", max_ratio=prefix_ratio))
+    keep = first_channels(
+        prefix_groups, replace(recipe, schedule="uniform", max_ratio=prefix_ratio)
+    )
     keep |= first_channels(rest_groups, recipe)
     smaller = slice_channels(graph, calibration.example, keep).model
     dense = count_macs(graph, calibration.example)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -308,7 +309,9 @@ n_features)
             rng,
             pruner.repair_samples,
         )
-        network = self._network(calibration, cut, prefix, route.predictor, subgraphs, class_clusters)
+        network = self._network(
+            calibration, cut, prefix, route.predictor, subgraphs, class_clusters
+        )
         self._calibrate_network(network, held_batches, held_codes, target)
 
         clusterer.layer_ = self.route_layer_ = cut.name
@@ -335,9 +338,7 @@ n_features)
             ("pruner", pruner, DCSPruner, ("model", "model_classes", "classes", "first_layer")),
         ):
             if not isinstance(nested, kind):
-                raise TypeError(
-                    f"{name} must be a {kind.__name__}, got {type(nested).__name__}."
-                )
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(nested).__name__}.")
             for parameter in outer:
                 if getattr(nested, parameter) is not None:
                     raise ValueError(
@@ -508,7 +509,9 @@ n_features)
             fallback=self.fallback,
             top_k=self.top_k,
         )
-        network = network.eval().requires_grad_(False).to(calibration.batcher.device)
+        # A copy: what folding left as it was is the frozen model's own.
+        network = copy.deepcopy(network).eval().requires_grad_(False)
+        network = network.to(calibration.batcher.device)
         if calibration.example.ndim == 4:
             network = network.to(memory_format=torch.channels_last)
         return network

@@ -198,7 +198,9 @@ n_features)
             required = name == "pool_size"
             if (value is None and required) or (
                 value is not None
-                and (not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1)
+                and (
+                    not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1
+                )
             ):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         if not 0 < self.validation_fraction < 1:
@@ -339,7 +341,9 @@ def read_mapping(mapping: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndar
     return clusters.astype(np.int64), names
 
 
-def confusion_affinity(features: Tensor, codes: np.ndarray, penalty: float, seed: int) -> np.ndarray:
+def confusion_affinity(
+    features: Tensor, codes: np.ndarray, penalty: float, seed: int
+) -> np.ndarray:
     """How often a probe confuses two classes, measured on samples that it was not fitted on.
 
     Parameters
@@ -458,9 +462,7 @@ def group_classes(affinity: np.ndarray, n_clusters: int, max_size: int | None = 
             gone = int(np.argmin(sizes))
             homeless = members[gone]
             for label in homeless:
-                room = [
-                    c for c in range(len(members)) if c != gone and len(members[c]) < limit
-                ]
+                room = [c for c in range(len(members)) if c != gone and len(members[c]) < limit]
                 best = max(room, key=lambda c: a[label, members[c]].mean())
                 members[best].append(label)
             total = np.array([[a[np.ix_(p, q)].sum() for q in members] for p in members])
@@ -470,4 +472,3 @@ def group_classes(affinity: np.ndarray, n_clusters: int, max_size: int | None = 
     for c, group in enumerate(sorted(members, key=min)):
         labels[group] = c
     return labels
-

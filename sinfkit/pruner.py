@@ -27,9 +27,7 @@ from .subgraph import (
 from .surgery import find_groups
 
 
-class DCSPruner(
-    ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMixin, TorchEstimator
-):
+class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMixin, TorchEstimator):
     """Remove the filters of a trained network that discriminate its classes least.
 
     Each filter gets a Discriminative Capability Score (DCS): how much a linear probe on the layer's
@@ -211,7 +209,9 @@ n_features)
 
         index = np.flatnonzero(calibration.codes >= 0)
         if self.verbose and len(index) < len(calibration.codes):
-            print(f"DCSPruner: {len(calibration.codes) - len(index)} samples of other classes ignored")
+            print(
+                f"DCSPruner: {len(calibration.codes) - len(index)} samples of other classes ignored"
+            )
 
         def batches(rows: np.ndarray) -> Any:
             return calibration.batcher(calibration.X, rows)
@@ -251,8 +251,12 @@ n_features)
         self.support_ = {
             layer: kept for layer, kept in sliced.support.items() if layer != calibration.output
         }
-        widths = {name: m.weight.shape[0] for name, m in graph.named_modules() if name in self.support_}
-        self.ratios_ = {layer: 1 - len(kept) / widths[layer] for layer, kept in self.support_.items()}
+        widths = {
+            name: m.weight.shape[0] for name, m in graph.named_modules() if name in self.support_
+        }
+        self.ratios_ = {
+            layer: 1 - len(kept) / widths[layer] for layer, kept in self.support_.items()
+        }
         self._output = calibration.output
         return self
 

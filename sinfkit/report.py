@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,7 +201,8 @@ def make_report(
     return SINFReport(
         base_accuracy=_mean(base_right),
         accuracy=_mean(routed_right),
-        oracle_accuracy=_mean(seen.oracle.argmax(1) == y),
+        # The true route also rules out the other clusters' classes.
+        oracle_accuracy=_mean(seen.oracle.masked_fill(~members, 0).argmax(1) == y),
         route_accuracy=_mean(route_right),
         base_route_accuracy=_mean(clusters[seen.base.argmax(1)] == truth),
         fallback_share=_mean(seen.confidence < network.threshold),
@@ -218,7 +220,9 @@ def make_report(
 
 def base_for_timing(network: SINFNetwork, base: nn.Module) -> nn.Module:
     """Bring the base into the form that SINF runs in: normalisation in front, batch-norms folded."""
-    fast = nn.Sequential(network.normalise, fold_batch_norm(trace(base))).eval()
+    # A copy: folding shares what it need not fold, and the layout is about to change.
+    folded = copy.deepcopy(fold_batch_norm(trace(base)))
+    fast = nn.Sequential(network.normalise, folded).eval()
     if any(p.ndim == 4 for p in fast.parameters()):
         fast = fast.to(memory_format=torch.channels_last)
     return fast

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .activations import pool
 from .probe import fit_probe
 
-PENALTIES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
+PENALTIES = (0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 
 
 class RoutePredictor(nn.Module):

@@ -191,9 +191,7 @@ def score_layers(
                 f"for each of its {n_channels} filters is needed."
             )
         if not bool(torch.isfinite(score).all()):
-            raise ValueError(
-                f"The criterion gave NaN or infinity for a filter of layer {layer!r}."
-            )
+            raise ValueError(f"The criterion gave NaN or infinity for a filter of layer {layer!r}.")
         scores[layer] = score.numpy()
     return scores
 

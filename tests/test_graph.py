@@ -929,6 +929,29 @@ def test_the_cut_after_a_swish_is_after_its_product() -> None:
     assert [cut.node for cut in cuts] == ["mul", "avg_pool2d"]
 
 
+def test_only_the_last_of_several_sums_has_the_name_of_the_module() -> None:
+    class TwoSums(Case):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.b(F.relu(self.a(x)))
+            return x + self.c(x)
+
+    gm = trace(nn.Sequential(TwoSums(), nn.Conv2d(3, 2, 1)))
+    assert cut_points(gm) == [CutPoint("0.b", "add"), CutPoint("0", "add_1")]
+
+
+def test_a_module_has_its_name_though_it_can_be_cut_inside() -> None:
+    with torch.device("meta"):
+        gm = trace(torchvision.models.squeezenet1_1())
+    names = [cut.name for cut in cut_points(gm)]
+    assert names[:5] == [
+        "features.0",
+        "features.3.squeeze",
+        "features.3",
+        "features.4.squeeze",
+        "features.4",
+    ]
+
+
 def test_chunks_are_no_tensor() -> None:
     gm = trace(Chunks())
     with pytest.raises(ValueError, match="not a place where"):

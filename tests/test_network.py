@@ -34,7 +34,9 @@ def make_network(fallback="base", threshold=0.45, top_k=2, seed=0, dtype=torch.f
         nn.Sequential(linear(WIDTH, WIDTH), nn.ReLU()),
         RoutePredictor(
             torch.randn(K, WIDTH, generator=generator).to(dtype),
-            torch.randn(K, generator=generator).to(dtype),  # no ties where the ReLU gives only zeros
+            torch.randn(K, generator=generator).to(
+                dtype
+            ),  # no ties where the ReLU gives only zeros
             1,
         ),
         [linear(WIDTH, n) if n > 1 else None for n in sizes],
@@ -130,7 +132,9 @@ def test_a_given_route_replaces_the_predicted_one():
     for c in range(3):
         inside = c == CLUSTERS
         rows = truth == c
-        torch.testing.assert_close(out[rows][:, ~inside], route.log_posterior.exp()[rows][:, ~inside])
+        torch.testing.assert_close(
+            out[rows][:, ~inside], route.log_posterior.exp()[rows][:, ~inside]
+        )
 
 
 def test_empty_single_and_all_fallback_batches():

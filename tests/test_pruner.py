@@ -35,7 +35,9 @@ def test_fit_gives_a_smaller_network_with_exact_counts(trained):
         weight = dict(pruner.model_.named_modules())[layer].weight
         assert weight.shape[0] == len(kept) == len(np.unique(kept))
         assert (np.diff(kept) > 0).all()
-        assert pruner.scores_[layer].shape == (dict(frozen.module().named_modules())[layer].out_channels,)
+        assert pruner.scores_[layer].shape == (
+            dict(frozen.module().named_modules())[layer].out_channels,
+        )
         lowest_kept = pruner.scores_[layer][kept].min()
         removed = np.setdiff1d(np.arange(len(pruner.scores_[layer])), kept)
         assert (pruner.scores_[layer][removed] <= lowest_kept).all()
