@@ -36,7 +36,7 @@ def main() -> None:
     network = train_network(
         network, X_train.reshape(-1, 1, 8, 8) / 16, y_train, epochs=20, random_state=0
     )
-    # Frozen: the candidates share one copy of the weights. input_shape lets the scaler's flat rows in.
+    # Frozen: the candidates share one copy of the weights. input_shape lets flat rows in.
     model = FrozenModel(network, input_shape=(1, 8, 8))
     pipeline = Pipeline(
         [

@@ -10,10 +10,11 @@ columns wnid, name, cluster. Name it on the command line or in the variable SINF
 Without ``--weights`` the network is trained first, on nine tenths of ``train`` (a checkpoint after
 every epoch lets a stopped training go on). What is chosen (threshold, router weight, penalties) is
 chosen on images that the network was not trained on: the last tenth of ``train`` or, where a given
-network has seen all of it, every second file of ``val``. The report is on the other images of ``val``.
+network has seen all of it, every second file of ``val``. The report is on the other images of
+``val``.
 
-``--curve`` fits a row of sizes for each kind of cluster, and the control: ONE network sliced for all
-classes with the same criterion and repair. All are timed in turns in one run, and drawn.
+``--curve`` fits a row of sizes for each kind of cluster, and the control: ONE network sliced for
+all classes with the same criterion and repair. All are timed in turns in one run, and drawn.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def loaded_device(stored: str) -> torch.device:
-    """Device for a model that was stored on `stored`; the CPU, with one warning, if it is missing."""
+    """Device for a model stored on `stored`; the CPU, with one warning, if it is missing."""
     device = torch.device(stored)
     if _is_available(device):
         return device

@@ -41,7 +41,7 @@ class Packed:
 
     def unpack(self, device: torch.device | str = "cpu") -> Any:
         """Build the object anew, with its tensors on `device`."""
-        # Plain copies: the arrays may be read-only memory maps, and must not change with the module.
+        # Copies: the arrays may be read-only memory maps, and must not change with the module.
         tensors = [
             torch.from_numpy(np.array(a)).view(getattr(torch, dtype)).to(device)
             for a, dtype in zip(self.arrays, self.dtypes, strict=True)

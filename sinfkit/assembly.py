@@ -80,8 +80,8 @@ def choose_cut(candidates: Sequence[Candidate], route_accuracy: float, target: f
     best = min(good, key=lambda c: c.macs) if good else max(candidates, key=lambda c: c.accuracy)
     warnings.warn(
         f"No layer predicts the cluster with {route_accuracy:.0%} accuracy on held-out samples; "
-        f"{best.cut.name!r} ({best.route_accuracy:.0%}) is taken, which keeps the best accuracy for "
-        "the time it saves. Fewer clusters, or clusters by confusion, route better.",
+        f"{best.cut.name!r} ({best.route_accuracy:.0%}) is taken, which keeps the best accuracy "
+        "for the time it saves. Fewer clusters, or clusters by confusion, route better.",
         UserWarning,
         stacklevel=4,
     )
@@ -253,12 +253,12 @@ def slice_prefix(
         seed=calibration.seed,
     )
     keep = choose_channels(groups, scored.groups, recipe)
-    sliced = extract(graph, calibration.example, keep, samples[:64])
-    prefix = split(sliced.model, cut)[0]
+    small, support = extract(graph, calibration.example, keep, samples[:64])
+    prefix = split(small, cut)[0]
     repair(
         dense,
         prefix,
-        sliced.support,
+        support,
         samples,
         method="least_squares",
         batch_size=calibration.batcher.batch_size,
@@ -343,8 +343,8 @@ def build_subgraph(
     keep = choose_channels(groups, scored.groups, recipe)
     keep[output_group] = outputs
     check = torch.cat(list(batches(sample[:64])))
-    sliced = extract(graph, calibration.example, keep, check, outputs.tolist())
-    dense_rest, rest = split(graph, cut)[1], split(sliced.model, cut)[1]
+    small, support = extract(graph, calibration.example, keep, check, outputs.tolist())
+    dense_rest, rest = split(graph, cut)[1], split(small, cut)[1]
     h_dense, h_sliced = [], []
     with torch.inference_mode():
         for x in batches(sample):
@@ -353,7 +353,7 @@ def build_subgraph(
     error = repair(
         dense_rest,
         rest,
-        sliced.support,
+        support,
         torch.cat(h_dense),
         X_sliced=None if prefixes[1] is prefixes[0] else torch.cat(h_sliced),
         method=recipe.repair,
@@ -361,8 +361,8 @@ def build_subgraph(
         seed=calibration.seed,
     )
     behind = set(layer_names(rest))
-    support = {k: v for k, v in sliced.support.items() if k in behind and k != calibration.output}
-    return Subgraph(rest, scored.layers, support, error)
+    kept = {k: v for k, v in support.items() if k in behind and k != calibration.output}
+    return Subgraph(rest, scored.layers, kept, error)
 
 
 def pooled_output(prefix: nn.Module, batches: Iterable[Tensor], pool_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""SINFClassifier: route each input to its semantic cluster, and run only that cluster's subgraph."""
+"""SINFClassifier: route each input to its semantic cluster, run only that one's subgraph."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         Share of the calibration samples that is held out for the automatic choices, where ``fit``
         is not given samples for them.
     model_classes : sequence of labels, optional
-        The label of each of the model's outputs.  Default: integer labels are output indices, others
-        are matched in sorted order.
+        The label of each of the model's outputs.  Default: integer labels are output indices,
+        others are matched in sorted order.
     batch_size : int, default=256
     device : str or torch.device, default="auto"
         ``"auto"``: the first GPU where there is one.
@@ -130,8 +130,8 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
 
     Notes
     -----
-    Stated by the paper (arXiv 2310.01259): the four parts, the cluster's own filters and outputs, the
-    confidence threshold, 75 % route accuracy.  Our choices: what runs below the threshold, the
+    Stated by the paper (arXiv 2310.01259): the four parts, the cluster's own filters and outputs,
+    the confidence threshold, 75 % route accuracy.  Our choices: what runs below the threshold, the
     predictor on fine classes, the fusion of its posterior, the sliced prefix, the repair.
 
     Examples
@@ -139,9 +139,8 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
     >>> from sklearn.datasets import load_digits
     >>> from sinfkit import SINFClassifier
     >>> X, y = load_digits(return_X_y=True)
-    >>> images = (X / 16).reshape(-1, 1, 8, 8)
-    >>> clf = SINFClassifier(random_state=0).fit(images[:1000], y[:1000])
-    >>> clf.score(images[1000:], y[1000:]) > 0.85
+    >>> clf = SINFClassifier(random_state=0).fit(X[:1000], y[:1000])
+    >>> clf.score(X[1000:], y[1000:]) > 0.85
     True
     """
 

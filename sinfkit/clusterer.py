@@ -1,4 +1,4 @@
-"""SemanticClusterer: which classes belong together, and to which group does a sample belong?"""
+"""SemanticClusterer: which classes belong together, and to which group a sample belongs."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Torch
     >>> from sinfkit import SemanticClusterer
     >>> X, y = load_digits(return_X_y=True)
     >>> clusterer = SemanticClusterer(n_clusters=3, random_state=0)
-    >>> clusterer.fit((X / 16).reshape(-1, 1, 8, 8), y).class_clusters_.shape
+    >>> clusterer.fit(X, y).class_clusters_.shape
     (10,)
     """
 
@@ -452,7 +452,7 @@ def group_classes(affinity: np.ndarray, n_clusters: int, max_size: int | None = 
         mean = total / np.outer(sizes, sizes)
         mean[sizes[:, None] + sizes[None, :] > limit] = -np.inf
         np.fill_diagonal(mean, -np.inf)
-        i, j = sorted(np.unravel_index(int(np.argmax(mean)), mean.shape))
+        i, j = sorted(divmod(int(np.argmax(mean)), len(members)))
         if np.isfinite(mean[i, j]):
             members[i] += members[j]
             total[i] += total[j]

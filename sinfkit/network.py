@@ -38,6 +38,9 @@ class Route:
 class Normalise(nn.Module):
     """``(x - mean) / std`` per channel; the identity where both are None."""
 
+    mean: Tensor | None
+    std: Tensor | None
+
     def __init__(self, mean: Tensor | None, std: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("mean", mean)

@@ -41,9 +41,9 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
         The trained classifier, which returns one score per class.  Wrap it in a `FrozenModel` for
         grid searches, and to give normalisation.  None trains a small default network in ``fit``.
     criterion : str or callable, default="dcs"
-        Filter score: ``"dcs"``, ``"fdr"``, ``"taylor"``, ``"l1"``, ``"l2"``, ``"random"`` or any key
-        of `sinfkit.scores.CRITERIA`; or a function of a `sinfkit.scores.LayerData` that returns one
-        score per filter, low for those to remove.
+        Filter score: ``"dcs"``, ``"fdr"``, ``"taylor"``, ``"l1"``, ``"l2"``, ``"random"`` or any
+        key of `sinfkit.scores.CRITERIA`; or a function of a `sinfkit.scores.LayerData` that returns
+        one score per filter, low for those to remove.
     schedule : {"linear", "geometric", "uniform"}, default="linear"
         How the fraction removed grows from the first layer to the last.  ``"uniform"`` removes
         `max_ratio` everywhere.
@@ -65,8 +65,8 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
         At most so many of the samples are used for the repair (drawn with `random_state`); every
         sample is scored.  The repair holds their activations at one layer in memory.
     model_classes : sequence of labels, optional
-        The label of each of the model's outputs.  Default: integer labels are output indices, others
-        are matched in sorted order.
+        The label of each of the model's outputs.  Default: integer labels are output indices,
+        others are matched in sorted order.
     batch_size : int, default=256
     device : str or torch.device, default="auto"
         ``"auto"``: the first GPU where there is one.
@@ -116,9 +116,8 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
     >>> from sklearn.datasets import load_digits
     >>> from sinfkit import DCSPruner
     >>> X, y = load_digits(return_X_y=True)
-    >>> images = (X / 16).reshape(-1, 1, 8, 8)
-    >>> pruner = DCSPruner(max_ratio=0.5, random_state=0).fit(images[:1000], y[:1000])
-    >>> pruner.score(images[1000:], y[1000:]) > 0.85
+    >>> pruner = DCSPruner(max_ratio=0.5, random_state=0).fit(X[:1000], y[:1000])
+    >>> pruner.score(X[1000:], y[1000:]) > 0.85
     True
     """
 
@@ -234,22 +233,22 @@ n_features)
         rng = np.random.default_rng(calibration.seed)
         sample = draw(rng, index, self.repair_samples)
         samples = torch.cat(list(batches(sample)))
-        sliced = extract(
+        small, support = extract(
             graph, calibration.example, keep, samples[:64], outputs=table.outputs.tolist()
         )
         self.repair_error_ = repair(
             graph,
-            sliced.model,
-            sliced.support,
+            small,
+            support,
             samples,
             method=recipe.repair,
             batch_size=self.batch_size,
             seed=calibration.seed,
         )
-        self.model_ = sliced.model
+        self.model_ = small
         self.scores_ = scored.layers
         self.support_ = {
-            layer: kept for layer, kept in sliced.support.items() if layer != calibration.output
+            layer: kept for layer, kept in support.items() if layer != calibration.output
         }
         widths = {
             name: m.weight.shape[0] for name, m in graph.named_modules() if name in self.support_

@@ -219,7 +219,7 @@ def make_report(
 
 
 def base_for_timing(network: SINFNetwork, base: nn.Module) -> nn.Module:
-    """Bring the base into the form that SINF runs in: normalisation in front, batch-norms folded."""
+    """Bring the base into SINF's form: normalisation in front, batch-norms folded."""
     # A copy: folding shares what it need not fold, and the layout is about to change.
     folded = copy.deepcopy(fold_batch_norm(trace(base)))
     fast = nn.Sequential(network.normalise, folded).eval()
@@ -240,8 +240,8 @@ def branch_costs(network: SINFNetwork, example: Tensor) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``shared_macs``, ``shared_parameters``: prefix and router; ``macs``, ``parameters``: arrays of
-        shape (n_clusters + 1,), the last entry for the base network's rest.
+        ``shared_macs``, ``shared_parameters``: prefix and router; ``macs``, ``parameters``: arrays
+        of shape (n_clusters + 1,), the last entry for the base network's rest.
     """
     x = network.normalise(example)
     with torch.inference_mode():
@@ -304,7 +304,8 @@ def _observe(
                 strict=True,
             ):
                 column.append(value.cpu())
-    return _Seen(*(torch.cat(column) for column in columns), runs)
+    base_logits, answers, forced, own_logits, cluster, confidence = map(torch.cat, columns)
+    return _Seen(base_logits, answers, forced, own_logits, cluster, confidence, runs)
 
 
 def _mean(right: Tensor) -> float:
@@ -349,8 +350,9 @@ def _per_cluster(r: SINFReport) -> list[str]:
             + f"{_short(row.macs):>11}"
         )
     lines += [
-        "base: all classes open; restricted: the unpruned base answering with the cluster's classes",
-        "only (the control of 'subgraph'); SINF: as it predicts; routed: sent to the right cluster",
+        "base: all classes open; restricted: the unpruned base answering with the cluster's own",
+        "classes only (the control of 'subgraph'); SINF: as it predicts; routed: sent to the right",
+        "cluster",
     ]
     return lines
 

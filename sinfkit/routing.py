@@ -1,4 +1,4 @@
-"""The semantic route predictor: which cluster does an input belong to?
+"""The semantic route predictor, which says what cluster an input belongs to.
 
 The predictor is a probe on the prefix's pooled output.  It is fitted on the fine classes, and its
 posterior is summed over each cluster's classes: it has seen finer distinctions than a probe fitted

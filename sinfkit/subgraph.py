@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .activations import Statistics, taylor_scores
 from .repair import REPAIRS
 from .schedules import SCHEDULES, removal_ratios, select_kept
 from .scores import Criterion, LayerData, get_criterion
-from .surgery import ChannelGroup, Sliced, check_sliced, slice_channels
+from .surgery import ChannelGroup, check_sliced, slice_channels
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def sliceable(
     groups : sequence of ChannelGroup
         All groups of the network, in forward order.
     within : iterable of str, optional
-        Names of the layers that may lose filters; default all.  A group with a layer, or a consumer,
-        outside stays whole: its channels cross the cut.
+        Names of the layers that may lose filters; default all.  A group with a layer, or a
+        consumer, outside stays whole: its channels cross the cut.
 
     Returns
     -------
@@ -350,7 +350,7 @@ def extract(
     keep: Mapping[str, np.ndarray],
     samples: Tensor,
     outputs: Sequence[int] | None = None,
-) -> Sliced:
+) -> tuple[fx.GraphModule, dict[str, np.ndarray]]:
     """Slice a copy of the network and check it against the masked one.
 
     Parameters
@@ -367,7 +367,10 @@ def extract(
 
     Returns
     -------
-    Sliced
+    small : GraphModule
+        The sliced network.
+    support : dict of str to int ndarray
+        Output channels kept, by layer.
 
     Raises
     ------
@@ -376,4 +379,5 @@ def extract(
     """
     sliced = slice_channels(graph, example, keep)
     check_sliced(graph, sliced, samples, keep_outputs=outputs)
-    return sliced
+    # A graph goes in, so a graph comes out.
+    return cast(fx.GraphModule, sliced.model), sliced.support

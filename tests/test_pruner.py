@@ -122,7 +122,7 @@ def test_caller_model_untouched_and_failed_fit_changes_nothing(trained):
     model = small_cnn().train()
     before = copy.deepcopy(model.state_dict())
     state = torch.random.get_rng_state()
-    numpy_state = np.random.get_state()[1].copy()
+    numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pruner = DCSPruner(model, random_state=0).fit(X, y)
@@ -130,7 +130,7 @@ def test_caller_model_untouched_and_failed_fit_changes_nothing(trained):
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert (np.random.get_state()[1] == numpy_state).all()
+    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
     expected = pruner.predict_proba(X_test)
     with pytest.raises(ValueError, match="NaN"):
         pruner.fit(np.full_like(X, np.nan), y)
