@@ -52,9 +52,9 @@ NETWORKS = {
     # At 32 x 32 a stem of stride 2 makes ResNet50 four times cheaper to train on a CPU.
     "resnet50": lambda n: resnet50(n, stem="half"),
 }
-ROUTE_LAYERS = {"vgg16": "features.20", "vgg19": "features.23", "resnet50": "layer3.0"}
+ROUTE_LAYERS = {"vgg16": "features.24", "vgg19": "features.27", "resnet50": "layer3.1"}
 # (prefix_ratio, min_ratio, max_ratio) from careful to bold
-SIZES = ((0.2, 0.2, 0.4), (0.3, 0.3, 0.6), (0.4, 0.4, 0.7), (0.5, 0.5, 0.8))
+SIZES = ((0.1, 0.3, 0.6), (0.2, 0.4, 0.7), (0.3, 0.5, 0.8))
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def parse() -> argparse.Namespace:
         "--size", type=float, nargs=3, default=SIZES[1], help="prefix, first, last ratio"
     )
     parser.add_argument("--calibration", type=int, default=0, help="images per class, 0 for all")
-    parser.add_argument("--repair-samples", type=int, default=2000)
+    parser.add_argument("--repair-samples", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=256, help="images in the batch that is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--curve", action="store_true")
@@ -250,7 +250,7 @@ def curve(
             rows[name] = {"kind": f"SINF, {kind} clusters", "size": size} | report.to_dict()
             print(f"{name}: {report.accuracy:.1%} (base {report.base_accuracy:.1%})", flush=True)
     example = normalise(torch.as_tensor(X[:1]).float() / 255)
-    for ratios in ((0.1, 0.2), (0.2, 0.3), (0.2, 0.4), (0.3, 0.5), (0.4, 0.6)):
+    for ratios in ((0.1, 0.3), (0.1, 0.5), (0.2, 0.5), (0.3, 0.6)):
         one = pruner(options, model, *ratios).fit(X, y)
         name = f"one network, {ratios}"
         contestants[name] = fast(normalise, one.model_)
