@@ -116,7 +116,7 @@ def parse() -> argparse.Namespace:
         "--size", type=float, nargs=3, default=SIZES[1], help="prefix, first, last ratio"
     )
     parser.add_argument("--calibration", type=int, default=0, help="images per class, 0 for all")
-    parser.add_argument("--repair-samples", type=int, default=1000)
+    parser.add_argument("--repair-samples", type=int, default=300, help="per subgraph")
     parser.add_argument("--batch", type=int, default=256, help="images in the batch that is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--curve", action="store_true")
@@ -250,8 +250,10 @@ def curve(
             rows[name] = {"kind": f"SINF, {kind} clusters", "size": size} | report.to_dict()
             print(f"{name}: {report.accuracy:.1%} (base {report.base_accuracy:.1%})", flush=True)
     example = normalise(torch.as_tensor(X[:1]).float() / 255)
-    for ratios in ((0.1, 0.3), (0.1, 0.5), (0.2, 0.5), (0.3, 0.6)):
-        one = pruner(options, model, *ratios).fit(X, y)
+    for ratios in ((0.1, 0.4), (0.2, 0.5), (0.3, 0.6)):
+        one = pruner(options, model, *ratios)
+        # As many images in all as the subgraphs of one routed network have.
+        one.set_params(repair_samples=options.n_clusters * options.repair_samples).fit(X, y)
         name = f"one network, {ratios}"
         contestants[name] = fast(normalise, one.model_)
         rows[name] = {"kind": "one unrouted network", "size": ratios}
@@ -259,7 +261,7 @@ def curve(
         print(f"{name}: fitted", flush=True)
     batch = torch.as_tensor(X_report[: options.batch]).float().div(255)
     batch = batch.contiguous(memory_format=torch.channels_last)
-    latency = paired_latency({n: lambda m=m: m(batch) for n, m in contestants.items()}, repeats=21)
+    latency = paired_latency({n: lambda m=m: m(batch) for n, m in contestants.items()}, repeats=11)
     for name, module in contestants.items():
         rows[name]["accuracy"] = accuracy(module, X_report, y_report)
         rows[name]["time"] = latency.ratio(name, "base")

@@ -26,7 +26,7 @@ def try_groups(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor
     # An example may be blank; noise as strong as it varies wakes the channels.
     noise = torch.from_numpy(rng.standard_normal((2, *example.shape[1:])))
     x = precision(model, example[:1])
-    x = x + (float(x.std()) or 1.0) * noise.to(x)
+    x = x + (float(x.std(correction=0)) or 1.0) * noise.to(x)
     dense = Comparison(model, model, {})
     with exact_inference(x):
         if not torch.isfinite(dense.masked(x.clone())).all():

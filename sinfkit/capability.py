@@ -73,9 +73,11 @@ def discriminative_capability(
     norm : {"fro", "l1", "max"}, default="fro"
         Norm of the block, for ``variant="norm"``: root of the sum of squares, sum of or largest
         absolute value.
-    scaling : {"layer", "column"}, default="layer"
-        After centring, divide all features by one number, their root mean square, so that a
-        filter's size still counts; or each column by its own.
+    scaling : {"layer", "root", "column"}, default="layer"
+        How much of a filter's size counts. After centring, ``"layer"`` divides all features by one
+        number, their root mean square: all of it. ``"column"`` divides each column by its own
+        standard deviation: nothing. ``"root"`` stands halfway: each column is divided by the square
+        root of its own, then all by one number.
     tol, max_iter : float and int, default=1e-10 and 100
         See `sinfkit.probe.fit_probe`.
 
@@ -125,7 +127,7 @@ def discriminative_capability(
     for option, value, known in (
         ("variant", variant, ("norm", "contribution", "ablation")),
         ("norm", norm, tuple(_NORMS)),
-        ("scaling", scaling, ("layer", "column")),
+        ("scaling", scaling, tuple(_SCALINGS)),
     ):
         if value not in known:
             raise ValueError(f"{option} must be one of {known}, got {value!r}")
@@ -198,14 +200,20 @@ def centred(x: Tensor) -> Tensor:
     return x - x.mean(0)
 
 
+_SCALINGS = {"layer": 0.0, "root": 0.5, "column": 1.0}
+
+
 def _scaled(x: Tensor, scaling: str) -> Tensor:
-    """Centre the columns and divide all by one root mean square, or each by its own."""
+    """Centre, divide each column by a power of its deviation, and all by one root mean square."""
     x = centred(x)
     # Squares of very large or very small numbers would leave the range of the type.
-    peak = x.abs().amax()
-    x = x / torch.where(peak > 0.0, peak, 1.0)
-    square = x.square()
-    size = (square.mean() if scaling == "layer" else square.mean(0)).sqrt()
+    x = _divided(x, x.abs().amax())
+    x = _divided(x, x.square().mean(0).sqrt() ** _SCALINGS[scaling])
+    return _divided(x, x.square().mean().sqrt())
+
+
+def _divided(x: Tensor, size: Tensor) -> Tensor:
+    """Divide by what is not zero."""
     return x / torch.where(size > 0.0, size, 1.0)
 
 

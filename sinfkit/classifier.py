@@ -330,8 +330,8 @@ n_features)
 
     def _components(self) -> tuple[SemanticClusterer, DCSPruner]:
         """Clone the nested estimators, with this one's device, seed, jobs and verbosity."""
-        clusterer = SemanticClusterer() if self.clusterer is None else clone(self.clusterer)
-        pruner = DCSPruner() if self.pruner is None else clone(self.pruner)
+        clusterer = SemanticClusterer() if self.clusterer is None else self.clusterer
+        pruner = DCSPruner() if self.pruner is None else self.pruner
         for name, nested, kind, outer in (
             ("clusterer", clusterer, SemanticClusterer, ("model", "model_classes")),
             ("pruner", pruner, DCSPruner, ("model", "model_classes", "classes", "first_layer")),
@@ -343,7 +343,8 @@ n_features)
                     raise ValueError(
                         f"{name}.{parameter} must be None: SINFClassifier supplies it."
                     )
-            defaults = kind()
+        clusterer, pruner = clone(clusterer), clone(pruner)
+        for nested, defaults in ((clusterer, SemanticClusterer()), (pruner, DCSPruner())):
             for parameter in ("device", "random_state", "n_jobs", "verbose", "batch_size"):
                 if getattr(nested, parameter) == getattr(defaults, parameter):
                     setattr(nested, parameter, getattr(self, parameter))
@@ -588,7 +589,8 @@ n_features)
         -------
         ndarray of shape (n_samples,)
         """
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Class probabilities: the routed subgraph's answer fused with the router's.

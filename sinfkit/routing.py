@@ -198,8 +198,8 @@ def choose_threshold(
     gain = fallback_correct[order].astype(float) - routed_correct[order].astype(float)
     # accuracy[i]: the i least confident samples take the fallback.
     accuracy = np.mean(routed_correct) + np.concatenate(([0.0], np.cumsum(gain))) / len(order)
-    # A threshold cannot part equal confidences.
-    possible = np.concatenate(([True], ranked[1:] > ranked[:-1], [True]))
+    # A threshold of at most 1 cannot part equal confidences, nor doubt a certain route.
+    possible = np.concatenate(([True], ranked[1:] > ranked[:-1], [ranked[-1] < 1]))
     reached = np.flatnonzero(possible & (accuracy >= target - 1e-12))
     if len(reached):
         index = int(reached[0])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -369,14 +370,18 @@ def _trace_at(model: nn.Module, example: Tensor) -> _Trace:
 
     graph, failure = tp.DependencyGraph(), ""
     try:
-        graph.build_dependency(
-            twin,
-            entry,
-            forward_fn=forward,
-            unwrapped_parameters=[(entry, 1)],
-            customized_pruners={kind: tp.ops.DummyPruner() for kind in _MIXERS},
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            # What torch-pruning does not understand shows in the trials; what the forward pass
+            # has to say, it says whenever it runs.
+            warnings.simplefilter("ignore")
+            graph.build_dependency(
+                twin,
+                entry,
+                forward_fn=forward,
+                unwrapped_parameters=[(entry, 1)],
+                customized_pruners={kind: tp.ops.DummyPruner() for kind in _MIXERS},
+                verbose=False,
+            )
     except Exception as error:
         if not ran:
             raise

@@ -20,6 +20,7 @@ VARIANTS = [
     {"norm": "max"},
     {"variant": "contribution"},
     {"variant": "ablation"},
+    {"scaling": "root"},
     {"scaling": "column"},
     {"penalty": float("inf")},
 ]
@@ -141,9 +142,9 @@ def test_of_equal_variances_the_one_that_separates_ranks_first(seed, which, k, k
 def test_the_size_of_a_signal_counts_unless_columns_are_scaled():
     x, y = activations(n_filters=2)
     x[:, 1] = 0.1 * x[:, 0]
-    by_layer, by_column = score(x, y), score(x, y, scaling="column")
-    assert_same(by_layer, torch.tensor([10.0, 1.0], dtype=torch.float64) / 11)
-    assert_same(by_column, torch.full((2,), 0.5, dtype=torch.float64))
+    for scaling, ratio in (("layer", 10.0), ("root", 10.0**0.5), ("column", 1.0)):
+        scores = score(x, y, scaling=scaling)
+        assert float(scores[0] / scores[1]) == pytest.approx(ratio)
 
 
 def test_shuffled_labels_leave_a_norm_that_falls_as_the_root_of_the_sample_size():

@@ -171,7 +171,9 @@ def test_automatic_route_layer_and_its_warning(frozen, data):
         easy = SINFClassifier(frozen, route_accuracy=0.2, random_state=0).fit(X, y)
     assert easy.route_layer_ == "0"  # the earliest that is good enough
     with pytest.warns(UserWarning, match="No layer predicts the cluster"):
-        hard = SINFClassifier(frozen, route_accuracy=1.0, random_state=0).fit(X, y)
+        hard = SINFClassifier(
+            frozen, clusterer=SemanticClusterer(n_clusters=5), route_accuracy=1.0, random_state=0
+        ).fit(X, y)
     assert hard.route_layer_ in ("0", "3", "7")
 
 

@@ -18,7 +18,7 @@ from sinfkit.profiling import count_parameters
 
 @pytest.fixture(scope="module")
 def trained():
-    X, y = blobs(per_class=60, noise=1.5)
+    X, y = blobs(per_class=60, noise=1.2)
     network = train_network(
         small_cnn(), X[:240], y[:240], epochs=12, batch_size=32, random_state=0, device="cpu"
     )
@@ -208,7 +208,7 @@ def test_uncertain_outputs_raise_or_warn(trained):
         DCSPruner(frozen, model_classes=[1, 2, 3, 4, 5, 0], random_state=0).fit(X, y)
     exploding = nn.Sequential(*frozen.module().children(), nn.Linear(6, 6))
     exploding[-1].weight.data.fill_(3e38)
-    with pytest.raises(ValueError, match="output holds NaN or infinity"):
+    with pytest.raises(ValueError, match="not finite|NaN or infinity"):
         DCSPruner(exploding).fit(X, y)
 
 

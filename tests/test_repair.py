@@ -374,8 +374,9 @@ def test_redundant_filters_are_repaired_exactly(kind):
     model, keep = redundant(kind)
     X, fresh = images(400 if kind in ("flatten", "functional") else 40), images(10, seed=2)
     results = {}
+    dense, unrepaired, support = halves(model, keep, X)
     for method in REPAIRS:
-        dense, sliced, support = halves(model, keep, X)
+        sliced = copy.deepcopy(unrepaired)
         errors = repair(dense, sliced, support, X, method=method, alphas=[1e-9], max_rows=2000)
         results[method] = relative_error(dense(fresh), sliced(fresh))
         assert all(np.isfinite(e) and e >= 0 for e in errors.values())
@@ -425,8 +426,9 @@ def test_every_repair_helps_correlated_filters(seed):
         name: sorted(np.random.default_rng(seed).permutation(16)[:9]) for name in ("0", "3", "6")
     }
     left = {}
+    dense, unrepaired, support = halves(model, keep, X)
     for method in REPAIRS:
-        dense, sliced, support = halves(model, keep, X)
+        sliced = copy.deepcopy(unrepaired)
         repair(dense, sliced, support, X, method=method)
         left[method] = relative_error(dense(fresh), sliced(fresh))
     assert left["least_squares"] < 0.6 * min(left["none"], left["mean"], left["match"])
@@ -588,8 +590,9 @@ def test_all_inputs_dead():
     model = randomised(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
     model[0].bias[:2] = -1e3
     X = torch.randn(20, 4, generator=generator()).double()
+    dense, unrepaired, support = halves(model, {"0": [0, 1]}, X)
     for method in REPAIRS[1:]:
-        dense, sliced, support = halves(model, {"0": [0, 1]}, X)
+        sliced = copy.deepcopy(unrepaired)
         repair(dense, sliced, support, X, method=method)
         torch.testing.assert_close(sliced(X).mean(0), dense(X).mean(0))
 
@@ -614,8 +617,9 @@ def test_result_does_not_depend_on_batches_and_global_state():
     model, keep = redundant("bottleneck")
     X = images(23)
     outputs = []
+    dense, unrepaired, support = halves(model, keep, X)
     for batch_size, seed in ((256, 0), (5, 0), (256, 1)):
-        dense, sliced, support = halves(model, keep, X)
+        sliced = copy.deepcopy(unrepaired)
         state = torch.random.get_rng_state()
         repair(dense, sliced, support, X, batch_size=batch_size, seed=seed, max_rows=200)
         assert torch.equal(state, torch.random.get_rng_state())
@@ -674,8 +678,9 @@ def test_more_rows_do_better_than_few():
     model = correlated(0)
     X, fresh = images(30), images(60, seed=9)
     left = []
+    dense, unrepaired, support = halves(model, {"0": list(range(9)), "3": list(range(9))}, X)
     for max_rows in (30, 600):
-        dense, sliced, support = halves(model, {"0": list(range(9)), "3": list(range(9))}, X)
+        sliced = copy.deepcopy(unrepaired)
         repair(dense, sliced, support, X, max_rows=max_rows)
         left.append(relative_error(dense(fresh), sliced(fresh)))
     assert left[1] < 0.8 * left[0]

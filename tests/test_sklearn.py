@@ -40,7 +40,7 @@ def test_sklearn_checks(estimator, check):
 @pytest.fixture(scope="module")
 def trained():
     """A trained network and its data: 6 classes of 8 x 8 images."""
-    X, y = blobs(per_class=60, noise=1.5)
+    X, y = blobs(per_class=60, noise=1.2)
     network = train_network(
         small_cnn(), X[:240], y[:240], epochs=12, batch_size=32, random_state=0, device="cpu"
     )
