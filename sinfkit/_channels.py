@@ -6,8 +6,9 @@ of groups that run through it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,73 @@ class Sliced:
     removed_inputs: dict[str, np.ndarray]
     norm_support: dict[str, np.ndarray] = field(default_factory=dict)
     outputs: np.ndarray | None = None
+
+
+def assemble(
+    alone: ChannelGroup,
+    members: Sequence[Member],
+    modules: Mapping[str, nn.Module],
+    obstacles: list[str],
+) -> ChannelGroup:
+    """Complete a group by its members, and see whether its channels fit into each of them.
+
+    Parameters
+    ----------
+    alone : ChannelGroup
+        One layer with its channels.
+    members : sequence of Member
+        All the modules that its channels run through.
+    modules : mapping of str to Module
+        Those of the network, in order of execution.
+    obstacles : list of str
+        What is known already to keep the group whole.
+
+    Returns
+    -------
+    ChannelGroup
+    """
+    n, layers, consumers, runs = alone.n_channels, {alone.name}, set(), [alone.n_channels]
+    for member in members:
+        name, module = member.module, modules[member.module]
+        produces = member.side == "out" and is_layer(module)
+        if member.side == "in" or is_depthwise(module):
+            consumers.add(name)
+        if _is_one_to_one(member, n, width(module, member.side)):
+            if produces:
+                layers.add(name)
+            if groups_of(module) > 1:
+                runs.append(n // groups_of(module))
+                if not np.array_equal(member.index, member.channel):
+                    obstacles.append(f"its channels come to {name!r} in another order")
+        elif produces or groups_of(module) > 1:
+            obstacles.append(f"its {n} channels are not one to one those of {name!r}")
+        elif member.index.max() >= width(module, member.side):
+            obstacles.append(f"its {n} channels are more than {name!r} has")
+        elif len(np.unique(member.index)) < len(member.index):
+            obstacles.append(f"several of its channels share a place in {name!r}")
+    run = math.gcd(*runs)
+    if run == 1 < n:
+        obstacles.append("a grouped convolution needs every one of its channels")
+    in_order = tuple(name for name in modules if name in layers)
+    return replace(
+        alone,
+        name=in_order[0],
+        layers=in_order,
+        n_groups=n // run,
+        consumers=tuple(name for name in modules if name in consumers),
+        whole=obstacles[0] if obstacles else "",
+        _members=tuple(members),
+    )
+
+
+def _is_one_to_one(member: Member, n_channels: int, width: int) -> bool:
+    """Whether each of a group's channels has one position in a module, and no position is left."""
+    every = np.arange(n_channels)
+    return (
+        len(member.index) == width == n_channels
+        and np.array_equal(np.sort(member.index), every)
+        and np.array_equal(np.sort(member.channel), every)
+    )
 
 
 def checked_indices(group: ChannelGroup, indices: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Masked networks, with which sliced ones are compared.
+"""Comparison of sliced networks with masked ones.
 
 A mask sets a removed channel to zero where it is consumed, at the input of a layer. Zero after a
 batch-norm would not do: a residual sum, or a batch-norm before the convolution, fills it again.
@@ -9,16 +9,110 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._channels import Sliced
 from ._device import full_float32
 
+_MOST_IMAGES = 64
 _CHUNK = 16  # images at a time: a wide network at a large image size needs memory
+
+
+class SlicingError(RuntimeError):
+    """A sliced network does not compute what the masked one does.
+
+    Parameters
+    ----------
+    message : str
+        What differs, and by how much.
+    layer : str
+        The first module, in order of execution, whose output differs.
+    """
+
+    def __init__(self, message: str, layer: str) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.layer)
+
+
+def check_sliced(
+    dense: nn.Module,
+    sliced: Sliced,
+    X: Tensor,
+    keep_outputs: Sequence[int] | np.ndarray | None = None,
+    tol: float = 1e-4,
+) -> float:
+    """Compare a sliced network with the original one, masked.
+
+    In the masked network each removed channel is set to zero where it is consumed: at the input of
+    every layer that lost it. Both run in eval mode and in float32 without TF32 (in float64 if the
+    model is). Outputs are compared on all images; the kept channels of every layer, as `sliced`
+    states them, on the first two.
+
+    Parameters
+    ----------
+    dense : nn.Module
+        The original network, with the weights that were sliced. It is not changed.
+    sliced : Sliced
+        What `slice_channels` made of it, not yet repaired.
+    X : Tensor of shape (n, ...)
+        Inputs, of which the first 64 are used.
+    keep_outputs : array-like of int, default=None
+        Columns of the original's output that the sliced network gives, in order. None: those in
+        ``sliced.outputs``.
+    tol : float, default=1e-4
+        Largest allowed max|difference| / max|masked output|.
+
+    Returns
+    -------
+    float
+        max|difference| / max|masked output|, the largest over chunks of the images.
+
+    Raises
+    ------
+    SlicingError
+        If the two differ by more than `tol`. It names the first layer that does.
+    ValueError
+        If `X` is empty.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from sinfkit.surgery import check_sliced, slice_channels
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    >>> check_sliced(net, slice_channels(net, X, {"0": [1, 3, 6]}), X) <= 1e-4
+    True
+    """
+    if len(X) == 0:
+        raise ValueError("X is empty; the comparison needs images.")
+    kept = sliced.outputs if keep_outputs is None else np.asarray(keep_outputs)
+    comparison = Comparison(dense, sliced.model, sliced.removed_inputs)
+    X = precision(dense, X[:_MOST_IMAGES])
+    try:
+        difference = comparison.of_outputs(X, kept)
+    except (RuntimeError, IndexError):  # shapes that do not fit; the layers show where
+        difference = math.nan
+    # In a network that agrees, a hidden layer may be a little further off than the outputs are.
+    allowed = 10 * tol if difference <= tol else tol
+    supports = {**sliced.support, **sliced.norm_support}
+    layer, how = comparison.first_difference(X[:2], supports, allowed)
+    if difference <= tol and not layer:
+        return difference
+    where = f"The first layer that differs is {layer!r}: {how}." if layer else "No layer differs."
+    raise SlicingError(
+        f"The sliced and the masked network differ by {difference:.2g} of the largest output "
+        f"(allowed: {tol:g}). {where}",
+        layer,
+    )
 
 
 class Comparison:

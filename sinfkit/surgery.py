@@ -15,7 +15,6 @@ wrong inputs of grouped convolutions, and thaws frozen weights.
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,13 +30,13 @@ from ._channels import (
     ChannelGroup,
     Member,
     Sliced,
+    assemble,
     checked_indices,
-    groups_of,
     is_depthwise,
     take_out,
     width,
 )
-from ._masking import Comparison, precision
+from ._masking import SlicingError, check_sliced
 from ._ops import is_layer
 from ._trials import try_groups
 
@@ -51,28 +50,8 @@ __all__ = [
 ]
 
 _OP = tp.ops.OPTYPE
-_MAX_IMAGES = 64
 # Without parameters torch-pruning would pass by them, and they mix so weakly that a trial might.
 _MIXERS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
-
-
-class SlicingError(RuntimeError):
-    """A sliced network does not compute what the masked one does.
-
-    Parameters
-    ----------
-    message : str
-        What differs, and by how much.
-    layer : str
-        The first module, in order of execution, whose output differs.
-    """
-
-    def __init__(self, message: str, layer: str) -> None:
-        super().__init__(message)
-        self.layer = layer
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.layer)
 
 
 def find_groups(model: nn.Module, example: Tensor, output_layer: str) -> list[ChannelGroup]:
@@ -206,79 +185,6 @@ def slice_channels(
         if not np.array_equal(kept, np.arange(group.n_channels)):
             chosen.append((group, kept))
     return take_out(model, layers, chosen)
-
-
-def check_sliced(
-    dense: nn.Module,
-    sliced: Sliced,
-    X: Tensor,
-    keep_outputs: Sequence[int] | np.ndarray | None = None,
-    tol: float = 1e-4,
-) -> float:
-    """Compare a sliced network with the original one, masked.
-
-    In the masked network each removed channel is set to zero where it is consumed: at the input of
-    every layer that lost it. Both run in eval mode and in float32 without TF32 (in float64 if the
-    model is). Outputs are compared on all images; the kept channels of every layer, as `sliced`
-    states them, on the first two.
-
-    Parameters
-    ----------
-    dense : nn.Module
-        The original network, with the weights that were sliced. It is not changed.
-    sliced : Sliced
-        What `slice_channels` made of it, not yet repaired.
-    X : Tensor of shape (n, ...)
-        Inputs, of which the first 64 are used.
-    keep_outputs : array-like of int, default=None
-        Columns of the original's output that the sliced network gives, in order. None: those in
-        ``sliced.outputs``.
-    tol : float, default=1e-4
-        Largest allowed max|difference| / max|masked output|.
-
-    Returns
-    -------
-    float
-        max|difference| / max|masked output|, the largest over chunks of the images.
-
-    Raises
-    ------
-    SlicingError
-        If the two differ by more than `tol`. It names the first layer that does.
-    ValueError
-        If `X` is empty.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from torch import nn
-    >>> from sinfkit.surgery import check_sliced, slice_channels
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    >>> X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
-    >>> check_sliced(net, slice_channels(net, X, {"0": [1, 3, 6]}), X) <= 1e-4
-    True
-    """
-    if len(X) == 0:
-        raise ValueError("X is empty; the comparison needs images.")
-    kept = sliced.outputs if keep_outputs is None else np.asarray(keep_outputs)
-    comparison = Comparison(dense, sliced.model, sliced.removed_inputs)
-    X = precision(dense, X[:_MAX_IMAGES])
-    try:
-        difference = comparison.of_outputs(X, kept)
-    except (RuntimeError, IndexError):  # shapes that do not fit; the layers show where
-        difference = math.nan
-    # In a network that agrees, a hidden layer may be a little further off than the outputs are.
-    allowed = 10 * tol if difference <= tol else tol
-    supports = {**sliced.support, **sliced.norm_support}
-    layer, how = comparison.first_difference(X[:2], supports, allowed)
-    if difference <= tol and not layer:
-        return difference
-    where = f"The first layer that differs is {layer!r}: {how}." if layer else "No layer differs."
-    raise SlicingError(
-        f"The sliced and the masked network differ by {difference:.2g} of the largest output "
-        f"(allowed: {tol:g}). {where}",
-        layer,
-    )
 
 
 class _Place(NamedTuple):
@@ -416,7 +322,9 @@ def _read_group(trace: _Trace, layer: str) -> ChannelGroup:
             members.append(Member(name, side, index, channel))
     if broken_off:
         obstacles.append("its channels are reshaped in a way that torch-pruning cannot follow")
-    return _assemble(trace, alone, members, is_output, [why for why in obstacles if why])
+    alone = replace(alone, is_output=is_output)
+    executed = {name: trace.modules[name] for name in trace.calls}
+    return assemble(alone, members, executed, [why for why in obstacles if why])
 
 
 def _follow(
@@ -445,59 +353,6 @@ def _follow(
                 if mapped:
                     todo.append((dependency.target, dependency.handler, set(mapped)))
     return places, False
-
-
-def _assemble(
-    trace: _Trace,
-    alone: ChannelGroup,
-    members: Sequence[Member],
-    is_output: bool,
-    obstacles: list[str],
-) -> ChannelGroup:
-    """Make a group of its members, and see whether its channels fit into each of them."""
-    n, layers, consumers, runs = alone.n_channels, {alone.name}, set(), [alone.n_channels]
-    for member in members:
-        name, module = member.module, trace.modules[member.module]
-        produces = member.side == "out" and is_layer(module)
-        if member.side == "in" or is_depthwise(module):
-            consumers.add(name)
-        if _is_one_to_one(member, n, width(module, member.side)):
-            if produces:
-                layers.add(name)
-            if groups_of(module) > 1:
-                runs.append(n // groups_of(module))
-                if not np.array_equal(member.index, member.channel):
-                    obstacles.append(f"its channels come to {name!r} in another order")
-        elif produces or groups_of(module) > 1:
-            obstacles.append(f"its {n} channels are not one to one those of {name!r}")
-        elif member.index.max() >= width(module, member.side):
-            obstacles.append(f"its {n} channels are more than {name!r} has")
-        elif len(np.unique(member.index)) < len(member.index):
-            obstacles.append(f"several of its channels share a place in {name!r}")
-    run = math.gcd(*runs)
-    if run == 1 < n:
-        obstacles.append("a grouped convolution needs every one of its channels")
-    in_order = tuple(name for name in trace.calls if name in layers)
-    return ChannelGroup(
-        name=in_order[0],
-        layers=in_order,
-        n_channels=n,
-        n_groups=n // run,
-        consumers=tuple(name for name in trace.calls if name in consumers),
-        is_output=is_output,
-        whole=obstacles[0] if obstacles else "",
-        _members=tuple(members),
-    )
-
-
-def _is_one_to_one(member: Member, n_channels: int, width: int) -> bool:
-    """Whether each of a group's channels has one position in a module, and no position is left."""
-    every = np.arange(n_channels)
-    return (
-        len(member.index) == width == n_channels
-        and np.array_equal(np.sort(member.index), every)
-        and np.array_equal(np.sort(member.channel), every)
-    )
 
 
 def _obstacle(trace: _Trace, node: Any) -> str:

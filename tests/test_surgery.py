@@ -31,6 +31,15 @@ from sinfkit.surgery import (
 N_OUTPUTS = 5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small tensors gain nothing from more, and lose much where others compute as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # Networks ----------------------------------------------------------------------------------------
 
 
