@@ -115,6 +115,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--size", type=float, nargs=3, default=SIZES[1], help="prefix, first, last ratio"
     )
+    parser.add_argument(
+        "--max-drop", type=float, default=0.01, help="accuracy that the threshold may give away"
+    )
     parser.add_argument("--calibration", type=int, default=0, help="images per class, 0 for all")
     parser.add_argument("--repair-samples", type=int, default=300, help="per subgraph")
     parser.add_argument("--batch", type=int, default=256, help="images in the batch that is timed")
@@ -205,6 +208,7 @@ def classifier(
         pruner=pruner(options, None, min_ratio, max_ratio),
         route_layer=options.route_layer,
         prefix_ratio=prefix_ratio,
+        max_accuracy_drop=options.max_drop,
         random_state=options.seed,
         verbose=1,
     )

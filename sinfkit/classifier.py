@@ -66,7 +66,7 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         takes the earliest whose held-out route accuracy reaches `route_accuracy`; where none does,
         the one that keeps the accuracy and saves the most.
     route_accuracy : float, default=0.75
-    prefix_ratio : float, default=0.3
+    prefix_ratio : float, default=0.2
         Fraction of filters removed from each layer before the route predictor, for all classes.  0
         leaves the prefix whole.  Its last layer keeps its channels and is refitted to the dense
         output, so that the base's rest still works behind it.
@@ -156,7 +156,7 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         pruner: Any = None,
         route_layer: str = "auto",
         route_accuracy: float = 0.75,
-        prefix_ratio: float = 0.3,
+        prefix_ratio: float = 0.2,
         confidence_threshold: float | str = "auto",
         max_accuracy_drop: float = 0.01,
         fallback: str = "base",

@@ -856,6 +856,12 @@ class BatchSize(Case):
         return self.c(x.view(m, 3, -1, 1))
 
 
+class LateBatchSize(Case):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return self.c(y.reshape(x.shape[0], 3, -1, 1))
+
+
 class Width(Case):
     def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
@@ -900,6 +906,7 @@ class Chunks(Case):
         (LongShortcut, ["b"]),
         (SharedLayer, ["b"]),
         (BatchSize, ["a", "b"]),
+        (LateBatchSize, ["a", "b"]),
         (Width, ["b"]),
         (Constants, ["a", "b"]),
         (SharedParameter, ["a", "b"]),
