@@ -160,7 +160,7 @@ CONVOLUTIONS = {
     "padding": {"kernel_size": 3, "padding": (2, 1)},
     "stride": {"kernel_size": (3, 2), "stride": (2, 1), "padding": 1},
     "dilation": {"kernel_size": (2, 3), "dilation": (3, 2), "padding": 2},
-    "same": {"kernel_size": (2, 3), "padding": "same", "dilation": 2},
+    "same": {"kernel_size": (2, 3), "padding": "same", "dilation": (1, 2)},
     "valid": {"kernel_size": (3, 1), "padding": "valid"},
     "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
     "circular": {"kernel_size": 3, "padding": (2, 1), "padding_mode": "circular"},
