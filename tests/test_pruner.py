@@ -194,7 +194,7 @@ def test_bad_data(trained):
             pruner.fit(data, labels)
     pruner.fit(X, y)
     for data in (X_test[:, :, :7], X_test[:, :, :, :, None], X_test[0], X_test[:0]):
-        with pytest.raises(ValueError, match="shape|dim|sample"):
+        with pytest.raises(ValueError, match="shape|dim|sample|features"):
             pruner.predict(data)
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         DCSPruner(model=lambda x: x).fit(X, y)
