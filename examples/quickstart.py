@@ -90,7 +90,7 @@ def draw(report: SINFReport) -> None:
     )
     low = min(min(r.restricted, r.subgraph, r.routed) for r in rows)
     right.set_ylim(max(0.0, low - 0.05), 1.0)
-    right.legend(loc="lower right", fontsize=8)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=3, fontsize=8, frameon=False)
     figure.savefig("quickstart.png", dpi=150)
 
 
