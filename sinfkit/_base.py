@@ -31,6 +31,7 @@ from ._validation import (
 from .activations import Statistics, collect
 from .frozen import FrozenModel, as_frozen
 from .graph import output_layer, trace
+from .surgery import ChannelGroup, find_groups
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -90,6 +91,11 @@ class Calibration:
     batcher: Batcher
     example: torch.Tensor
     seed: int
+
+    @functools.cached_property
+    def groups(self) -> list[ChannelGroup]:
+        """The network's coupled channels, in forward order."""
+        return find_groups(self.graph, self.example, self.output)
 
 
 class TorchEstimator(BaseEstimator):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -71,14 +72,23 @@ def _is_available(device: torch.device) -> bool:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Switch TF32 off inside the block, and put the caller's setting back.
+    """Compute in full single precision inside the block, and put the caller's settings back.
 
-    Comparisons to 1e-4 mean nothing in TF32, whose mantissa has ten bits.
+    Comparisons to 1e-4 mean nothing in TF32 or bfloat16, whose mantissas have ten and seven bits.
     """
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    backends = torch.backends
+    # torch refuses the old switches once the new ones were set, so the new ones where they exist.
+    if hasattr(backends.cudnn, "conv"):
+        places: list[Any] = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+        switch, value = "fp32_precision", "ieee"
+    else:
+        places, switch, value = [backends.cuda.matmul, backends.cudnn], "allow_tf32", False
+    before = [getattr(place, switch) for place in places]
     try:
+        for place in places:
+            setattr(place, switch, value)
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
-        torch.backends.cudnn.allow_tf32 = cudnn
+        for place, setting in zip(places, before, strict=True):
+            setattr(place, switch, setting)

@@ -91,7 +91,6 @@ def choose_cut(candidates: Sequence[Candidate], route_accuracy: float, target: f
 def expected_macs(
     calibration: Calibration,
     cut: CutPoint,
-    groups: Sequence[ChannelGroup],
     recipe: Recipe,
     prefix_ratio: float,
     unsure: float,
@@ -99,12 +98,13 @@ def expected_macs(
     """Multiplications per sample if `cut` were taken and a share `unsure` fell back to the base."""
     graph = calibration.graph
     inside, behind = sides(graph, cut)
+    groups = calibration.groups
     prefix_groups, rest_groups = sliceable(groups, inside), sliceable(groups, behind)
     keep = first_channels(
         prefix_groups, replace(recipe, schedule="uniform", max_ratio=prefix_ratio)
     )
     keep |= first_channels(rest_groups, recipe)
-    smaller = slice_channels(graph, calibration.example, keep).model
+    smaller = slice_channels(graph, calibration.example, keep, groups=groups).model
     dense = count_macs(graph, calibration.example)[1]
     sliced = count_macs(smaller, calibration.example)[1]
     prefix = sum(sliced.get(name, 0) for name in inside)
@@ -129,7 +129,6 @@ def sides(graph: fx.GraphModule, cut: CutPoint) -> tuple[list[str], list[str]]:
 def try_cuts(
     calibration: Calibration,
     cuts: Sequence[CutPoint],
-    groups: Sequence[ChannelGroup],
     recipe: Recipe,
     *,
     train: tuple[Iterable[Tensor], np.ndarray],
@@ -147,7 +146,6 @@ def try_cuts(
     ----------
     calibration : Calibration
     cuts : sequence of CutPoint
-    groups : sequence of ChannelGroup
     recipe : Recipe
     train, held : (batches, codes)
         Normalised batches and their classes, for the probes and for the estimates.
@@ -197,7 +195,7 @@ def try_cuts(
                 cut,
                 float(np.mean(chosen.numpy() == class_clusters[codes])),
                 accuracy,
-                expected_macs(calibration, cut, groups, recipe, prefix_ratio, unsure),
+                expected_macs(calibration, cut, recipe, prefix_ratio, unsure),
             )
         )
     return found
@@ -253,7 +251,7 @@ def slice_prefix(
         seed=calibration.seed,
     )
     keep = choose_channels(groups, scored.groups, recipe)
-    small, support = extract(graph, calibration.example, keep, samples[:64])
+    small, support = extract(graph, calibration.groups, keep, samples[:64])
     prefix = split(small, cut)[0]
     repair(
         dense,
@@ -343,7 +341,7 @@ def build_subgraph(
     keep = choose_channels(groups, scored.groups, recipe)
     keep[output_group] = outputs
     check = torch.cat(list(batches(sample[:64])))
-    small, support = extract(graph, calibration.example, keep, check, outputs.tolist())
+    small, support = extract(graph, calibration.groups, keep, check, outputs.tolist())
     dense_rest, rest = split(graph, cut)[1], split(small, cut)[1]
     h_dense, h_sliced = [], []
     with torch.inference_mode():

@@ -49,7 +49,7 @@ def discriminative_capability(
     penalty: float = 1.0,
     variant: str = "norm",
     norm: str = "fro",
-    scaling: str = "layer",
+    scaling: str = "root",
     tol: float = 1e-10,
     max_iter: int = 100,
 ) -> DCSResult:
@@ -73,7 +73,7 @@ def discriminative_capability(
     norm : {"fro", "l1", "max"}, default="fro"
         Norm of the block, for ``variant="norm"``: root of the sum of squares, sum of or largest
         absolute value.
-    scaling : {"layer", "root", "column"}, default="layer"
+    scaling : {"root", "layer", "column"}, default="root"
         How much of a filter's size counts. After centring, ``"layer"`` divides all features by one
         number, their root mean square: all of it. ``"column"`` divides each column by its own
         standard deviation: nothing. ``"root"`` stands halfway: each column is divided by the square

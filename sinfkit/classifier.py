@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,7 @@ from .pruner import DCSPruner
 from .report import SINFReport, make_report
 from .routing import choose_threshold, fit_route_predictor
 from .subgraph import Recipe, sliceable, warn_about_whole
-from .surgery import ChannelGroup, find_groups
+from .surgery import ChannelGroup
 
 _ROUTE_SAMPLES = 5_000
 
@@ -235,7 +236,7 @@ n_features)
             return calibration.batcher(held_X, held[0])
 
         graph = calibration.graph
-        groups = find_groups(graph, calibration.example, calibration.output)
+        groups = calibration.groups
         clusterer.classes_ = calibration.table.classes
         with torch.inference_mode():
             answers = torch.cat([graph(x).cpu() for x in held_batches()])
@@ -248,7 +249,6 @@ n_features)
 
         cut = self._cut(
             calibration,
-            groups,
             recipe,
             (rng.permutation(fit)[:_ROUTE_SAMPLES], batches),
             (held_codes, held_batches, held_base),
@@ -396,7 +396,6 @@ n_features)
     def _cut(
         self,
         calibration: Calibration,
-        groups: list[ChannelGroup],
         recipe: Recipe,
         train: tuple[np.ndarray, Any],
         held: tuple[np.ndarray, Any, Tensor],
@@ -421,7 +420,6 @@ n_features)
         candidates = try_cuts(
             calibration,
             cuts,
-            groups,
             recipe,
             train=(batches(index), calibration.codes[index]),
             held=(held_batches(), codes),
@@ -539,6 +537,17 @@ n_features)
             self.confidence_threshold_ = choose_threshold(
                 held.confidence.numpy(), routed == codes, fallback == codes, target=target
             )
+            trusted = held.confidence.numpy() >= self.confidence_threshold_
+            accuracy = float(np.mean(np.where(trusted, routed, fallback) == codes))
+            if accuracy < target:
+                warnings.warn(
+                    f"The routed network reaches {accuracy:.1%} on held-out samples, not the "
+                    f"{target:.1%} that max_accuracy_drop={self.max_accuracy_drop} asks for. "
+                    "A smaller prefix_ratio or pruner.max_ratio, or more repair_samples, keep "
+                    "more.",
+                    UserWarning,
+                    stacklevel=4,
+                )
         network.threshold = self.confidence_threshold_
 
     def _link(self) -> None:

@@ -24,7 +24,6 @@ from .subgraph import (
     sliceable,
     warn_about_whole,
 )
-from .surgery import find_groups
 
 
 class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMixin, TorchEstimator):
@@ -197,7 +196,7 @@ n_features)
         recipe = self._recipe()
         calibration = self._calibrate(X, y, self.classes)
         graph, table = calibration.graph, calibration.table
-        groups = find_groups(graph, calibration.example, calibration.output)
+        groups = calibration.groups
         within = self._layers_from(graph, calibration.output)
         warn_about_whole(groups, within)
         chosen = sliceable(groups, within)
@@ -234,7 +233,7 @@ n_features)
         sample = draw(rng, index, self.repair_samples)
         samples = torch.cat(list(batches(sample)))
         small, support = extract(
-            graph, calibration.example, keep, samples[:64], outputs=table.outputs.tolist()
+            graph, groups, keep, samples[:64], outputs=table.outputs.tolist()
         )
         self.repair_error_ = repair(
             graph,

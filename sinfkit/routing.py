@@ -190,21 +190,27 @@ def choose_threshold(
     Returns
     -------
     float
-        In [0, 1].  Where no threshold reaches `target`, the one with the best accuracy (of equal
-        ones the smallest).
+        In [0, 1].  Where no threshold reaches `target`: the smallest whose accuracy is within one
+        standard error (of the paired difference) of the best one's.  The last tenths of a point
+        would send nearly every sample to the fallback, and lie within the noise.
     """
     order = np.argsort(confidence, kind="stable")
     ranked = confidence[order]
     gain = fallback_correct[order].astype(float) - routed_correct[order].astype(float)
     # accuracy[i]: the i least confident samples take the fallback.
-    accuracy = np.mean(routed_correct) + np.concatenate(([0.0], np.cumsum(gain))) / len(order)
+    gained = np.concatenate(([0.0], np.cumsum(gain)))
+    accuracy = np.mean(routed_correct) + gained / len(order)
     # A threshold of at most 1 cannot part equal confidences, nor doubt a certain route.
     possible = np.concatenate(([True], ranked[1:] > ranked[:-1], [ranked[-1] < 1]))
     reached = np.flatnonzero(possible & (accuracy >= target - 1e-12))
     if len(reached):
         index = int(reached[0])
     else:
-        index = int(np.argmax(np.where(possible, accuracy, -np.inf)))
+        best = int(np.argmax(np.where(possible, accuracy, -np.inf)))
+        changed = np.concatenate(([0.0], np.cumsum(np.abs(gain))))  # answers right in one alone
+        short = gained[best] - gained
+        error = np.sqrt(np.maximum(np.abs(changed[best] - changed) - short**2 / len(order), 0.0))
+        index = int(np.flatnonzero(possible & (short <= error))[0])
     if index == 0:
         return 0.0
     if index == len(ranked):

@@ -165,7 +165,7 @@ def dcs(
     penalty: float = 1.0,
     variant: str = "norm",
     norm: str = "fro",
-    scaling: str = "layer",
+    scaling: str = "root",
 ) -> Tensor:
     """Discriminative Capability Score, see `discriminative_capability`."""
     return discriminative_capability(
@@ -181,7 +181,7 @@ def dcs(
 @_register("dcs_closed_form", needs=("features", "y"))
 def dcs_closed_form(data: LayerData) -> Tensor:
     """DCS in the limit of a strong penalty: spread of the classes' mean activations. A control."""
-    return dcs(data, penalty=float("inf"))
+    return dcs(data, penalty=float("inf"), scaling="layer")
 
 
 @_register("dcs_shuffled", needs=("features", "y", "generator"))

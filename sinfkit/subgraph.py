@@ -346,7 +346,7 @@ def _labelled(batches: Iterable[Tensor], y: Tensor) -> Iterator[tuple[Tensor, Te
 
 def extract(
     graph: fx.GraphModule,
-    example: Tensor,
+    groups: Sequence[ChannelGroup],
     keep: Mapping[str, np.ndarray],
     samples: Tensor,
     outputs: Sequence[int] | None = None,
@@ -357,7 +357,8 @@ def extract(
     ----------
     graph : GraphModule
         The dense network; it is not changed.
-    example : Tensor of shape (1, ...)
+    groups : sequence of ChannelGroup
+        All groups of the network.
     keep : mapping of str to int ndarray
         Channels kept, by group name; the output layer's group keeps the rows of the classes.
     samples : Tensor of shape (n, ...)
@@ -377,7 +378,7 @@ def extract(
     SlicingError
         If the sliced network answers differently from the masked one.
     """
-    sliced = slice_channels(graph, example, keep)
+    sliced = slice_channels(graph, samples[:1], keep, groups=groups)
     check_sliced(graph, sliced, samples, keep_outputs=outputs)
     # A graph goes in, so a graph comes out.
     return cast(fx.GraphModule, sliced.model), sliced.support

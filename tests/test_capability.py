@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ VARIANTS = [
     {"norm": "max"},
     {"variant": "contribution"},
     {"variant": "ablation"},
-    {"scaling": "root"},
+    {"scaling": "layer"},
     {"scaling": "column"},
     {"penalty": float("inf")},
 ]
@@ -198,22 +199,25 @@ def test_nothing_to_discriminate_gives_zeros_and_one_warning(case, keywords):
     assert not result.score.any() and not result.norm.any()
 
 
-def test_the_probe_is_scikit_learns():
+@pytest.mark.parametrize(("scaling", "power"), [("layer", 0.0), ("root", 0.5), ("column", 1.0)])
+def test_the_probe_is_scikit_learns(scaling, power):
     x, y = activations(n=90, n_filters=6, n_cells=4, k=3)
-    result = discriminative_capability(x, y, penalty=0.5)
+    score = partial(discriminative_capability, x, y, penalty=0.5, scaling=scaling)
+    result = score()
     flat = x.flatten(1).numpy()
-    scaled = (flat - flat.mean(0)) / np.sqrt(flat.var(0).mean())
+    scaled = (flat - flat.mean(0)) / flat.std(0) ** power
+    scaled /= np.sqrt(scaled.var(0).mean())
     reference = LogisticRegression(C=1 / (2 * 0.5 * 90), tol=1e-10, max_iter=5000)
     coef = reference.fit(scaled, y.numpy()).coef_.reshape(3, 6, 4)
     np.testing.assert_allclose(result.coef, coef, atol=1e-6)
     np.testing.assert_allclose(result.norm, np.sqrt((coef**2).sum((0, 2))), atol=1e-6)
     np.testing.assert_allclose(
-        discriminative_capability(x, y, penalty=0.5, norm="l1").norm,
+        score(norm="l1").norm,
         np.abs(coef).sum((0, 2)),
         atol=1e-6,
     )
     np.testing.assert_allclose(
-        discriminative_capability(x, y, penalty=0.5, norm="max").norm,
+        score(norm="max").norm,
         np.abs(coef).max((0, 2)),
         atol=1e-6,
     )
@@ -221,11 +225,11 @@ def test_the_probe_is_scikit_learns():
 
 def test_contribution_and_ablation_by_hand():
     x, y = activations(n=50, n_filters=5, n_cells=4, k=3)
-    found = discriminative_capability(x, y, variant="contribution")
+    found = discriminative_capability(x, y, variant="contribution", scaling="layer")
     scaled = (x - x.mean(0)) / (x - x.mean(0)).square().mean().sqrt()
     parts = torch.einsum("njs,kjs->njk", scaled, found.coef)
     torch.testing.assert_close(found.norm, parts.var(0, correction=0).sum(1).sqrt())
-    rise = discriminative_capability(x, y, variant="ablation").norm
+    rise = discriminative_capability(x, y, variant="ablation", scaling="layer").norm
     logits = parts.sum(1) + found.intercept
     loss = torch.nn.functional.cross_entropy
     for j in range(5):

@@ -30,8 +30,22 @@ def test_cuda_where_there_is_none():
 
 
 def test_full_float32_restores_the_setting():
-    before = torch.backends.cudnn.allow_tf32
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     with pytest.raises(RuntimeError), full_float32():
         assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
         raise RuntimeError
-    assert torch.backends.cudnn.allow_tf32 == before
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch has no such switch")
+def test_full_float32_after_the_newer_switches_were_set():
+    place = torch.backends.mkldnn.conv
+    before = place.fp32_precision
+    place.fp32_precision = "bf16"
+    try:
+        with full_float32():
+            assert place.fp32_precision == "ieee"
+        assert place.fp32_precision == "bf16"
+    finally:
+        place.fp32_precision = before
