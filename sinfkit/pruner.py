@@ -232,9 +232,7 @@ n_features)
         rng = np.random.default_rng(calibration.seed)
         sample = draw(rng, index, self.repair_samples)
         samples = torch.cat(list(batches(sample)))
-        small, support = extract(
-            graph, groups, keep, samples[:64], outputs=table.outputs.tolist()
-        )
+        small, support = extract(graph, groups, keep, samples[:64], outputs=table.outputs.tolist())
         self.repair_error_ = repair(
             graph,
             small,
