@@ -76,12 +76,13 @@ def full_float32() -> Iterator[None]:
 
     Comparisons to 1e-4 mean nothing in TF32 or bfloat16, whose mantissas have ten and seven bits.
     """
-    backends = torch.backends
+    backends: Any = torch.backends
     # torch refuses the old switches once the new ones were set, so the new ones where they exist.
     if hasattr(backends.cudnn, "conv"):
         places: list[Any] = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
         places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-        switch, value = "fp32_precision", "ieee"
+        switch: str = "fp32_precision"
+        value: str | bool = "ieee"
     else:
         places, switch, value = [backends.cuda.matmul, backends.cudnn], "allow_tf32", False
     before = [getattr(place, switch) for place in places]

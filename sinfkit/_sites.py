@@ -226,7 +226,7 @@ def sample_patches(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return sample(values, layer, where)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    values = F.pad(values, _padding(layer), mode=mode)
+    values = F.pad(values, padding(layer), mode=mode)
     for axis in (0, 1):
         step = layer.dilation[axis]
         extent = step * (layer.kernel_size[axis] - 1) + 1
@@ -235,7 +235,7 @@ def sample_patches(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
     return values[maps, :, rows, columns].flatten(2)
 
 
-def _padding(layer: nn.Conv2d) -> list[int]:
+def padding(layer: nn.Conv2d) -> list[int]:
     """Left, right, top and bottom padding of a convolution."""
     if not isinstance(layer.padding, str):
         height, width = layer.padding

@@ -258,7 +258,7 @@ def slice_prefix(
         prefix,
         support,
         samples,
-        method="least_squares",
+        method=recipe.repair,
         batch_size=calibration.batcher.batch_size,
         seed=calibration.seed,
     )

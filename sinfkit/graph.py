@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._observing import channel_axis, observation_nodes, with_capture
 from ._ops import (
@@ -31,6 +32,7 @@ from ._tracing import copy_sharing_weights, new_graph, opaque_modules, trace
 
 __all__ = [
     "CutPoint",
+    "batch_norm_behind",
     "channel_axis",
     "copy_sharing_weights",
     "cut_points",
@@ -121,6 +123,31 @@ def find_layer(gm: fx.GraphModule, name: str) -> str:
         if _lies_in(layer, name):
             return layer
     raise ValueError(f"The network has no layer {name!r}. Its layers: {', '.join(names)}.")
+
+
+def batch_norm_behind(gm: fx.GraphModule) -> dict[str, str]:
+    """Map each layer to the batch-norm (with scales) that alone reads its output, where one does.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`, or a half from `split`.
+
+    Returns
+    -------
+    dict of str to str
+        From the name of a layer to that of a batch-norm.
+    """
+    found = {}
+    for node in gm.graph.nodes:
+        norm = called_module(gm, node)
+        if not isinstance(norm, _BatchNorm) or norm.weight is None:
+            continue
+        source = node.args[0]
+        if source.op == "call_module" and len(source.users) == 1:
+            if called_layer(gm, source) is not None:
+                found[str(source.target)] = str(node.target)
+    return found
 
 
 def output_layer(gm: fx.GraphModule, n_outputs: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .capability import DCSResult, centred, check_features, discriminative_capability
+from .obs import Consumer, removal_costs
 
 __all__ = [
     "CRITERIA",
@@ -41,6 +42,10 @@ class LayerData:
         Scale of the batch-norm that follows the layer.
     taylor : Tensor of shape (n_filters,), optional
         Mean over samples of ``|activation * gradient|``, see `sinfkit.activations.taylor_scores`.
+    consumers : tuple of Consumer, optional
+        The layers that read the filters' outputs, see `sinfkit.obs.gather_consumers`.
+    n_groups : int
+        Runs of filters that lose the same local indices, see `sinfkit.surgery.ChannelGroup`.
     n_classes : int
         Number of classes that `y` counts.
     generator : torch.Generator, optional
@@ -54,6 +59,8 @@ class LayerData:
     weight_grad: Tensor | None = None
     norm_scale: Tensor | None = None
     taylor: Tensor | None = None
+    consumers: tuple[Consumer, ...] | None = None
+    n_groups: int = 1
     n_classes: int = 0
     generator: torch.Generator | None = None
 
@@ -208,6 +215,14 @@ def l2(data: LayerData) -> Tensor:
 def taylor(data: LayerData) -> Tensor:
     """First-order change of the loss without a filter (Molchanov et al., 2017, 2019)."""
     return _need(data, "taylor").detach().double()
+
+
+@_register("obs", needs=("weight", "consumers"))
+def obs(data: LayerData) -> Tensor:
+    """What the layers behind lose for good without a filter, see `sinfkit.obs.removal_costs`."""
+    if data.consumers is None:
+        raise ValueError(f"the criterion needs consumers of layer {data.name!r}, which are missing")
+    return removal_costs(data.consumers, len(_need(data, "weight")), data.n_groups)
 
 
 @_register("fdr", needs=("features", "y"))

@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from .activations import Statistics, taylor_scores
+from .graph import batch_norm_behind
+from .obs import Consumer, gather_consumers
 from .repair import REPAIRS
 from .schedules import SCHEDULES, removal_ratios, select_kept
 from .scores import Criterion, LayerData, get_criterion
 from .surgery import ChannelGroup, check_sliced, slice_channels
+
+_CONSUMER_IMAGES = 2_000  # for second moments of what layers read: many positions in each image
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,8 @@ def score_layers(
     *,
     seed: int,
     taylor: Mapping[str, Tensor] | None = None,
+    consumers: Mapping[str, Sequence[Consumer]] | None = None,
+    runs: Mapping[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Score every filter of every layer.
 
@@ -157,6 +163,9 @@ def score_layers(
     seed : int
         Seed of the criterion's generator (``"random"``).
     taylor : mapping of str to Tensor of shape (n_channels,), optional
+    consumers : mapping of str to sequence of Consumer, optional
+    runs : mapping of str to int, optional
+        `ChannelGroup.n_groups` of each layer; default 1.
 
     Returns
     -------
@@ -180,6 +189,8 @@ def score_layers(
             weight=module.weight.detach(),
             norm_scale=None if norm is None else modules[norm].weight,
             taylor=None if taylor is None else taylor[layer],
+            consumers=None if consumers is None else tuple(consumers[layer]),
+            n_groups=1 if runs is None else runs[layer],
             n_classes=n_classes,
             generator=generator,
         )
@@ -194,21 +205,6 @@ def score_layers(
             raise ValueError(f"The criterion gave NaN or infinity for a filter of layer {layer!r}.")
         scores[layer] = score.numpy()
     return scores
-
-
-def batch_norm_behind(graph: fx.GraphModule) -> dict[str, str]:
-    """Map each layer to the batch-norm that directly follows it, where one does."""
-    modules = dict(graph.named_modules())
-    found = {}
-    for node in graph.graph.nodes:
-        if node.op != "call_module" or not isinstance(
-            modules.get(str(node.target)), torch.nn.modules.batchnorm._BatchNorm
-        ):
-            continue
-        source = node.args[0]
-        if source.op == "call_module" and len(source.users) == 1:
-            found[str(source.target)] = str(node.target)
-    return {layer: norm for layer, norm in found.items() if modules[norm].weight is not None}
 
 
 def group_scores(
@@ -330,9 +326,27 @@ def score_classes(
             {layer: nodes[layer] for layer in layers},
             list(outputs),
         )
+    consumers = None
+    if "consumers" in recipe.criterion.needs:
+        # What reads a group is the same for all its layers: one of them stands for all.
+        layers = [group.name for group in groups]
+        sample = np.random.default_rng(seed).permutation(index)[:_CONSUMER_IMAGES]
+        consumers = gather_consumers(
+            graph, groups, batches(sample), n_images=len(sample), outputs=outputs, seed=seed
+        )
     by_layer = score_layers(
-        graph, layers, features, torch.as_tensor(y), recipe, seed=seed, taylor=taylor
+        graph,
+        layers,
+        features,
+        torch.as_tensor(y),
+        recipe,
+        seed=seed,
+        taylor=taylor,
+        consumers=consumers,
+        runs={layer: group.n_groups for group in groups for layer in group.layers},
     )
+    for group in groups:
+        by_layer |= {layer: by_layer.get(layer, by_layer[group.name]) for layer in group.layers}
     return Scored(by_layer, group_scores(groups, by_layer, nodes))
 
 

@@ -85,7 +85,19 @@ def test_subgraphs_have_their_clusters_outputs_and_fewer_filters(fitted, frozen)
         assert [len(kept) for kept in support.values()] == [15, 8]
         assert set(error) >= set(support)
     convs = [m for m in fitted.network_.prefix.modules() if isinstance(m, nn.Conv2d)]
-    assert [m.out_channels for m in convs] == [7, 8]  # floor(0.2 * 8) gone; the last keeps all
+    assert [m.out_channels for m in convs] == [6, 8]  # floor(0.3 * 8) gone; the last keeps all
+
+
+@pytest.mark.parametrize("criterion", ["dcs", "taylor", "l1"])
+def test_the_prefix_has_a_criterion_of_its_own(frozen, data, criterion):
+    X, y, X_test, y_test = data
+    keywords = {"prefix_ratio": 0.5, "route_layer": "3", "random_state": 0}
+    clf = SINFClassifier(frozen, prefix_criterion=criterion, **keywords).fit(X, y)
+    convs = [m for m in clf.network_.prefix.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convs] == [4, 8]
+    assert clf.score(X_test, y_test) > 0.7
+    with pytest.raises(ValueError, match="criterion must be one of"):
+        SINFClassifier(frozen, prefix_criterion="nothing").fit(X, y)
 
 
 def test_dense_routing_reproduces_the_base(frozen, data):
@@ -299,3 +311,14 @@ def test_untraceable_networks_are_wrapped_in_two_halves(data):
     assert clf.route_layer_ == "0"
     assert all(len(s.get("1.0", range(8))) == 8 for s in clf.supports_)
     np.testing.assert_allclose(clf.predict_proba(X_test).sum(1), 1, atol=1e-5)
+
+
+def test_a_drop_beyond_reach_is_told(frozen, data):
+    X, y, *_ = data
+    keywords = {"route_layer": "3", "max_accuracy_drop": 0.0, "random_state": 0}
+    pruner = DCSPruner(min_ratio=0.8, max_ratio=0.9, repair="none")
+    with pytest.warns(UserWarning, match=r"loses .* more than max_accuracy_drop=0.0"):
+        SINFClassifier(frozen, pruner=pruner, prefix_ratio=0.8, **keywords).fit(X, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SINFClassifier(frozen, prefix_ratio=0.0, **keywords).fit(X, y)

@@ -30,12 +30,15 @@ def test_cuda_where_there_is_none():
 
 
 def test_full_float32_restores_the_setting():
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    with pytest.raises(RuntimeError), full_float32():
-        assert not torch.backends.cudnn.allow_tf32
-        assert not torch.backends.cuda.matmul.allow_tf32
-        raise RuntimeError
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    before = cudnn.allow_tf32, cuda.matmul.allow_tf32
+    with pytest.raises(RuntimeError, match="by the caller"), full_float32():
+        if hasattr(cudnn, "conv"):
+            assert cudnn.conv.fp32_precision == cuda.matmul.fp32_precision == "ieee"
+        else:
+            assert not cudnn.allow_tf32 and not cuda.matmul.allow_tf32
+        raise RuntimeError("by the caller")
+    assert (cudnn.allow_tf32, cuda.matmul.allow_tf32) == before
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch has no such switch")

@@ -51,6 +51,21 @@ def test_fit_gives_a_smaller_network_with_exact_counts(trained):
     assert (pruner.predict(X_test) == pruner.classes_[p.argmax(1)]).all()
 
 
+def test_optimal_brain_surgeon_for_a_subset_of_classes(trained):
+    frozen, X, y, X_test, y_test = trained
+    keywords = {"min_ratio": 0.4, "max_ratio": 0.4, "classes": [1, 2, 4], "random_state": 0}
+    own = np.isin(y_test, [1, 2, 4])
+    errors = {}
+    for criterion in ("obs", "random"):
+        pruner = DCSPruner(frozen, criterion=criterion, **keywords).fit(X, y)
+        errors[criterion] = sum(pruner.repair_error_.values())
+        if criterion == "obs":
+            assert pruner.score(X_test[own], y_test[own]) > 0.75
+            for score in pruner.scores_.values():
+                assert score.max() <= 1 + 1e-9 and (score >= 0).all()
+    assert errors["obs"] < errors["random"]
+
+
 def test_keeping_everything_reproduces_the_base(trained):
     frozen, X, y, X_test, _ = trained
     pruner = DCSPruner(frozen, min_ratio=0.0, max_ratio=0.0, random_state=0).fit(X, y)

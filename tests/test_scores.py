@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sinfkit.capability import discriminative_capability
+from sinfkit.obs import Consumer
 from sinfkit.scores import CRITERIA, Criterion, LayerData, get_criterion
 
 
@@ -26,10 +28,22 @@ def record(
         "weight": torch.randn(n_filters, 3, 3, 3, generator=generator),
         "norm_scale": torch.rand(n_filters, generator=generator),
         "taylor": torch.rand(n_filters, generator=generator),
+        "consumers": (reader(torch.randn(5, n_filters, generator=generator)),),
         "n_classes": k,
         "generator": generator,
     }
     return LayerData(**{**fields, **change})
+
+
+def reader(weight: torch.Tensor) -> Consumer:
+    """A linear layer behind filters that are correlated."""
+    n = weight.shape[1]
+    gram = torch.eye(n, dtype=torch.float64) + torch.arange(1.0, n + 1).double().outer(
+        torch.arange(1.0, n + 1).double()
+    )
+    return Consumer(
+        "next", gram[None], weight.double()[None], ((np.arange(n)[:, None], np.arange(n)),)
+    )
 
 
 def scored(name: str, data: LayerData, **options: object) -> torch.Tensor:
@@ -66,6 +80,12 @@ def test_the_record_and_the_global_generator_are_left_alone(name):
     assert all(map(torch.equal, before, (data.features, data.y, data.weight)))
 
 
+def permuted_reader(consumer: Consumer, order: list[int]) -> Consumer:
+    """The same layer behind filters in another order."""
+    gram, weight = consumer.gram[:, order][:, :, order], consumer.weight[:, :, order]
+    return Consumer(consumer.name, gram, weight, consumer.columns)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from(sorted(set(CRITERIA) - {"random"})),
@@ -80,6 +100,7 @@ def test_permuting_filters_permutes_scores(name, seed, random):
         features=data.features[:, order],
         weight=data.weight[order],
         taylor=data.taylor[order],
+        consumers=(permuted_reader(data.consumers[0], order),),
         generator=torch.Generator().manual_seed(1),
     )
     torch.testing.assert_close(

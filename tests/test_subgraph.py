@@ -10,7 +10,6 @@ from torch import nn
 
 from sinfkit.graph import observation_nodes, output_layer, trace
 from sinfkit.subgraph import (
-    batch_norm_behind,
     choose_channels,
     group_scores,
     make_recipe,
@@ -95,8 +94,3 @@ def test_scores_are_checked_and_weights_need_no_features(plain):
     random = recipe(criterion="random")
     a, b, c = (score_layers(graph, ["0"], {}, y, random, seed=s)["0"] for s in (1, 1, 2))
     assert (a == b).all() and (a != c).any()
-
-
-def test_batch_norm_behind(plain):
-    graph, _ = plain
-    assert batch_norm_behind(graph) == {"0": "1", "3": "4", "7": "8", "10": "11"}

@@ -1,0 +1,221 @@
+"""Structured optimal brain surgeon: costs by hand, and on real layers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import randomise_batch_norms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sinfkit import obs
+from sinfkit.graph import trace
+from sinfkit.obs import Consumer, gather_consumers, removal_costs
+from sinfkit.repair import repair
+from sinfkit.schedules import select_kept
+from sinfkit.surgery import find_groups, slice_channels
+
+
+def consumer(x: torch.Tensor, weight: torch.Tensor, cells: int, name: str = "next") -> Consumer:
+    """A layer with one block whose inputs are `cells` neighbouring columns for each channel."""
+    n = x.shape[1] // cells
+    columns = ((np.arange(n * cells).reshape(n, cells), np.arange(n)),)
+    return Consumer(name, x.T.cov(correction=0)[None], weight[None], columns)
+
+
+def correlated(n_inputs: int, seed: int, n: int = 400) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(n_inputs, n_inputs, generator=generator, dtype=torch.float64)
+    return torch.randn(n, n_inputs, generator=generator, dtype=torch.float64) @ mixing
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Next to no damping, and one channel at a time: what the formula says."""
+    monkeypatch.setattr(obs, "_DAMPING", 1e-10)
+    monkeypatch.setattr(obs, "_STEP", 1e-10)
+
+
+@pytest.mark.parametrize("cells", [1, 4])
+def test_costs_are_what_least_squares_cannot_win_back(exact, cells):
+    x = correlated(6 * cells, seed=cells)
+    x = x - x.mean(0)
+    weight = torch.randn(3, 6 * cells, generator=torch.Generator().manual_seed(1)).double()
+    y = x @ weight.T
+    found = removal_costs([consumer(x, weight, cells)], 6)
+    # By hand: leave out whichever channel hurts least, refit, and go on.
+    left, expected = list(range(6)), torch.zeros(6, dtype=torch.float64)
+    while left:
+        losses = {}
+        for unit in left:
+            rest = [u * cells + i for u in left if u != unit for i in range(cells)]
+            fit = torch.linalg.lstsq(x[:, rest], y).solution if rest else None
+            residual = y if fit is None else y - x[:, rest] @ fit
+            losses[unit] = float(residual.square().sum() / y.square().sum())
+        unit = min(losses, key=losses.__getitem__)
+        expected[unit] = losses[unit]
+        left.remove(unit)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_consumers_count_alike_whatever_their_scale(exact):
+    x, z = correlated(5, seed=0), correlated(5, seed=1)
+    w, v = (torch.randn(2, 5, generator=torch.Generator().manual_seed(i)).double() for i in (2, 3))
+    small = removal_costs([consumer(x, w, 1, "a"), consumer(z, v, 1, "b")], 5)
+    large = removal_costs([consumer(x, 100 * w, 1, "a"), consumer(z * 7, v, 1, "b")], 5)
+    torch.testing.assert_close(small, large)
+    assert float(small.max()) == pytest.approx(2.0, rel=1e-4)  # all of both is lost at the end
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(2, 40), st.randoms(use_true_random=False))
+def test_costs_are_shares_and_follow_their_channels(seed, n_channels, random):
+    x = correlated(n_channels, seed)
+    weight = torch.randn(4, n_channels, generator=torch.Generator().manual_seed(seed)).double()
+    found = removal_costs([consumer(x, weight, 1)], n_channels)
+    assert bool(torch.isfinite(found).all()) and float(found.min()) >= 0
+    assert float(found.max()) <= 1 + 1e-9
+    order = list(range(n_channels))
+    random.shuffle(order)
+    permuted = removal_costs([consumer(x[:, order], weight[:, order], 1)], n_channels)
+    torch.testing.assert_close(permuted, found[order], rtol=1e-6, atol=1e-9)
+
+
+def test_runs_leave_together():
+    x = correlated(6, seed=4)
+    weight = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).double()
+    found = removal_costs([consumer(x, weight, 1)], 6, n_groups=2)
+    assert torch.equal(found[:3], found[3:]) and len(set(found[:3].tolist())) == 3
+
+
+def test_nothing_reads_the_channels():
+    assert removal_costs([], 3).tolist() == [0.0, 0.0, 0.0]
+    silent = consumer(correlated(3, 0), torch.zeros(2, 3).double(), 1)
+    assert removal_costs([silent], 3).tolist() == [0.0, 0.0, 0.0]
+
+
+class Readers(nn.Module):
+    """Channels read by a strided, a grouped, a depthwise and, flattened, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 8, 3, padding=1)
+        self.strided = nn.Conv2d(8, 4, 3, stride=2, padding="valid", bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(2, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 4, (3, 1), groups=2, dilation=(2, 1))
+        self.third = nn.Conv2d(2, 6, 3)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+        self.head = nn.Linear(6 * 16, 4)
+
+    def forward(self, x):
+        a = self.norm(self.strided(self.first(x).relu())).mean((2, 3))
+        b = self.grouped(self.second(x).relu()).mean((2, 3))
+        return a + b + self.head(self.depthwise(self.third(x).relu()).relu().flatten(1))
+
+
+@pytest.fixture(scope="module")
+def readers():
+    torch.manual_seed(0)
+    network = randomise_batch_norms(Readers()).double().eval().requires_grad_(False)
+    x = torch.randn(30, 2, 8, 8, dtype=torch.float64)
+    graph = trace(network)
+    groups = [g for g in find_groups(graph, x[:1], "head") if not g.is_output]
+    named = {g.name: g for g in groups}
+    chosen = [named[name] for name in ("first", "second", "third")]
+    found = gather_consumers(graph, chosen, x.split(7), n_images=30, max_rows=10**6)
+    return network, x, found
+
+
+def test_covariances_are_those_of_the_patches(readers):
+    network, x, found = readers
+    (strided,) = found["first"]
+    patches = nn.functional.unfold(network.first(x).relu(), 3, stride=2)
+    rows = patches.transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(strided.gram[0], rows.T.cov(correction=0))
+    gain = network.norm.weight / (network.norm.running_var + network.norm.eps).sqrt()
+    torch.testing.assert_close(strided.weight[0], network.strided.weight.flatten(1) * gain[:, None])
+    channel = strided.columns[0][0]
+    assert channel.shape == (8, 9) and channel[2].tolist() == list(range(18, 27))
+
+    (grouped,) = found["second"]
+    patches = nn.functional.unfold(network.second(x).relu(), (3, 1), dilation=(2, 1))
+    rows = patches.transpose(1, 2).flatten(0, 1)
+    for block in range(2):
+        own = rows[:, 12 * block : 12 * block + 12]
+        torch.testing.assert_close(grouped.gram[block], own.T.cov(correction=0))
+        assert grouped.columns[block][1].tolist() == list(range(4 * block, 4 * block + 4))
+
+    (head,) = found["third"]  # the depthwise layer passes the channels on
+    hidden = network.depthwise(network.third(x).relu()).relu().flatten(1)
+    torch.testing.assert_close(head.gram[0], hidden.T.cov(correction=0))
+    assert head.columns[0][0].shape == (6, 16)
+
+
+def test_outputs_that_do_not_stay_do_not_count():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6)).double().eval()
+    x = torch.randn(50, 5, dtype=torch.float64)
+    graph = trace(network)
+    groups = find_groups(graph, x[:1], "2")[:1]
+    (found,) = gather_consumers(graph, groups, [x], n_images=50, outputs=[1, 4, 5])["0"]
+    rows = network[2].weight.detach()[[1, 4, 5]]
+    torch.testing.assert_close(found.weight[0], rows - rows.mean(0))
+    with torch.no_grad():
+        network[2].weight[[1, 4, 5]] += 3.0  # common to all three: no answer depends on it
+    (again,) = gather_consumers(graph, groups, [x], n_images=50, outputs=[1, 4, 5])["0"]
+    torch.testing.assert_close(again.weight, found.weight)
+
+
+def test_positions_are_drawn_and_batches_do_not_matter():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten())
+    network = nn.Sequential(*network, nn.Linear(48, 2)).eval()
+    x = torch.randn(40, 1, 8, 8)
+    graph = trace(network)
+    groups = find_groups(graph, x[:1], "4")[:1]
+
+    def gram(batch: int, rows: int, seed: int = 0) -> torch.Tensor:
+        batches = x.split(batch)
+        found = gather_consumers(graph, groups, batches, n_images=40, max_rows=rows, seed=seed)
+        return found["0"][0].gram
+
+    every = gram(40, 10**6)
+    torch.testing.assert_close(gram(7, 10**6), every, atol=1e-6, rtol=1e-5)
+    few = gram(40, 80)
+    assert torch.equal(gram(40, 80), few) and not torch.equal(gram(40, 80, seed=1), few)
+    assert 0.2 < float((few - every).norm() / every.norm()) < 0.6  # two positions of 16, not all
+
+
+def test_least_squares_wins_back_more_than_after_other_choices():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 12, 3), nn.Flatten(), nn.Linear(192, 4)
+    )
+    with torch.no_grad():
+        # Few are rectified, so the last third can be made up for by the first; the second third is
+        # small, and cannot.
+        network[0].bias += 2.0
+        network[0].weight[16:] = network[0].weight[:8]
+        network[0].bias[16:] = network[0].bias[:8] + 1.0
+        network[0].weight[8:16] *= 0.3
+        network[2].weight[:, 8:16] *= 5.0
+    network = network.eval().requires_grad_(False)
+    x = torch.randn(120, 3, 8, 8)
+    graph = trace(network)
+    groups = find_groups(graph, x[:1], "4")
+    found = gather_consumers(graph, groups[:1], [x], n_images=120)["0"]
+    weight = network[0].weight
+    scores = {
+        "obs": removal_costs(found, 24),
+        "l1": weight.abs().sum((1, 2, 3)),
+        "random": torch.rand(24),
+    }
+    error = {}
+    for name, score in scores.items():
+        kept = select_kept(score.numpy().astype(float), 1 / 3)
+        sliced = slice_channels(graph, x[:1], {"0": kept}, groups=groups)
+        error[name] = repair(graph, sliced.model, sliced.support, x)["2"]
+    assert error["obs"] < 0.5 * min(error["l1"], error["random"])
