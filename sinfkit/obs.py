@@ -1,7 +1,7 @@
 """Structured optimal brain surgeon: what removing a channel costs the layers that read it.
 
 A layer that loses inputs can make up for part of them by new weights on the others. The optimal
-brain surgeon (Hassibi and Stork, 1993) knows how much: with the second moments of the inputs, both
+brain surgeon (Hassibi and Stork, 1992) knows how much: with the second moments of the inputs, both
 the best new weights and the error that stays have a closed form. Taken for whole channels, and
 greedily, it ranks a layer's filters by what they do to the layers behind. No labels, no gradients.
 """
@@ -163,7 +163,7 @@ def removal_costs(consumers: Sequence[Consumer], n_channels: int, n_groups: int 
     -----
     With inputs of covariance :math:`H` and weights :math:`W`, removing the inputs :math:`k` and
     refitting the others loses :math:`\operatorname{tr} W_k ([H^{-1}]_{kk})^{-1} W_k'`, and leaves
-    :math:`W - W_k ([H^{-1}]_{kk})^{-1} [H^{-1}]_{k:}` (Hassibi and Stork, NIPS 1993; for groups of
+    :math:`W - W_k ([H^{-1}]_{kk})^{-1} [H^{-1}]_{k:}` (Hassibi and Stork, NIPS 1992; for groups of
     weights: Kurtic, Frantar and Alistarh, NeurIPS 2023). The channels with the lowest loss are
     removed, a twentieth of those left at a time, and the losses taken again.
 

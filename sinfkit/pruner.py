@@ -40,7 +40,7 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
         The trained classifier, which returns one score per class.  Wrap it in a `FrozenModel` for
         grid searches, and to give normalisation.  None trains a small default network in ``fit``.
     criterion : str or callable, default="dcs"
-        Filter score: ``"dcs"``, ``"fdr"``, ``"taylor"``, ``"l1"``, ``"l2"``, ``"random"`` or any
+        Filter score: ``"dcs"``, ``"fdr"``, ``"taylor"``, ``"obs"``, ``"l1"``, ``"random"`` or any
         key of `sinfkit.scores.CRITERIA`; or a function of a `sinfkit.scores.LayerData` that returns
         one score per filter, low for those to remove.
     schedule : {"linear", "geometric", "uniform"}, default="linear"
