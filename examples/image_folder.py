@@ -13,8 +13,9 @@ chosen on images that the network was not trained on: the last tenth of ``train`
 network has seen all of it, every second file of ``val``. The report is on the other images of
 ``val``.
 
-``--curve`` fits a row of sizes for each kind of cluster, and the control: ONE network sliced for
-all classes with the same criterion and repair. All are timed in turns in one run, and drawn.
+``--curve`` fits a row of sizes for each kind of cluster, and the controls: ONE network sliced for
+all classes with the same repair, by either criterion. Each is stored when it is fitted, so that a
+stopped run goes on where it was. All are timed in turns in one run, and drawn.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 from torch import nn
@@ -54,7 +56,16 @@ NETWORKS = {
 }
 ROUTE_LAYERS = {"vgg16": "features.24", "vgg19": "features.27", "resnet50": "layer3.1"}
 # (prefix_ratio, min_ratio, max_ratio) from careful to bold
-SIZES = ((0.1, 0.3, 0.6), (0.2, 0.4, 0.7), (0.3, 0.5, 0.8))
+SIZES = ((0.2, 0.4, 0.7), (0.3, 0.5, 0.8), (0.4, 0.6, 0.8))
+# The same for one network without routes: (criterion, min_ratio, max_ratio)
+CONTROLS = (
+    ("dcs", 0.1, 0.4),
+    ("dcs", 0.2, 0.5),
+    ("dcs", 0.3, 0.6),
+    ("obs", 0.2, 0.4),
+    ("obs", 0.3, 0.5),
+    ("obs", 0.4, 0.6),
+)
 
 
 def main() -> None:
@@ -87,8 +98,8 @@ def main() -> None:
     if options.curve:
         curve(options, model, train, X, y, X_val, y_val, X_report, y_report)
         return
-    start = time.perf_counter()
     sinf = classifier(options, model, train, options.clusters, options.size)
+    start = time.perf_counter()
     sinf.fit(X, y, X_val=X_val, y_val=y_val)
     print(
         f"fitted in {time.perf_counter() - start:.0f} s; routed behind {sinf.route_layer_}, "
@@ -119,7 +130,7 @@ def parse() -> argparse.Namespace:
         "--max-drop", type=float, default=0.01, help="accuracy that the threshold may give away"
     )
     parser.add_argument("--calibration", type=int, default=0, help="images per class, 0 for all")
-    parser.add_argument("--repair-samples", type=int, default=300, help="per subgraph")
+    parser.add_argument("--repair-samples", type=int, default=2000, help="per subgraph")
     parser.add_argument("--batch", type=int, default=256, help="images in the batch that is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--curve", action="store_true")
@@ -246,7 +257,8 @@ def curve(
     kinds = ("confusion", "given") if data.clusters is not None else ("confusion", "activation")
     for kind in kinds:
         for size in SIZES:
-            sinf = classifier(options, model, data, kind, size).fit(X, y, X_val=X_val, y_val=y_val)
+            sinf = classifier(options, model, data, kind, size)
+            sinf = fitted(options, sinf, X, y, X_val=X_val, y_val=y_val)
             name = f"SINF, {kind}, {size}"
             report = sinf.report(X_report, y_report, repeats=0)
             contestants[name] = sinf.network_
@@ -254,13 +266,15 @@ def curve(
             rows[name] = {"kind": f"SINF, {kind} clusters", "size": size} | report.to_dict()
             print(f"{name}: {report.accuracy:.1%} (base {report.base_accuracy:.1%})", flush=True)
     example = normalise(torch.as_tensor(X[:1]).float() / 255)
-    for ratios in ((0.1, 0.4), (0.2, 0.5), (0.3, 0.6)):
+    for criterion, *ratios in CONTROLS:
         one = pruner(options, model, *ratios)
         # As many images in all as the subgraphs of one routed network have.
-        one.set_params(repair_samples=options.n_clusters * options.repair_samples).fit(X, y)
-        name = f"one network, {ratios}"
+        repair_samples = options.n_clusters * options.repair_samples
+        one.set_params(criterion=criterion, repair_samples=repair_samples)
+        one = fitted(options, one, X, y)
+        name = f"one network, {criterion}, {tuple(ratios)}"
         contestants[name] = fast(normalise, one.model_)
-        rows[name] = {"kind": "one unrouted network", "size": ratios}
+        rows[name] = {"kind": f"one unrouted network, {criterion}", "size": tuple(ratios)}
         rows[name]["macs"] = count_macs(one.model_, example)[0]
         print(f"{name}: fitted", flush=True)
     batch = torch.as_tensor(X_report[: options.batch]).float().div(255)
@@ -269,11 +283,25 @@ def curve(
     for name, module in contestants.items():
         rows[name]["accuracy"] = accuracy(module, X_report, y_report)
         rows[name]["time"] = latency.ratio(name, "base")
+        rows[name]["time_saved"] = 1 - rows[name]["time"]
         rows[name]["ms"] = latency.median[name] * 1e3
     write(options.out / f"{options.network}_curve.csv", rows)
     draw(options.out / f"{options.network}_curve.png", rows, options)
     for name, row in rows.items():
         print(f"{name:36}{row['accuracy']:>8.1%}{row['time']:>8.2f} of the base's time")
+
+
+def fitted(options: argparse.Namespace, estimator: Any, *data: Any, **held: Any) -> Any:
+    """Fit an estimator, or load it if the same was fitted on the same images before."""
+    key = joblib.hash((estimator, data, held))
+    path = options.out / f"{options.network}_{key[:16]}.joblib"
+    if path.exists():
+        return joblib.load(path)
+    start = time.perf_counter()
+    estimator.fit(*data, **held)
+    joblib.dump(estimator, path)
+    print(f"fitted in {time.perf_counter() - start:.0f} s", flush=True)
+    return estimator
 
 
 def normaliser(model: FrozenModel) -> nn.Module:
@@ -321,7 +349,7 @@ def draw(path: Path, rows: dict[str, dict[str, Any]], options: argparse.Namespac
     axis.axhline(base - 1, color="0.7", linestyle=":", linewidth=1, label="one point below")
     for kind, style in zip(
         dict.fromkeys(row["kind"] for row in rows.values() if row["kind"] != "base"),
-        ("o-", "s-", "^-"),
+        ("o-", "s-", "^--", "v--"),
         strict=False,
     ):
         points = sorted((1 - r["time"], r["accuracy"]) for r in rows.values() if r["kind"] == kind)
