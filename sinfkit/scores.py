@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .capability import DCSResult, centred, check_features, discriminative_capability
+from . import separability
+from .capability import DCSResult, centred, discriminative_capability
 from .obs import Consumer, removal_costs
 
 __all__ = [
@@ -225,24 +226,47 @@ def obs(data: LayerData) -> Tensor:
     return removal_costs(data.consumers, len(_need(data, "weight")), data.n_groups)
 
 
-@_register("fdr", needs=("features", "y"))
-def fdr(data: LayerData) -> Tensor:
-    """Fisher's discriminant ratio of one class against the rest, mean over classes and cells.
+@_register("fpgm", needs=("weight",))
+def fpgm(data: LayerData) -> Tensor:
+    """Sum of a filter's distances to all others of its layer (He et al., CVPR 2019)."""
+    w = _need(data, "weight").detach().double().flatten(1)
+    return torch.cdist(w, w).sum(1)
 
-    ``(m+ - m-)^2 / (v+ + v-)`` with mean and variance of the class (+) and of all others (-).
-    """
-    x, codes, n_classes = check_features(_need(data, "features"), _need(data, "y"))
-    x = centred(x)
-    ratios = []
-    for c in range(n_classes if n_classes > 1 else 0):
-        own, rest = x[codes == c], x[codes != c]
-        gap = (own.mean(0) - rest.mean(0)).square()
-        spread = own.var(0, correction=0) + rest.var(0, correction=0)
-        # Two different constants are separated without end: a large number, not infinity. Two
-        # equal ones, 0 / 0, are not separated at all.
-        spread = spread.clamp_min(1e-12 * gap).clamp_min(torch.finfo(x.dtype).tiny)
-        ratios.append((gap / spread).mean(1))
-    return torch.stack(ratios).mean(0) if ratios else x.new_zeros(x.shape[1])
+
+@_register("bn_scale", needs=("norm_scale",))
+def bn_scale(data: LayerData) -> Tensor:
+    """Absolute scale of the batch-norm behind the layer (Liu et al., ICCV 2017)."""
+    return _need(data, "norm_scale").detach().double().abs()
+
+
+def _register_separability(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Register a score of `sinfkit.separability`."""
+
+    def criterion(data: LayerData) -> Tensor:
+        return function(_need(data, "features"), _need(data, "y"))
+
+    criterion.__name__, criterion.__doc__ = name, function.__doc__
+    _register(name, needs=("features", "y"))(criterion)
+
+
+for _name, _separability in (
+    ("fdr", separability.fisher_ratio),
+    ("abs_snr", separability.abs_snr),
+    ("t", separability.t_statistic),
+    ("sym_div", separability.sym_div),
+    ("j_div", separability.j_divergence),
+    ("hellinger", separability.hellinger),
+    ("di", separability.discriminant_information),
+):
+    _register_separability(_name, _separability)
+
+
+@_register("mmd", needs=("features", "y", "generator"))
+def mmd(data: LayerData) -> Tensor:
+    """Maximum mean discrepancy, see `sinfkit.separability.max_mean_discrepancy`."""
+    return separability.max_mean_discrepancy(
+        _need(data, "features"), _need(data, "y"), generator=data.generator
+    )
 
 
 @_register("activation_std", needs=("features",))

@@ -99,6 +99,7 @@ def test_permuting_filters_permutes_scores(name, seed, random):
     permuted = record(
         features=data.features[:, order],
         weight=data.weight[order],
+        norm_scale=data.norm_scale[order],
         taylor=data.taylor[order],
         consumers=(permuted_reader(data.consumers[0], order),),
         generator=torch.Generator().manual_seed(1),
