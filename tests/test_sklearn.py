@@ -19,19 +19,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
 
-# Facts about the method, not about the code: at most two per estimator.  An unexpected pass fails.
-EXPECTED_FAILURES: dict[str, dict[str, str]] = {
-    "SemanticClusterer": {},
-    "DCSPruner": {},
-    "SINFClassifier": {},
-}
-
-
-@parametrize_with_checks(
-    [SemanticClusterer(), DCSPruner(), SINFClassifier()],
-    expected_failed_checks=lambda estimator: EXPECTED_FAILURES[type(estimator).__name__],
-    xfail_strict=True,
-)
+# No check is expected to fail.
+@parametrize_with_checks([SemanticClusterer(), DCSPruner(), SINFClassifier()])
 @pytest.mark.filterwarnings("ignore")
 def test_sklearn_checks(estimator, check):
     check(estimator)
