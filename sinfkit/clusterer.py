@@ -375,7 +375,7 @@ def confusion_affinity(
         folds = [(half, ~half), (~half, half)]
     for train, test in folds:
         a, b = torch.as_tensor(train), torch.as_tensor(test)
-        probe = fit_probe(x[a], y[a], penalty=penalty, tol=1e-2)
+        probe = fit_probe(x[a], y[a], penalty=penalty, tol=1e-2, dtype=x.dtype)
         p = torch.softmax(probe.logits(x[b]), 1)
         sums = torch.zeros(n_classes, n_classes, dtype=p.dtype).index_add_(0, y[b].cpu(), p.cpu())
         mean += sums.numpy()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import pool
-from .probe import fit_probe
+from .probe import Probe, fit_probe
 
 PENALTIES = (0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 
@@ -99,9 +99,10 @@ def fit_route_predictor(
     y = torch.as_tensor(codes, device=features.device)
     y_test = torch.as_tensor(held_out_codes, device=features.device)
     best: tuple[float, float, Tensor, Tensor] | None = None
+    probe: Probe | None = None
     for penalty in sorted(penalties, reverse=True):
         # Enough digits for a route; the last ones cost most of the time.
-        probe = fit_probe(train, y, penalty=penalty, tol=1e-3)
+        probe = fit_probe(train, y, penalty=penalty, tol=1e-3, dtype=dtype, start=probe)
         log_p = torch.log_softmax(probe.logits(test), 1)
         loss = float(-log_p.gather(1, y_test[:, None]).mean())
         if best is not None and loss > best[0]:

@@ -121,3 +121,25 @@ def test_nothing_to_fit_gives_exact_zeros():
 def test_bad_input(y, penalty, message):
     with pytest.raises(ValueError, match=message):
         fit_probe(torch.zeros(4, 2), torch.tensor(y), penalty=penalty)
+
+
+@pytest.mark.parametrize("shape", [(200, 12), (30, 50)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_start_elsewhere_and_single_precision_end_at_the_same_optimum(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64) + 3.0
+    y = torch.arange(shape[0]) % 4
+    x[:, 0] += y
+    tol = 1e-10 if dtype == torch.float64 else 1e-4
+    expected = fit_probe(x, y, penalty=0.01)
+    far = fit_probe(x, (y + 1) % 4, penalty=1e-3, dtype=dtype)
+    near = fit_probe(x, y, penalty=0.011, tol=tol, dtype=dtype)
+    for start in (None, far, near):
+        found = fit_probe(x, y, penalty=0.01, tol=tol, dtype=dtype, start=start)
+        assert found.converged and found.coef.dtype == dtype
+        accuracy = (
+            {"atol": 1e-8, "rtol": 1e-6} if dtype == torch.float64 else {"atol": 2e-3, "rtol": 0}
+        )
+        torch.testing.assert_close(found.coef.double(), expected.coef, **accuracy)
+        torch.testing.assert_close(found.intercept.double(), expected.intercept, **accuracy)
+    assert found.n_iter <= fit_probe(x, y, penalty=0.01, tol=tol, dtype=dtype).n_iter

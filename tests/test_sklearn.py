@@ -19,6 +19,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
 
+
 # No check is expected to fail.
 @parametrize_with_checks([SemanticClusterer(), DCSPruner(), SINFClassifier()])
 @pytest.mark.filterwarnings("ignore")
