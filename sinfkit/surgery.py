@@ -355,6 +355,11 @@ def _follow(
     return places, False
 
 
+def _takes_all(part: Any) -> bool:
+    """Whether a slice is a plain colon, which older versions of torch record as well."""
+    return bool(part.start == 0 and part.step == 1 and part.end >= 2**62)
+
+
 def _obstacle(trace: _Trace, node: Any) -> str:
     """Say why channels that run through a node of the dependency graph cannot be sliced."""
     module, name = node.module, trace.names.get(node.module, "")
@@ -362,7 +367,7 @@ def _obstacle(trace: _Trace, node: Any) -> str:
         return f"its channels are tied to {name}"
     if node.type in (_OP.SPLIT, _OP.UNBIND):
         return "the forward pass splits its channels"
-    if node.type == _OP.SLICE and module.dim not in (2, 3):
+    if node.type == _OP.SLICE and module.dim not in (2, 3) and not _takes_all(module):
         return "the forward pass takes a part of its channels"
     if module not in trace.names:
         return ""
