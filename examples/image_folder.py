@@ -24,6 +24,7 @@ import argparse
 import csv
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,10 @@ NETWORKS = {
 }
 ROUTE_LAYERS = {"vgg16": "features.24", "vgg19": "features.27", "resnet50": "layer3.1"}
 # (prefix_ratio, min_ratio, max_ratio) from careful to bold
-SIZES = ((0.2, 0.4, 0.7), (0.3, 0.5, 0.8), (0.4, 0.6, 0.8))
+SIZES = ((0.3, 0.5, 0.8), (0.4, 0.6, 0.85), (0.5, 0.7, 0.9))
 # The same for one network without routes: (criterion, min_ratio, max_ratio)
-CONTROLS = (
-    ("dcs", 0.1, 0.4),
-    ("dcs", 0.2, 0.5),
-    ("dcs", 0.3, 0.6),
-    ("obs", 0.2, 0.4),
-    ("obs", 0.3, 0.5),
-    ("obs", 0.4, 0.6),
+CONTROLS = tuple(
+    (criterion, low, low + 0.3) for criterion in ("dcs", "obs") for low in (0.2, 0.3, 0.4)
 )
 
 
@@ -72,21 +68,51 @@ def main() -> None:
     """Load, train if need be, fit, report."""
     options = parse()
     torch.set_num_threads(options.threads)
+    study = prepare(options)
+    print(
+        f"{len(study.X)} calibration, {len(study.X_val)} held-out and "
+        f"{len(study.X_report)} report images"
+    )
+    if options.curve:
+        curve(options, study)
+        return
+    sinf = classifier(options, study, options.clusters, options.size)
+    start = time.perf_counter()
+    sinf.fit(study.X, study.y, X_val=study.X_val, y_val=study.y_val)
+    print(
+        f"fitted in {time.perf_counter() - start:.0f} s; routed behind {sinf.route_layer_}, "
+        f"threshold {sinf.confidence_threshold_:.2f}, router weight {sinf.router_weight_}"
+    )
+    print(sinf.report(study.X_report, study.y_report, latency_batch=options.batch))
+
+
+@dataclass(frozen=True)
+class Study:
+    """A network, and images to calibrate, to choose and to report with."""
+
+    model: FrozenModel
+    clusters: dict[int, str] | None
+    X: np.ndarray
+    y: np.ndarray
+    X_val: np.ndarray
+    y_val: np.ndarray
+    X_report: np.ndarray
+    y_report: np.ndarray
+
+
+def prepare(options: argparse.Namespace) -> Study:
+    """Load the images and the network, which is trained if no weights are given."""
     train = load_image_folder(options.folder / "train", class_table(options.folder))
     val = load_image_folder(options.folder / "val", class_table(options.folder))
     held = positions(train) % 10 == 9  # by file name: every tenth of each class
+    seen_all = bool(options.weights) and not options.weights_held_out
     if options.weights:
         model = load(options.weights, options.network, len(train.class_names))
-        calibration = np.arange(len(train.y))
-        chosen = positions(val) % 2 == 0
-        X_val, y_val = val.X[chosen], val.y[chosen]
-        X_report, y_report = val.X[~chosen], val.y[~chosen]
     else:
-        model = train_base(options, train, held, val)
-        calibration = np.flatnonzero(~held)
-        X_val, y_val, X_report, y_report = train.X[held], train.y[held], val.X, val.y
-    rng = np.random.default_rng(options.seed)
+        model = train_base(options, train, held)
+    calibration = np.arange(len(train.y)) if seen_all else np.flatnonzero(~held)
     if options.calibration:
+        rng = np.random.default_rng(options.seed)
         calibration = np.concatenate(
             [
                 rng.permutation(calibration[train.y[calibration] == k])[: options.calibration]
@@ -94,18 +120,12 @@ def main() -> None:
             ]
         )
     X, y = train.X[calibration], train.y[calibration]
-    print(f"{len(X)} calibration, {len(X_val)} held-out and {len(X_report)} report images")
-    if options.curve:
-        curve(options, model, train, X, y, X_val, y_val, X_report, y_report)
-        return
-    sinf = classifier(options, model, train, options.clusters, options.size)
-    start = time.perf_counter()
-    sinf.fit(X, y, X_val=X_val, y_val=y_val)
-    print(
-        f"fitted in {time.perf_counter() - start:.0f} s; routed behind {sinf.route_layer_}, "
-        f"threshold {sinf.confidence_threshold_:.2f}, router weight {sinf.router_weight_}"
-    )
-    print(sinf.report(X_report, y_report, latency_batch=options.batch))
+    if seen_all:
+        chosen = positions(val) % 2 == 0
+        parts = val.X[chosen], val.y[chosen], val.X[~chosen], val.y[~chosen]
+    else:
+        parts = train.X[held], train.y[held], val.X, val.y
+    return Study(model, train.clusters, X, y, *parts)
 
 
 def parse() -> argparse.Namespace:
@@ -117,6 +137,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--weights", type=Path, help="state dict, or a dict with state_dict, mean, std"
     )
+    parser.add_argument(
+        "--weights-held-out",
+        action="store_true",
+        help="the weights were trained by this script, without every tenth image of train",
+    )
     parser.add_argument("--epochs", type=int, default=4, help="of training, without --weights")
     parser.add_argument(
         "--clusters", choices=("confusion", "activation", "given"), default="confusion"
@@ -124,13 +149,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--n-clusters", type=int, default=10)
     parser.add_argument("--route-layer", help='a cut of the network, or "auto"')
     parser.add_argument(
-        "--size", type=float, nargs=3, default=SIZES[1], help="prefix, first, last ratio"
+        "--size", type=float, nargs=3, default=SIZES[0], help="prefix, first, last ratio"
     )
     parser.add_argument(
         "--max-drop", type=float, default=0.01, help="accuracy that the threshold may give away"
     )
     parser.add_argument("--calibration", type=int, default=0, help="images per class, 0 for all")
-    parser.add_argument("--repair-samples", type=int, default=2000, help="per subgraph")
+    parser.add_argument("--repair-samples", type=int, default=4000, help="per subgraph")
     parser.add_argument("--batch", type=int, default=256, help="images in the batch that is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--curve", action="store_true")
@@ -173,9 +198,7 @@ def load(path: Path, network: str, n_classes: int) -> FrozenModel:
     return FrozenModel(module, stored.get("mean"), stored.get("std"))
 
 
-def train_base(
-    options: argparse.Namespace, train: ImageDataset, held: np.ndarray, val: ImageDataset
-) -> FrozenModel:
+def train_base(options: argparse.Namespace, train: ImageDataset, held: np.ndarray) -> FrozenModel:
     """Train the network on nine tenths of the training images."""
     X, y = train.X[~held], train.y[~held]
     mean = (X.mean((0, 2, 3), dtype=np.float64) / 255).tolist()
@@ -200,23 +223,24 @@ def train_base(
 
 def classifier(
     options: argparse.Namespace,
-    model: FrozenModel,
-    data: ImageDataset,
+    study: Study,
     clusters: str,
     size: tuple[float, float, float],
 ) -> SINFClassifier:
     """A SINFClassifier of one size."""
     prefix_ratio, min_ratio, max_ratio = size
     if clusters == "given":
-        if data.clusters is None:
+        if study.clusters is None:
             raise SystemExit("--clusters given needs classes.csv with a column cluster")
-        clusterer = SemanticClusterer(method="given", mapping=data.clusters)
+        clusterer = SemanticClusterer(method="given", mapping=study.clusters)
     else:
         clusterer = SemanticClusterer(method=clusters, n_clusters=options.n_clusters)
     return SINFClassifier(
-        model,
+        study.model,
         clusterer=clusterer,
-        pruner=pruner(options, None, min_ratio, max_ratio),
+        pruner=DCSPruner(
+            min_ratio=min_ratio, max_ratio=max_ratio, repair_samples=options.repair_samples
+        ),
         route_layer=options.route_layer,
         prefix_ratio=prefix_ratio,
         max_accuracy_drop=options.max_drop,
@@ -225,58 +249,44 @@ def classifier(
     )
 
 
-def pruner(
-    options: argparse.Namespace, model: FrozenModel | None, min_ratio: float, max_ratio: float
+def control(
+    options: argparse.Namespace, study: Study, criterion: str, min_ratio: float, max_ratio: float
 ) -> DCSPruner:
-    """A DCSPruner with the script's repair."""
+    """One network without routes, with as many repair images as all subgraphs of SINF have."""
     return DCSPruner(
-        model,
+        study.model,
+        criterion=criterion,
         min_ratio=min_ratio,
         max_ratio=max_ratio,
-        repair_samples=options.repair_samples,
-        random_state=options.seed if model is not None else None,
+        repair_samples=options.n_clusters * options.repair_samples,
+        random_state=options.seed,
     )
 
 
-def curve(
-    options: argparse.Namespace,
-    model: FrozenModel,
-    data: ImageDataset,
-    X: np.ndarray,
-    y: np.ndarray,
-    X_val: np.ndarray,
-    y_val: np.ndarray,
-    X_report: np.ndarray,
-    y_report: np.ndarray,
-) -> None:
+def curve(options: argparse.Namespace, study: Study) -> None:
     """Accuracy against time: SINF with two kinds of clusters, and one unrouted network."""
-    base = model.module()
-    normalise = normaliser(model)
-    contestants: dict[str, nn.Module] = {"base": fast(normalise, base)}
+    normalise = normaliser(study.model)
+    contestants: dict[str, nn.Module] = {"base": fast(normalise, study.model.module())}
     rows: dict[str, dict[str, Any]] = {"base": {"kind": "base", "macs": float("nan")}}
-    kinds = ("confusion", "given") if data.clusters is not None else ("confusion", "activation")
+    held = {"X_val": study.X_val, "y_val": study.y_val}
+    kinds = ("confusion", "given" if study.clusters is not None else "activation")
     for kind in kinds:
         for size in SIZES:
-            sinf = classifier(options, model, data, kind, size)
-            sinf = fitted(options, sinf, X, y, X_val=X_val, y_val=y_val)
+            sinf = fitted(options, classifier(options, study, kind, size), study.X, study.y, **held)
             name = f"SINF, {kind}, {size}"
-            report = sinf.report(X_report, y_report, repeats=0)
+            report = sinf.report(study.X_report, study.y_report, repeats=0)
             contestants[name] = sinf.network_
             rows["base"]["macs"] = report.base_macs
             rows[name] = {"kind": f"SINF, {kind} clusters", "size": size} | report.to_dict()
             print(f"{name}: {report.accuracy:.1%} (base {report.base_accuracy:.1%})", flush=True)
-    example = normalise(torch.as_tensor(X[:1]).float() / 255)
+    example = normalise(torch.as_tensor(study.X[:1]).float() / 255)
     for criterion, *ratios in CONTROLS:
-        one = pruner(options, model, *ratios)
-        # As many images in all as the subgraphs of one routed network have.
-        repair_samples = options.n_clusters * options.repair_samples
-        one.set_params(criterion=criterion, repair_samples=repair_samples)
-        one = fitted(options, one, X, y)
+        one = fitted(options, control(options, study, criterion, *ratios), study.X, study.y)
         name = f"one network, {criterion}, {tuple(ratios)}"
         contestants[name] = fast(normalise, one.model_)
         rows[name] = {"kind": f"one unrouted network, {criterion}", "size": tuple(ratios)}
         rows[name]["macs"] = count_macs(one.model_, example)[0]
-        print(f"{name}: fitted", flush=True)
+    X_report, y_report = study.X_report, study.y_report
     batch = torch.as_tensor(X_report[: options.batch]).float().div(255)
     batch = batch.contiguous(memory_format=torch.channels_last)
     latency = paired_latency({n: lambda m=m: m(batch) for n, m in contestants.items()}, repeats=11)

@@ -35,6 +35,7 @@ from .graph import CutPoint, cut_points, find_cut, observation_nodes, split
 from .network import FALLBACKS, Normalise, SINFNetwork
 from .profiling import fold_batch_norm
 from .pruner import DCSPruner
+from .repair import affordable_images
 from .report import SINFReport, make_report
 from .routing import choose_threshold, fit_route_predictor
 from .subgraph import Recipe, make_recipe, sliceable, warn_about_whole
@@ -291,6 +292,9 @@ n_features)
         dense_prefix = split(graph, cut)[0]
         prefix: nn.Module = dense_prefix
         if prefix_groups:
+            n_images = affordable_images(
+                dense_prefix, calibration.example, int(pruner.repair_samples)
+            )
             prefix = slice_prefix(
                 calibration,
                 cut,
@@ -300,7 +304,7 @@ n_features)
                 fit,
                 prefix_recipe,
                 batches,
-                torch.cat(list(batches(rng.permutation(fit)[: pruner.repair_samples]))),
+                torch.cat(list(batches(rng.permutation(fit)[:n_images]))),
             )
 
         features = pooled_output(
@@ -471,6 +475,9 @@ n_features)
     ) -> list[Subgraph | None]:
         """One subgraph per cluster, built side by side where `n_jobs` says so."""
         jobs = []
+        with torch.inference_mode():
+            h = prefixes[0](calibration.example)
+        n_images = affordable_images(split(calibration.graph, cut)[1], h, repair_samples)
         for c in range(int(class_clusters.max()) + 1):
             classes = np.flatnonzero(class_clusters == c)
             if len(classes) < 2:
@@ -490,7 +497,7 @@ n_features)
                     prefixes,
                     recipe,
                     batches,
-                    rng.permutation(index)[:repair_samples],
+                    rng.permutation(index)[:n_images],
                 )
             )
         # Threads: the work is in torch, which releases the interpreter, and shares the weights.

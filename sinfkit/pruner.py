@@ -14,7 +14,7 @@ from ._base import TorchEstimator, all_or_nothing, gather
 from ._validation import validate_X
 from .activations import pool
 from .graph import find_layer, observation_nodes, penultimate
-from .repair import repair
+from .repair import affordable_images, repair
 from .subgraph import (
     Recipe,
     choose_channels,
@@ -60,9 +60,10 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
         Ridge penalty of the DCS probe.
     pool_size : int, default=1
         Activations are averaged to ``pool_size x pool_size`` before they are scored.
-    repair_samples : int, default=2000
+    repair_samples : int, default=4000
         At most so many of the samples are used for the repair (drawn with `random_state`); every
-        sample is scored.  The repair holds their activations at one layer in memory.
+        sample is scored.  The repair holds their activations at one layer in memory, so fewer are
+        taken where those of one layer would exceed 2 GiB.
     model_classes : sequence of labels, optional
         The label of each of the model's outputs.  Default: integer labels are output indices,
         others are matched in sorted order.
@@ -140,7 +141,7 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
         repair: str = "least_squares",
         penalty: float = 1.0,
         pool_size: int = 1,
-        repair_samples: int = 2000,
+        repair_samples: int = 4000,
         model_classes: Any = None,
         batch_size: int = 256,
         device: Any = "auto",
@@ -230,7 +231,8 @@ n_features)
         keep[_output_group(groups)] = table.outputs
 
         rng = np.random.default_rng(calibration.seed)
-        sample = draw(rng, index, self.repair_samples)
+        n_images = affordable_images(graph, calibration.example, int(self.repair_samples))
+        sample = draw(rng, index, n_images)
         samples = torch.cat(list(batches(sample)))
         small, support = extract(graph, groups, keep, samples[:64], outputs=table.outputs.tolist())
         self.repair_error_ = repair(

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,12 +34,13 @@ from ._lockstep import Lockstep
 from ._ridge import double, fit_ridge
 from ._sites import Site, find_site, sample, sample_patches
 
-__all__ = ["REPAIRS", "repair"]
+__all__ = ["REPAIRS", "affordable_images", "repair"]
 
 REPAIRS = ("none", "mean", "match", "least_squares")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 _HELD_OUT = 0.2  # of the images
+_MAX_BYTES = 2 * 2**30
 _RATIOS = (1 / 3, 3.0)  # to which "match" clips what it multiplies a channel with
 _CONSTANT = 1e-12  # a variance below this much of the mean square is rounding
 
@@ -193,6 +195,40 @@ def repair(
             stacklevel=2,
         )
     return errors
+
+
+def affordable_images(graph: fx.GraphModule, example: Tensor, wanted: int) -> int:
+    """How many images a repair may take: one layer's values of all of them stay below 2 GiB.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        The dense network.
+    example : Tensor of shape (1, ...)
+        One input of it.
+    wanted : int
+
+    Returns
+    -------
+    int
+        At most `wanted`, and not below 64 for memory's sake.
+    """
+    values = _Sizes(graph)
+    with torch.inference_mode():
+        values.run(example)
+    return min(wanted, max(64, _MAX_BYTES // max(values.largest, 1)))
+
+
+class _Sizes(fx.Interpreter):
+    """Runs a network and notes the size of its largest value, in bytes."""
+
+    largest = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.largest = max(self.largest, value.numel() * value.element_size())
+        return value
 
 
 def _match_moments(site: Site, method: str) -> float:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sinfkit._lockstep import Lockstep
 from sinfkit._ridge import fit_ridge
 from sinfkit.graph import trace
-from sinfkit.repair import REPAIRS, _Rows, repair
+from sinfkit.repair import REPAIRS, _Rows, affordable_images, repair
 from sinfkit.surgery import find_groups, slice_channels
 
 
@@ -823,3 +823,13 @@ def test_groups_of_a_real_search():
         repair(dense, sliced.model, sliced.support, X, method=method)
         left[method] = relative_error(dense(X), sliced.model(X))
     assert left["least_squares"] < 0.3 * left["none"]
+
+
+def test_images_are_limited_by_the_largest_value(monkeypatch):
+    dense = trace(randomised(nn.Sequential(nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Flatten())))
+    example = images(1, 3, 8)
+    size = 10 * 36 * 8  # bytes of the convolution's output
+    for n_bytes, expected in ((100 * size, 100), (100 * size - 1, 99), (size, 64), (10**12, 500)):
+        monkeypatch.setattr("sinfkit.repair._MAX_BYTES", n_bytes)
+        assert affordable_images(dense, example, 500) == expected
+    assert affordable_images(dense, example, 5) == 5
