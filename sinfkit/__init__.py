@@ -4,6 +4,13 @@ from ._version import __version__
 from .classifier import SINFClassifier
 from .clusterer import SemanticClusterer
 from .datasets import load_cifar10, load_cifar100, load_image_folder
+from .display import (
+    ClusterTreeDisplay,
+    FilterOverlapDisplay,
+    FilterScoreDisplay,
+    RouteConfusionDisplay,
+    SpeedAccuracyDisplay,
+)
 from .frozen import FrozenModel
 from .models import resnet50, vgg16, vgg19
 from .pruner import DCSPruner
@@ -13,12 +20,17 @@ from .surgery import SlicingError
 from .training import train_network
 
 __all__ = [
+    "ClusterTreeDisplay",
     "DCSPruner",
+    "FilterOverlapDisplay",
+    "FilterScoreDisplay",
     "FrozenModel",
+    "RouteConfusionDisplay",
     "SINFClassifier",
     "SINFReport",
     "SemanticClusterer",
     "SlicingError",
+    "SpeedAccuracyDisplay",
     "__version__",
     "discriminative_capability",
     "load_cifar10",
