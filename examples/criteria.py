@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from image_folder import NETWORKS, class_table, load, positions
+from image_folder import NETWORKS, class_table, load, normaliser, positions
 from sklearn.base import clone
 
 from sinfkit import DCSPruner, load_image_folder
@@ -40,13 +40,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="of the random criterion")
     parser.add_argument("--out", type=Path, default=Path("criteria.csv"))
     options = parser.parse_args()
+    if options.folder is None:
+        parser.error("name the folder, or set SINFKIT_DATA")
     train = load_image_folder(options.folder / "train", class_table(options.folder))
     val = load_image_folder(options.folder / "val", class_table(options.folder))
+    place = positions(train)
     if train.clusters is None:
         parser.error("the folder needs classes.csv with a column cluster")
     model = load(options.weights, options.network, len(train.class_names))
     half = positions(val) % 2 == (0 if options.half == "even" else 1)
-    first = positions(train) < options.calibration
+    first = place < options.calibration
     rows = []
     for cluster in sorted(set(train.clusters.values())):
         classes = sorted(k for k, name in train.clusters.items() if name == cluster)
@@ -55,7 +58,7 @@ def main() -> None:
         row = {"cluster": cluster, "criterion": "unpruned", "max_ratio": 0.0, "seed": 0}
         row["accuracy"] = restricted(model.module(), model, val.X[test], val.y[test], classes)
         rows.append(row)
-        few = np.flatnonzero(chosen)[::25]
+        few = np.flatnonzero(chosen & (place < 20))
         with tempfile.TemporaryDirectory() as cache:
             pruner = DCSPruner(
                 model,
@@ -100,9 +103,8 @@ def replay(scores: dict[str, np.ndarray]) -> Callable[[LayerData], torch.Tensor]
 
 def restricted(module, model, X, y, classes) -> float:  # type: ignore[no-untyped-def]
     """Accuracy of the unpruned network that answers with the cluster's classes only."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (model.mean, model.std))
     with torch.inference_mode():
-        logits = module((torch.as_tensor(X).float() / 255 - mean) / std)[:, classes]
+        logits = module(normaliser(model)(torch.as_tensor(X).float() / 255))[:, classes]
     return float((np.array(classes)[logits.argmax(1).numpy()] == y).mean())
 
 

@@ -38,6 +38,7 @@ from sinfkit import (
     FrozenModel,
     SemanticClusterer,
     SINFClassifier,
+    __version__,
     load_image_folder,
     resnet50,
     train_network,
@@ -59,9 +60,7 @@ ROUTE_LAYERS = {"vgg16": "features.24", "vgg19": "features.27", "resnet50": "lay
 # (prefix_ratio, min_ratio, max_ratio) from careful to bold
 SIZES = ((0.3, 0.5, 0.8), (0.4, 0.6, 0.85), (0.5, 0.7, 0.9))
 # The same for one network without routes: (criterion, min_ratio, max_ratio)
-CONTROLS = tuple(
-    (criterion, low, low + 0.3) for criterion in ("dcs", "obs") for low in (0.2, 0.3, 0.4)
-)
+CONTROLS = (("obs", 0.2, 0.5), ("obs", 0.3, 0.6), ("obs", 0.4, 0.7), ("dcs", 0.3, 0.6))
 
 
 def main() -> None:
@@ -252,13 +251,13 @@ def classifier(
 def control(
     options: argparse.Namespace, study: Study, criterion: str, min_ratio: float, max_ratio: float
 ) -> DCSPruner:
-    """One network without routes, with as many repair images as all subgraphs of SINF have."""
+    """One network without routes; its repair takes as many images as memory allows."""
     return DCSPruner(
         study.model,
         criterion=criterion,
         min_ratio=min_ratio,
         max_ratio=max_ratio,
-        repair_samples=options.n_clusters * options.repair_samples,
+        repair_samples=10 * options.repair_samples,
         random_state=options.seed,
     )
 
@@ -270,8 +269,8 @@ def curve(options: argparse.Namespace, study: Study) -> None:
     rows: dict[str, dict[str, Any]] = {"base": {"kind": "base", "macs": float("nan")}}
     held = {"X_val": study.X_val, "y_val": study.y_val}
     kinds = ("confusion", "given" if study.clusters is not None else "activation")
-    for kind in kinds:
-        for size in SIZES:
+    for kind, sizes in zip(kinds, (SIZES, SIZES[:2]), strict=True):
+        for size in sizes:
             sinf = fitted(options, classifier(options, study, kind, size), study.X, study.y, **held)
             name = f"SINF, {kind}, {size}"
             report = sinf.report(study.X_report, study.y_report, repeats=0)
@@ -303,15 +302,16 @@ def curve(options: argparse.Namespace, study: Study) -> None:
 
 def fitted(options: argparse.Namespace, estimator: Any, *data: Any, **held: Any) -> Any:
     """Fit an estimator, or load it if the same was fitted on the same images before."""
-    key = joblib.hash((estimator, data, held))
+    key = joblib.hash((__version__, estimator, data, held))
     path = options.out / f"{options.network}_{key[:16]}.joblib"
     if path.exists():
-        return joblib.load(path)
+        return joblib.load(path).to("cpu")
     start = time.perf_counter()
     estimator.fit(*data, **held)
-    joblib.dump(estimator, path)
+    joblib.dump(estimator, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)  # whole or not at all
     print(f"fitted in {time.perf_counter() - start:.0f} s", flush=True)
-    return estimator
+    return estimator.to("cpu")
 
 
 def normaliser(model: FrozenModel) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,24 @@ def full_float32() -> Iterator[None]:
 
     Comparisons to 1e-4 mean nothing in TF32 or bfloat16, whose mantissas have ten and seven bits.
     """
+    with _LOCK:
+        _full_float32(1)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _full_float32(-1)
+
+
+_LOCK = threading.Lock()
+_inside = 0
+_before: list[Any] = []
+
+
+def _full_float32(change: int) -> None:
+    """Count the threads inside the block: the first switches, the last one switches back."""
+    global _inside, _before
+    first, _inside = _inside == 0, _inside + change
     backends: Any = torch.backends
     # torch refuses the old switches once the new ones were set, so the new ones where they exist.
     if hasattr(backends.cudnn, "conv"):
@@ -85,11 +104,8 @@ def full_float32() -> Iterator[None]:
         value: str | bool = "ieee"
     else:
         places, switch, value = [backends.cuda.matmul, backends.cudnn], "allow_tf32", False
-    before = [getattr(place, switch) for place in places]
-    try:
-        for place in places:
-            setattr(place, switch, value)
-        yield
-    finally:
-        for place, setting in zip(places, before, strict=True):
-            setattr(place, switch, setting)
+    if first:
+        _before = [getattr(place, switch) for place in places]
+    if first or _inside == 0:
+        for place, setting in zip(places, _before, strict=True):
+            setattr(place, switch, value if first else setting)

@@ -79,7 +79,8 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
     confidence_threshold : float or "auto", default="auto"
         Samples whose route confidence is below it take the fallback.  ``"auto"`` takes the smallest
         with which the held-out accuracy stays within `max_accuracy_drop` of the base's; where none
-        does, with a warning, the smallest that is within a standard error of the best.
+        does, the smallest that is within a standard error of the best, with a warning if the loss
+        is beyond the noise.
     max_accuracy_drop : float, default=0.01
         Accuracy (0.01 is one point) that the automatic choices may give away on held-out samples.
     fallback : {"base", "topk", "none"}, default="base"

@@ -85,8 +85,7 @@ class SpeedAccuracyDisplay(_Display):
         points: Mapping[str, Any],
         cost: str = "macs",
     ) -> None:
-        if cost not in _COSTS:
-            raise ValueError(f"cost must be one of {tuple(_COSTS)}, got {cost!r}.")
+        _check_cost(cost)
         self.base_accuracy = base_accuracy
         self.points = {name: np.atleast_2d(np.asarray(p, float)) for name, p in points.items()}
         self.cost = cost
@@ -122,6 +121,7 @@ class SpeedAccuracyDisplay(_Display):
         -------
         SpeedAccuracyDisplay
         """
+        _check_cost(cost)
         estimators = [estimator] if isinstance(estimator, SINFClassifier) else list(estimator)
         timed = repeats if cost == "latency" else 0
         reports = [e.report(X, y, repeats=timed) for e in estimators]
@@ -145,7 +145,10 @@ class SpeedAccuracyDisplay(_Display):
         -------
         SpeedAccuracyDisplay
         """
+        _check_cost(cost)
         points: dict[str, list[tuple[float, float]]] = {}
+        if not reports or not all(reports.values()):
+            raise ValueError("each line needs at least one report.")
         base = {r.base_accuracy for line in reports.values() for r in line}
         if len(base) != 1:
             raise ValueError("the reports must be of one base network, on the same samples.")
@@ -202,7 +205,8 @@ class FilterScoreDisplay(_Display):
     scores : mapping of str to ndarray of shape (n_filters,)
         By layer.
     kept : mapping of str to int, optional
-        How many filters of each layer were kept; marked on its line.
+        How many filters of each layer were kept; marked on its line.  These are the layer's highest
+        unless several layers share their channels, or a grouped convolution has a say.
     name : str, default="score"
         What the scores are.
 
@@ -298,7 +302,7 @@ class FilterScoreDisplay(_Display):
                 at = min(self.kept[layer], len(ranked)) - 1
                 ax.plot(place[at], relative[at], "o", color=color, markersize=4)
         ax.set(
-            xlabel="filters of the layer, highest score first (dots: the last one kept)",
+            xlabel="filters of the layer, highest score first (dots: number kept)",
             ylabel=f"{self.name}, relative to the layer's mean",
             xlim=(0, 1),
         )
@@ -572,6 +576,12 @@ class ClusterTreeDisplay(_Display):
         for side in ("top", "left", "right"):
             ax.spines[side].set_visible(False)
         return self
+
+
+def _check_cost(cost: str) -> None:
+    """Raise for a cost that is not known."""
+    if cost not in _COSTS:
+        raise ValueError(f"cost must be one of {tuple(_COSTS)}, got {cost!r}.")
 
 
 def _markers() -> list[str]:

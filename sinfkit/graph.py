@@ -126,7 +126,7 @@ def find_layer(gm: fx.GraphModule, name: str) -> str:
 
 
 def batch_norm_behind(gm: fx.GraphModule) -> dict[str, str]:
-    """Map each layer to the batch-norm (with scales) that alone reads its output, where one does.
+    """Map each layer to the batch-norm that alone reads its output, where one does.
 
     Parameters
     ----------
@@ -141,9 +141,9 @@ def batch_norm_behind(gm: fx.GraphModule) -> dict[str, str]:
     found = {}
     for node in gm.graph.nodes:
         norm = called_module(gm, node)
-        if not isinstance(norm, _BatchNorm) or norm.weight is None:
+        if not isinstance(norm, _BatchNorm):
             continue
-        source = node.args[0]
+        source = node.all_input_nodes[0]
         if source.op == "call_module" and len(source.users) == 1:
             if called_layer(gm, source) is not None:
                 found[str(source.target)] = str(node.target)

@@ -8,7 +8,9 @@ greedily, it ranks a layer's filters by what they do to the layers behind. No la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +26,8 @@ __all__ = ["Consumer", "gather_consumers", "removal_costs"]
 
 MAX_ROWS = 20_000
 _DAMPING = 1e-2  # of the mean second moment: what few samples do not show is not free to remove
-_STEP = 0.05  # share of the channels left that one step removes
+_POOL = 8  # channels, at least, that one look at all of them serves
+_MAX_INPUTS = 10_000  # a covariance of more would not fit into memory, nor its inverse into a day
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,15 @@ class Consumer:
     columns : tuple of (int ndarray of shape (k, size), int ndarray of shape (k,))
         For each block: the inputs that carry a channel, a row for each of k channels, and which
         channels of the group these are.
+    noise : float
+        Variance that rounding alone can give an input.
     """
 
     name: str
     gram: Tensor
     weight: Tensor
     columns: tuple[tuple[np.ndarray, np.ndarray], ...]
+    noise: float = 0.0
 
 
 def gather_consumers(
@@ -85,6 +91,15 @@ def gather_consumers(
     -------
     dict of str to list of Consumer
         By group name. A layer that is called more than once is left out.
+
+    Warns
+    -----
+    UserWarning
+        For layers with more than 10,000 inputs (to one block), which are left out.
+
+    Notes
+    -----
+    Positions are drawn batch by batch: where not all are taken, another batch size draws others.
     """
     modules = dict(graph.named_modules())
     calls: dict[str, list[fx.Node]] = {}
@@ -97,6 +112,15 @@ def gather_consumers(
         for member in group._members
         if member.side == "in" and len(calls.get(member.module, ())) == 1
     }
+    wide = sorted(k for k in readers if modules[k].weight[0].numel() > _MAX_INPUTS)
+    if wide:
+        warnings.warn(
+            f"Criterion 'obs' leaves out what {', '.join(wide)} would lose: more than "
+            f"{_MAX_INPUTS} inputs.",
+            UserWarning,
+            stacklevel=2,
+        )
+        readers -= set(wide)
     sources = {name: calls[name][0].all_input_nodes[0].name for name in readers}
     wanted: dict[str, list[str]] = {}
     for name, source in sources.items():
@@ -120,13 +144,16 @@ def gather_consumers(
         for batch in batches:
             watched(batch)
 
+    covariances = {name: found.covariance() for name, found in moments.items()}
+    noise = {name: found.noise() for name, found in moments.items()}
+    moments.clear()
     gains = _gains(graph)
     last = [name for name in calls if isinstance(modules[name], (nn.Conv2d, nn.Linear))][-1]
     found: dict[str, list[Consumer]] = {}
     for group in groups:
         found[group.name] = []
         for member in group._members:
-            if member.side != "in" or member.module not in moments:
+            if member.side != "in" or member.module not in covariances:
                 continue
             layer = modules[member.module]
             weight = double(layer.weight.detach()).flatten(1)
@@ -134,11 +161,13 @@ def gather_consumers(
                 weight = weight * gains[member.module].to(weight)[:, None]
             if member.module == last and outputs is not None:
                 weight = weight[list(outputs)]
-                weight = weight - weight.mean(0)
+                weight = weight - weight.mean(0) if len(weight) > 1 else weight
             weight = weight.unflatten(0, (_n_blocks(layer), -1))
             columns = _columns(layer, member.index, member.channel)
-            covariance = moments[member.module].covariance()
-            found[group.name].append(Consumer(member.module, covariance, weight, columns))
+            name = member.module
+            found[group.name].append(
+                Consumer(name, covariances[name], weight, columns, noise[name])
+            )
     return found
 
 
@@ -164,8 +193,9 @@ def removal_costs(consumers: Sequence[Consumer], n_channels: int, n_groups: int 
     With inputs of covariance :math:`H` and weights :math:`W`, removing the inputs :math:`k` and
     refitting the others loses :math:`\operatorname{tr} W_k ([H^{-1}]_{kk})^{-1} W_k'`, and leaves
     :math:`W - W_k ([H^{-1}]_{kk})^{-1} [H^{-1}]_{k:}` (Hassibi and Stork, NIPS 1992; for groups of
-    weights: Kurtic, Frantar and Alistarh, NeurIPS 2023). The channels with the lowest loss are
-    removed, a twentieth of those left at a time, and the losses taken again.
+    weights: Kurtic, Frantar and Alistarh, NeurIPS 2023). The channel with the lowest loss is
+    removed, the losses are taken again, and so on: of two that repeat each other, one stays. For
+    speed, losses are taken again of a tenth of the channels, until one of the others may be lower.
 
     Examples
     --------
@@ -186,31 +216,54 @@ def removal_costs(consumers: Sequence[Consumer], n_channels: int, n_groups: int 
         for block in range(len(consumer.gram))
         if len(consumer.columns[block][1])
     ]
-    score = torch.zeros(n_channels, dtype=torch.float64)
-    if not problems:
-        return score
     totals = {consumer.name: 0.0 for consumer in consumers}
     for problem in problems:
         totals[problem.name] += problem.variance
-    left = np.arange(run)
-    lost = 0.0
+    problems = [problem for problem in problems if totals[problem.name] > 0]
+    for problem in problems:
+        problem.share = 1.0 / totals[problem.name]
+    score = torch.zeros(n_channels, dtype=torch.float64)
+    if not problems:
+        return score
+    left, lost = np.arange(run), 0.0
     while len(left):
-        each = torch.zeros(run, dtype=torch.float64)
+        costs = _sum_of_costs(problems)[left]
+        order = np.argsort(costs, kind="stable")
+        size = max(_POOL, len(left) // 10)
+        pool, rest = left[order[:size]], costs[order[size:]]
+        # A channel's cost rises while others leave (unless it only corrected one of them): while
+        # the cheapest of the pool costs less than the cheapest outside did, it goes next.
+        limit = float(rest[0]) if len(rest) else float("inf")
+        out = []
+        for unit, cost in _one_by_one([problem.corner(pool) for problem in problems], pool, limit):
+            lost += cost
+            score[unit::run] = lost
+            out.append(unit)
         for problem in problems:
-            if totals[problem.name] > 0:
-                each += problem.costs() / totals[problem.name]
-        n_out = max(1, int(_STEP * len(left)))
-        out = left[np.argsort(each.numpy()[left], kind="stable")[:n_out]]
-        joint = sum(
-            problem.remove(out) / totals[problem.name]
-            for problem in problems
-            if totals[problem.name] > 0
-        )
-        for i, unit in enumerate(out):
-            score[unit::run] = lost + joint * (i + 1) / len(out)
-        lost += joint
+            problem.remove(np.array(out))
         left = np.setdiff1d(left, out)
     return score
+
+
+def _sum_of_costs(problems: Sequence[_Problem]) -> np.ndarray:
+    """What the removal of each unit would lose now, over all consumers."""
+    return torch.stack([problem.costs() for problem in problems]).sum(0).numpy()
+
+
+def _one_by_one(
+    problems: list[_Problem], pool: np.ndarray, limit: float
+) -> Iterator[tuple[int, float]]:
+    """Take units out of small problems, the cheapest first, as long as that costs no more."""
+    left = list(pool)
+    while left:
+        costs = _sum_of_costs(problems)[left]
+        best = int(np.argmin(costs))
+        if costs[best] > limit and len(left) < len(pool):
+            return
+        unit = left.pop(best)
+        yield int(unit), float(costs[best])
+        for problem in problems:
+            problem.remove(np.array([unit]))
 
 
 class _Problem:
@@ -224,60 +277,105 @@ class _Problem:
         Channels ``u, u + run, ...`` leave together, as unit u.
     """
 
+    share = 1.0  # of a loss in the consumer's variance
+
     def __init__(self, consumer: Consumer, block: int, run: int) -> None:
         self.name, self._run = consumer.name, run
         gram, weight = consumer.gram[block], consumer.weight[block]
-        damping = _DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-        gram = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        damping = float(_DAMPING * gram.diagonal().mean() + consumer.noise)
+        size = float(weight.square().sum())
         self.variance = float((weight @ gram * weight).sum())
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        self._weight = weight.clone()
+        if self.variance <= 2 * consumer.noise * size:
+            self.variance = 0.0  # rounding is all there is
+        else:
+            self.variance += damping * size
+        self._inverse = _inverse(gram, damping)
+        self._weight = weight
         columns, channels = consumer.columns[block]
-        self._columns, self._units = torch.as_tensor(columns), torch.as_tensor(channels % run)
+        units = channels % run
+        order = np.argsort(units, kind="stable")
+        self._units = torch.as_tensor(np.unique(units))
+        self._columns = torch.as_tensor(columns[order].reshape(len(self._units), -1))
 
     def costs(self) -> Tensor:
-        """Of each unit that is left, what its removal would lose; 0 for the others."""
+        """Of each unit that is left, the share that its removal would lose; 0 for the others."""
+        lost = torch.zeros(self._run, dtype=torch.float64)
+        if len(self._units) == 0:
+            return lost
         columns = self._columns.to(self._inverse.device)
         cells = self._inverse[columns[:, :, None], columns[:, None, :]]
         weight = self._weight[:, columns].permute(1, 2, 0)
-        lost = (torch.linalg.solve(cells, weight) * weight).sum((1, 2)).cpu()
-        return torch.zeros(self._run, dtype=lost.dtype).index_add_(0, self._units, lost)
+        each = (torch.linalg.solve(cells, weight) * weight).sum((1, 2)).cpu()
+        return lost.index_add_(0, self._units, each.clamp_min(0.0) * self.share)
 
-    def remove(self, units: np.ndarray) -> float:
-        """Take units out, refit the weights on the others, and return what is lost."""
+    def remove(self, units: np.ndarray) -> None:
+        """Take units out, and refit the weights on the others."""
         out = torch.as_tensor(np.isin(self._units.numpy(), units))
         gone = self._columns[out].flatten()
         stays = torch.ones(len(self._inverse), dtype=torch.bool)
         stays[gone] = False
         rows, weight = self._inverse[gone], self._weight[:, gone]
-        core = torch.linalg.solve(rows[:, gone], torch.cat([weight.T, rows[:, stays]], 1))
-        solved, carried = core[:, : len(weight)], core[:, len(weight) :]
-        lost = float((weight.T * solved).sum())
+        carried = torch.linalg.solve(rows[:, gone], rows[:, stays])
         self._weight = self._weight[:, stays] - weight @ carried
         self._inverse = self._inverse[stays][:, stays] - rows[:, stays].T @ carried
         place = torch.cumsum(stays, 0) - 1
         self._columns, self._units = place[self._columns[~out]], self._units[~out]
-        return max(lost, 0.0)
+
+    def corner(self, units: np.ndarray) -> _Problem:
+        """The same for some units only: enough for what they cost while others of them leave."""
+        small = copy.copy(self)
+        own = torch.as_tensor(np.isin(self._units.numpy(), units))
+        columns = self._columns[own]
+        inside = columns.flatten()
+        small._inverse = self._inverse[inside][:, inside]
+        small._weight = self._weight[:, inside]
+        small._units = self._units[own]
+        small._columns = torch.arange(len(inside)).reshape(columns.shape)
+        return small
+
+
+def _inverse(gram: Tensor, damping: float) -> Tensor:
+    """Inverse of a covariance with something on its diagonal: more, where that is not enough."""
+    tiny = torch.finfo(gram.dtype).tiny ** 0.5
+    for _ in range(10):
+        damped = gram.clone()
+        damped.diagonal().add_(max(damping, tiny))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            break
+        damping *= 10.0
+    return torch.cholesky_inverse(factor)
 
 
 class _Moments:
     """Sums over rows, of which a covariance is made."""
 
     def __init__(self) -> None:
-        self._n, self._sum, self._products = 0, torch.zeros(()), torch.zeros(())
+        self._n = 0
+        self._shift, self._sum, self._products = (torch.zeros(()) for _ in range(3))
 
     def add(self, rows: Tensor, n_blocks: int) -> None:
         """Take rows of shape (n_rows, n_blocks * n_inputs) in."""
         rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
         blocks = rows.unflatten(1, (n_blocks, -1)).transpose(0, 1)
+        if self._n == 0:
+            # Whatever the shift, the covariance is the same; near the mean, rounding is small.
+            self._shift = blocks.mean(1, keepdim=True)
+            self._eps = torch.finfo(blocks.dtype).eps
+        blocks = blocks - self._shift
+        total, products = double(blocks.sum(1)), double(blocks.mT @ blocks)
+        self._sum = self._sum.to(total.device) + total
+        self._products = self._products.to(products.device) + products
         self._n += len(rows)
-        self._sum = self._sum.to(rows.device) + double(blocks.sum(1))
-        self._products = self._products.to(rows.device) + double(blocks.mT @ blocks)
 
     def covariance(self) -> Tensor:
         """Of shape (n_blocks, n_inputs, n_inputs)."""
         mean = self._sum / self._n
         return self._products / self._n - mean[:, :, None] * mean[:, None, :]
+
+    def noise(self) -> float:
+        """Variance that rounding alone can give an input."""
+        return float((10 * self._eps) ** 2 * double(self._shift).square().mean())
 
 
 def _n_blocks(layer: nn.Module) -> int:
@@ -314,9 +412,9 @@ def _columns(
         local, channels = index[here] % per_block, channel[here]
         order = np.argsort(channels, kind="stable")
         names, counts = np.unique(channels, return_counts=True)
-        places = local[order].reshape(len(names), -1) if len(set(counts)) == 1 else None
-        if places is None:
+        if len(set(counts)) > 1:
             raise ValueError("the channels of a group do not have equally many inputs")
+        places = local[order].reshape(len(names), int(counts[0]) if len(counts) else 0)
         inputs = places[:, :, None] * cells + np.arange(cells)
         blocks.append((inputs.reshape(len(names), -1), names))
     return tuple(blocks)
@@ -328,8 +426,7 @@ def _gains(graph: fx.GraphModule) -> dict[str, Tensor]:
     gains = {}
     for layer, name in batch_norm_behind(graph).items():
         norm = modules[name]
-        if norm.running_var is not None:
-            gains[layer] = (
-                double(norm.weight.detach()) * (double(norm.running_var) + norm.eps).rsqrt()
-            )
+        if norm.running_var is not None and norm.num_features == len(modules[layer].weight):
+            gain = (double(norm.running_var) + norm.eps).rsqrt()
+            gains[layer] = gain if norm.weight is None else gain * double(norm.weight.detach())
     return gains

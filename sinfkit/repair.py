@@ -41,6 +41,7 @@ ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 _HELD_OUT = 0.2  # of the images
 _MAX_BYTES = 2 * 2**30
+_MIN_ROWS = 20_000
 _RATIOS = (1 / 3, 3.0)  # to which "match" clips what it multiplies a channel with
 _CONSTANT = 1e-12  # a variance below this much of the mean square is rounding
 
@@ -55,7 +56,7 @@ def repair(
     *,
     method: str = "least_squares",
     X_sliced: Tensor | None = None,
-    max_rows: int = 20_000,
+    max_rows: int | None = None,
     alphas: Sequence[float] = ALPHAS,
     batch_size: int = 256,
     seed: int = 0,
@@ -83,9 +84,9 @@ def repair(
     X_sliced : Tensor of shape (n_images, ...), default=None
         Input of `sliced` where it differs from `X`, for the same images (a sliced prefix in
         front). None: `X`.
-    max_rows : int, default=20000
+    max_rows : int, optional
         Least squares: positions per layer entering the regression, spread evenly over the
-        images, at least one per image.
+        images, at least one per image. Default: 20,000, or five of each image if that is more.
     alphas : sequence of float
         Least squares: ridge penalties to choose from, relative to the mean squared (centred)
         input; chosen per layer by the error on one fifth of the images, from the middle one
@@ -146,6 +147,8 @@ def repair(
         raise ValueError(f"method must be one of {', '.join(REPAIRS)}; got {method!r}.")
     if not alphas or min(alphas) <= 0:
         raise ValueError(f"alphas must be positive numbers, at least one; got {alphas!r}.")
+    if max_rows is None:
+        max_rows = max(_MIN_ROWS, 5 * len(X))
     for name, value in (("max_rows", max_rows), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value!r}.")

@@ -220,9 +220,15 @@ def taylor(data: LayerData) -> Tensor:
 
 @_register("obs", needs=("weight", "consumers"))
 def obs(data: LayerData) -> Tensor:
-    """What the layers behind lose for good without a filter, see `sinfkit.obs.removal_costs`."""
+    """What the layers behind lose for good without a filter, see `sinfkit.obs.removal_costs`.
+
+    Filters whose readers are not known (too wide, or called more than once) are ranked by L1 norm.
+    """
     if data.consumers is None:
         raise ValueError(f"the criterion needs consumers of layer {data.name!r}, which are missing")
+    if not data.consumers:
+        size = l1(data)
+        return size / size.sum().clamp_min(torch.finfo(size.dtype).tiny)
     return removal_costs(data.consumers, len(_need(data, "weight")), data.n_groups)
 
 

@@ -369,7 +369,7 @@ def max_mean_discrepancy(
         first = torch.stack([torch.nonzero(shuffled == c)[0, 0] for c in range(n_classes)])
         rest = torch.ones(len(order), dtype=torch.bool, device=x.device)
         rest[first] = False
-        order = torch.cat([order[first], order[rest]])[:max_samples]
+        order = torch.cat([order[first], order[rest]])[: max(max_samples, n_classes)]
         x, codes = x[order], codes[order]
     x = centred(x)
     own = torch.nn.functional.one_hot(codes, n_classes).to(x)

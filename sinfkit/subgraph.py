@@ -187,7 +187,7 @@ def score_layers(
             features=None if pooled is None else pooled.reshape(len(pooled), n_channels, -1),
             y=y,
             weight=module.weight.detach(),
-            norm_scale=None if norm is None else modules[norm].weight,
+            norm_scale=None if norm is None else modules[norm].weight,  # None without scales
             taylor=None if taylor is None else taylor[layer],
             consumers=None if consumers is None else tuple(consumers[layer]),
             n_groups=1 if runs is None else runs[layer],

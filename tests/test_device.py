@@ -52,3 +52,17 @@ def test_full_float32_after_the_newer_switches_were_set():
         assert place.fp32_precision == "bf16"
     finally:
         place.fp32_precision = before
+
+
+def test_full_float32_in_threads_that_overlap():
+    place = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(torch.backends.cudnn, "conv") else "allow_tf32"
+    before = getattr(place, name)
+    first, second = full_float32(), full_float32()
+    first.__enter__()
+    second.__enter__()
+    inside = getattr(place, name)
+    first.__exit__(None, None, None)
+    assert getattr(place, name) == inside  # the other one is still at work
+    second.__exit__(None, None, None)
+    assert getattr(place, name) == before

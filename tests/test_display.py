@@ -66,6 +66,10 @@ def test_speed_and_accuracy_are_the_reports(fitted, data):
         SpeedAccuracyDisplay.from_reports({"a": [report]}, cost="latency")
     with pytest.raises(ValueError, match="one base network"):
         SpeedAccuracyDisplay.from_reports({"a": [report, fitted.report(X[:7], y[:7], repeats=0)]})
+    with pytest.raises(ValueError, match="at least one report"):
+        SpeedAccuracyDisplay.from_reports({"a": [report], "b": []})
+    with pytest.raises(ValueError, match="cost must be one of"):
+        SpeedAccuracyDisplay.from_reports({"a": [report]}, cost="time")
     with pytest.raises(ValueError, match="cost must be one of"):
         SpeedAccuracyDisplay(base_accuracy=0.5, points={}, cost="money")
 

@@ -15,6 +15,7 @@ from sinfkit.graph import trace
 from sinfkit.obs import Consumer, gather_consumers, removal_costs
 from sinfkit.repair import repair
 from sinfkit.schedules import select_kept
+from sinfkit.scores import CRITERIA, LayerData
 from sinfkit.surgery import find_groups, slice_channels
 
 
@@ -33,9 +34,8 @@ def correlated(n_inputs: int, seed: int, n: int = 400) -> torch.Tensor:
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Next to no damping, and one channel at a time: what the formula says."""
+    """Next to no damping: what the formula says."""
     monkeypatch.setattr(obs, "_DAMPING", 1e-10)
-    monkeypatch.setattr(obs, "_STEP", 1e-10)
 
 
 @pytest.mark.parametrize("cells", [1, 4])
@@ -83,11 +83,62 @@ def test_costs_are_shares_and_follow_their_channels(seed, n_channels, random):
     torch.testing.assert_close(permuted, found[order], rtol=1e-6, atol=1e-9)
 
 
-def test_runs_leave_together():
+def test_runs_leave_together_at_their_joint_cost(exact):
     x = correlated(6, seed=4)
+    x[:, 3] = x[:, 0]  # alone either can be spared, together they cannot
     weight = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).double()
+    weight[:, [0, 3]] *= 3
+    x = x - x.mean(0)
+    y = x @ weight.T
     found = removal_costs([consumer(x, weight, 1)], 6, n_groups=2)
-    assert torch.equal(found[:3], found[3:]) and len(set(found[:3].tolist())) == 3
+    left, expected = [0, 1, 2], torch.zeros(3, dtype=torch.float64)
+    while left:
+        losses = {}
+        for unit in left:
+            rest = [u + 3 * run for u in left if u != unit for run in (0, 1)]
+            fit = torch.linalg.lstsq(x[:, rest], y, driver="gelsd").solution if rest else None
+            residual = y if fit is None else y - x[:, rest] @ fit
+            losses[unit] = float(residual.square().sum() / y.square().sum())
+        unit = min(losses, key=losses.__getitem__)
+        expected[unit] = losses[unit]
+        left.remove(unit)
+    torch.testing.assert_close(found, expected.repeat(2), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_channels_leave_almost_as_if_one_by_one(seed, monkeypatch):
+    # Near-twins: each alone costs next to nothing, both together do not.
+    x = correlated(40, seed)
+    x = torch.cat([x, x + 0.05 * correlated(40, seed + 100)], 1)
+    weight = torch.randn(6, 80, generator=torch.Generator().manual_seed(seed)).double()
+    found = removal_costs([consumer(x, weight, 1)], 80)
+    monkeypatch.setattr(obs, "_POOL", 80)  # all in one pool: strictly one after the other
+    strict = removal_costs([consumer(x, weight, 1)], 80)
+    for n in (20, 40, 60):
+        assert float(found.sort().values[n]) <= 1.05 * float(strict.sort().values[n])
+    gone = set(found.argsort()[:40].tolist())
+    assert sum({i, i + 40} <= gone for i in range(40)) <= 1
+
+
+def test_a_large_mean_and_constants_are_no_variance():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 12), nn.Identity(), nn.Linear(12, 3)).eval()
+    x = torch.randn(300, 6)
+    with torch.no_grad():
+        network[0].weight *= 0.1
+        network[0].bias += 1000.0
+    graph = trace(network)
+    groups = find_groups(graph, x[:1], "2")[:1]
+    (found,) = gather_consumers(graph, groups, x.split(64), n_images=300)["0"]
+    hidden = network[0](x).detach().double()
+    expected = hidden.T.cov(correction=0)
+    torch.testing.assert_close(found.gram[0], expected, atol=1e-5, rtol=1e-2)
+    scores = removal_costs([found], 12)
+    assert bool(torch.isfinite(scores).all()) and float(scores.max()) > 0.9
+    with torch.no_grad():
+        network[0].weight.zero_()
+    (found,) = gather_consumers(graph, groups, x.split(64), n_images=300)["0"]
+    assert removal_costs([found], 12).tolist() == [0.0] * 12
 
 
 def test_nothing_reads_the_channels():
@@ -167,6 +218,56 @@ def test_outputs_that_do_not_stay_do_not_count():
         network[2].weight[[1, 4, 5]] += 3.0  # common to all three: no answer depends on it
     (again,) = gather_consumers(graph, groups, [x], n_images=50, outputs=[1, 4, 5])["0"]
     torch.testing.assert_close(again.weight, found.weight)
+
+
+def test_what_is_too_wide_is_left_out_and_the_rest_ranked_by_norm(monkeypatch):
+    monkeypatch.setattr(obs, "_MAX_INPUTS", 50)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    x = torch.randn(20, 1, 6, 6)
+    graph = trace(network)
+    groups = find_groups(graph, x[:1], "3")[:1]
+    with pytest.warns(UserWarning, match="leaves out what 3 would lose: more than 50 inputs"):
+        found = gather_consumers(graph, groups, [x], n_images=20)
+    assert found == {"0": []}
+    weight = network[0].weight
+    ranked = CRITERIA["obs"].function(LayerData(weight=weight, consumers=()))
+    assert ranked.argsort().tolist() == weight.abs().sum((1, 2, 3)).argsort().tolist()
+
+
+def test_one_output_alone_still_counts():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6)).eval()
+    x = torch.randn(50, 5)
+    graph = trace(network)
+    groups = find_groups(graph, x[:1], "2")[:1]
+    (found,) = gather_consumers(graph, groups, [x], n_images=50, outputs=[2])["0"]
+    assert float(removal_costs([found], 7).max()) > 0.5
+
+
+def test_batch_norms_without_scales_and_over_other_axes():
+    torch.manual_seed(0)
+    conv = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3, affine=False)
+    )
+    network = nn.Sequential(*conv, nn.Flatten(), nn.Linear(12, 2)).eval()
+    network[3].running_var.copy_(torch.tensor([0.01, 1.0, 4.0]))
+    x = torch.randn(10, 2, 2, 2)
+    graph = trace(network)
+    groups = find_groups(graph, x[:1], "5")[:1]
+    (found,) = gather_consumers(graph, groups, [x], n_images=10)["0"]
+    expected = (
+        network[2].weight.flatten(1).double() / network[3].running_var.double().sqrt()[:, None]
+    )
+    torch.testing.assert_close(found.weight[0], expected, rtol=1e-2, atol=1e-6)
+    sequence = nn.Sequential(
+        nn.Linear(5, 4), nn.Linear(4, 4), nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(24, 2)
+    )
+    graph = trace(sequence.eval())
+    x = torch.randn(10, 6, 5)  # here the norm is over the six positions
+    groups = find_groups(graph, x[:1], "4")[:1]
+    (found,) = gather_consumers(graph, groups, [x], n_images=10)["0"]
+    torch.testing.assert_close(found.weight[0], sequence[1].weight.double())
 
 
 def test_positions_are_drawn_and_batches_do_not_matter():

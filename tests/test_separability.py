@@ -118,6 +118,7 @@ def test_max_mean_discrepancy_by_hand_and_on_a_part():
     rare = torch.zeros(900, dtype=torch.int64)
     rare[17] = 1
     assert bool(torch.isfinite(max_mean_discrepancy(many, rare, max_samples=50)).all())
+    assert bool(torch.isfinite(max_mean_discrepancy(many, labels, max_samples=2)).all())
 
 
 @pytest.mark.parametrize("score", SCORES, ids=lambda f: f.__name__)
