@@ -108,7 +108,8 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
     Notes
     -----
     The paper (arXiv 2310.01259, algorithm 1) states the probe and that scores are normalised over
-    the layer.  The ridge penalty, the centring, the scaling and the Frobenius norm are our choices, see the user guide.
+    the layer.  The ridge penalty, the centring, the scaling and the Frobenius norm are our
+    choices, see the user guide.
 
     Examples
     --------
