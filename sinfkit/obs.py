@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -55,6 +55,18 @@ class Consumer:
     weight: Tensor
     columns: tuple[tuple[np.ndarray, np.ndarray], ...]
     noise: float = 0.0
+    _inverses: dict[int, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
+
+    def inverse(self, block: int) -> tuple[Tensor, float]:
+        """Inverse of a block's damped covariance, and the damping.
+
+        Computed once for all groups that the layer reads: they share `_inverses`.
+        """
+        if block not in self._inverses:
+            gram = self.gram[block]
+            damping = float(_DAMPING * gram.diagonal().mean() + self.noise)
+            self._inverses[block] = _inverse(gram, damping)
+        return self._inverses[block]
 
 
 def gather_consumers(
@@ -147,6 +159,7 @@ def gather_consumers(
     covariances = {name: found.covariance() for name, found in moments.items()}
     noise = {name: found.noise() for name, found in moments.items()}
     moments.clear()
+    inverses: dict[str, dict[int, tuple[Tensor, float]]] = {name: {} for name in covariances}
     gains = _gains(graph)
     last = [name for name in calls if isinstance(modules[name], (nn.Conv2d, nn.Linear))][-1]
     found: dict[str, list[Consumer]] = {}
@@ -166,7 +179,7 @@ def gather_consumers(
             columns = _columns(layer, member.index, member.channel)
             name = member.module
             found[group.name].append(
-                Consumer(name, covariances[name], weight, columns, noise[name])
+                Consumer(name, covariances[name], weight, columns, noise[name], inverses[name])
             )
     return found
 
@@ -282,20 +295,22 @@ class _Problem:
     def __init__(self, consumer: Consumer, block: int, run: int) -> None:
         self.name, self._run = consumer.name, run
         gram, weight = consumer.gram[block], consumer.weight[block]
-        damping = float(_DAMPING * gram.diagonal().mean() + consumer.noise)
+        inverse, damping = consumer.inverse(block)
         size = float(weight.square().sum())
         self.variance = float((weight @ gram * weight).sum())
         if self.variance <= 2 * consumer.noise * size:
             self.variance = 0.0  # rounding is all there is
         else:
             self.variance += damping * size
-        self._inverse = _inverse(gram, damping)
-        self._weight = weight
         columns, channels = consumer.columns[block]
         units = channels % run
         order = np.argsort(units, kind="stable")
         self._units = torch.as_tensor(np.unique(units))
-        self._columns = torch.as_tensor(columns[order].reshape(len(self._units), -1))
+        # Inputs that carry other groups' channels stay: of the inverse, only the corner is needed.
+        inside = torch.as_tensor(columns[order].ravel())
+        self._inverse = inverse[inside][:, inside]
+        self._weight = weight[:, inside]
+        self._columns = torch.arange(len(inside)).reshape(len(self._units), -1)
 
     def costs(self) -> Tensor:
         """Of each unit that is left, the share that its removal would lose; 0 for the others."""
@@ -312,14 +327,16 @@ class _Problem:
         """Take units out, and refit the weights on the others."""
         out = torch.as_tensor(np.isin(self._units.numpy(), units))
         gone = self._columns[out].flatten()
-        stays = torch.ones(len(self._inverse), dtype=torch.bool)
-        stays[gone] = False
-        rows, weight = self._inverse[gone], self._weight[:, gone]
-        carried = torch.linalg.solve(rows[:, gone], rows[:, stays])
-        self._weight = self._weight[:, stays] - weight @ carried
-        self._inverse = self._inverse[stays][:, stays] - rows[:, stays].T @ carried
-        place = torch.cumsum(stays, 0) - 1
-        self._columns, self._units = place[self._columns[~out]], self._units[~out]
+        rows = self._inverse[gone]
+        carried = torch.linalg.solve(rows[:, gone], rows)
+        self._weight.addmm_(self._weight[:, gone], carried, alpha=-1.0)
+        self._inverse.addmm_(rows.T, carried, alpha=-1.0)  # zero where they were
+        self._columns, self._units = self._columns[~out], self._units[~out]
+        if self._columns.numel() < 0.7 * len(self._inverse):
+            inside = self._columns.flatten()
+            self._inverse = self._inverse[inside][:, inside]
+            self._weight = self._weight[:, inside]
+            self._columns = torch.arange(len(inside)).reshape(self._columns.shape)
 
     def corner(self, units: np.ndarray) -> _Problem:
         """The same for some units only: enough for what they cost while others of them leave."""
@@ -334,8 +351,8 @@ class _Problem:
         return small
 
 
-def _inverse(gram: Tensor, damping: float) -> Tensor:
-    """Inverse of a covariance with something on its diagonal: more, where that is not enough."""
+def _inverse(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Inverse of a covariance with `damping` on its diagonal, or more where that is too little."""
     tiny = torch.finfo(gram.dtype).tiny ** 0.5
     for _ in range(10):
         damped = gram.clone()
@@ -344,7 +361,7 @@ def _inverse(gram: Tensor, damping: float) -> Tensor:
         if not failed:
             break
         damping *= 10.0
-    return torch.cholesky_inverse(factor)
+    return torch.cholesky_inverse(factor), damping
 
 
 class _Moments:
