@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torchvision
 from helpers import blobs, small_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -322,3 +323,29 @@ def test_a_drop_beyond_reach_is_told(frozen, data):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SINFClassifier(frozen, prefix_ratio=0.0, **keywords).fit(X, y)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "options", "layer"),
+    [("resnet18", {}, "layer2.1"), ("mobilenet_v2", {"width_mult": 0.35}, "features.9")],
+)
+def test_residual_and_depthwise_networks_are_routed(name, options, layer):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = getattr(torchvision.models, name)(num_classes=6, **options).eval()
+    X = np.random.default_rng(0).integers(0, 256, (36, 3, 32, 32), dtype=np.uint8)
+    y = np.arange(36) % 6
+    clf = SINFClassifier(
+        FrozenModel(network, mean=(0.5,) * 3, std=(0.25,) * 3),
+        clusterer=SemanticClusterer(n_clusters=2),
+        pruner=DCSPruner(min_ratio=0.3, max_ratio=0.5, repair_samples=24),
+        route_layer=layer,
+        confidence_threshold=0.0,
+        random_state=0,
+    ).fit(X, y)
+    report = clf.report(X, y, repeats=0)
+    assert report.macs < 0.7 * report.base_macs
+    p = clf.predict_proba(X)
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(clf.predict_proba(X[:3]), p[:3], atol=1e-5)
