@@ -58,7 +58,7 @@ def main() -> None:
         row = {"cluster": cluster, "criterion": "unpruned", "max_ratio": 0.0, "seed": 0}
         row["accuracy"] = restricted(model.module(), model, val.X[test], val.y[test], classes)
         rows.append(row)
-        few = np.flatnonzero(chosen & (place < 20))
+        few = np.flatnonzero(chosen & (place < 4))
         with tempfile.TemporaryDirectory() as cache:
             pruner = DCSPruner(
                 model,
