@@ -348,7 +348,11 @@ def test_a_wrong_kept_index_is_noticed_and_named(case, seed):
         row = np.delete(row.detach().numpy(), sliced.removed_inputs[layer], axis=0)
     wrong = small.weight.detach().clone()
     wrong[0] = torch.as_tensor(row)
-    small.weight = nn.Parameter(wrong)
+    with torch.inference_mode():
+        before = sliced.model(x)
+        small.weight = nn.Parameter(wrong)
+        change = (sliced.model(x) - before).abs().max()
+    assume(change > 1e-3 * before.abs().max())  # behind a dead unit either filter is as good
     with pytest.raises(SlicingError, match="first layer that differs") as caught:
         check_sliced(network, sliced, x)
     assert caught.value.layer == layer
