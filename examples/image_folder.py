@@ -296,6 +296,7 @@ def curve(options: argparse.Namespace, study: Study) -> None:
         rows[name]["time_saved"] = 1 - rows[name]["time"]
         rows[name]["ms"] = latency.median[name] * 1e3
     write(options.out / f"{options.network}_curve.csv", rows)
+    summarise(options.out / f"{options.network}_table.csv", rows)
     draw(options.out / f"{options.network}_curve.png", rows, options)
     for name, row in rows.items():
         print(f"{name:36}{row['accuracy']:>8.1%}{row['time']:>8.2f} of the base's time")
@@ -345,6 +346,35 @@ def write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({"name": name} | row for name, row in rows.items())
+
+
+def summarise(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Write the columns that are worth printing, rounded."""
+
+    def percent(value: Any) -> str:
+        return "" if value in (None, "") else f"{float(value) * 100:.1f}"
+
+    base = float(rows["base"]["accuracy"])
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["", "accuracy (%)", "points", "time saved (%)", "speed-up", "ms", "MACs (millions)"]
+            + ["cluster predicted (%)", "implied by the base (%)", "fallback (%)"]
+        )
+        for name, row in rows.items():
+            routes = ("route_accuracy", "base_route_accuracy", "fallback_share")
+            writer.writerow(
+                [
+                    name,
+                    percent(row["accuracy"]),
+                    f"{(float(row['accuracy']) - base) * 100:+.1f}",
+                    percent(row["time_saved"]),
+                    f"{1 / float(row['time']):.2f}",
+                    f"{float(row['ms']):.0f}",
+                    f"{float(row['macs']) / 1e6:.0f}",
+                    *(percent(row.get(key)) for key in routes),
+                ]
+            )
 
 
 def draw(path: Path, rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:

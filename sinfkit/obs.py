@@ -291,6 +291,7 @@ class _Problem:
     """
 
     share = 1.0  # of a loss in the consumer's variance
+    _columns: Tensor
 
     def __init__(self, consumer: Consumer, block: int, run: int) -> None:
         self.name, self._run = consumer.name, run
@@ -307,10 +308,8 @@ class _Problem:
         order = np.argsort(units, kind="stable")
         self._units = torch.as_tensor(np.unique(units))
         # Inputs that carry other groups' channels stay: of the inverse, only the corner is needed.
-        inside = torch.as_tensor(columns[order].ravel())
-        self._inverse = inverse[inside][:, inside]
-        self._weight = weight[:, inside]
-        self._columns = torch.arange(len(inside)).reshape(len(self._units), -1)
+        self._inverse, self._weight = inverse, weight
+        self._narrow(torch.as_tensor(columns[order].reshape(len(self._units), -1)))
 
     def costs(self) -> Tensor:
         """Of each unit that is left, the share that its removal would lose; 0 for the others."""
@@ -333,22 +332,22 @@ class _Problem:
         self._inverse.addmm_(rows.T, carried, alpha=-1.0)  # zero where they were
         self._columns, self._units = self._columns[~out], self._units[~out]
         if self._columns.numel() < 0.7 * len(self._inverse):
-            inside = self._columns.flatten()
-            self._inverse = self._inverse[inside][:, inside]
-            self._weight = self._weight[:, inside]
-            self._columns = torch.arange(len(inside)).reshape(self._columns.shape)
+            self._narrow(self._columns)
 
     def corner(self, units: np.ndarray) -> _Problem:
         """The same for some units only: enough for what they cost while others of them leave."""
         small = copy.copy(self)
         own = torch.as_tensor(np.isin(self._units.numpy(), units))
-        columns = self._columns[own]
-        inside = columns.flatten()
-        small._inverse = self._inverse[inside][:, inside]
-        small._weight = self._weight[:, inside]
         small._units = self._units[own]
-        small._columns = torch.arange(len(inside)).reshape(columns.shape)
+        small._narrow(self._columns[own])
         return small
+
+    def _narrow(self, columns: Tensor) -> None:
+        """Keep only some inputs, a row of them for each unit; as copies, which may be changed."""
+        inside = columns.flatten()
+        self._inverse = self._inverse[inside][:, inside]
+        self._weight = self._weight[:, inside]
+        self._columns = torch.arange(len(inside)).reshape(columns.shape)
 
 
 def _inverse(gram: Tensor, damping: float) -> tuple[Tensor, float]:

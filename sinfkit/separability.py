@@ -10,6 +10,7 @@ Most compare one class with all others, and average over classes. With mean :mat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,9 +89,10 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.maximum(denominator, floor)
 
 
-def _mean(scores: Tensor) -> Tensor:
-    """Over classes and cells."""
-    return scores.mean((0, 2))
+def _averaged(features: Tensor, y: Tensor, score: Callable[[_Moments], Tensor]) -> Tensor:
+    """A score of one class against the rest, averaged over classes and cells."""
+    m = _moments(features, y)
+    return _none(features) if m is None else score(m).mean((0, 2))
 
 
 def fisher_ratio(features: Tensor, y: Tensor) -> Tensor:
@@ -115,8 +117,7 @@ def fisher_ratio(features: Tensor, y: Tensor) -> Tensor:
     >>> fisher_ratio(x, torch.tensor([0, 0, 1, 1])).tolist()   # 4^2 / (1 + 1)
     [8.0]
     """
-    m = _moments(features, y)
-    return _none(features) if m is None else _mean(_ratio(m.gap.square(), m.var_in + m.var_out))
+    return _averaged(features, y, lambda m: _ratio(m.gap.square(), m.var_in + m.var_out))
 
 
 def abs_snr(features: Tensor, y: Tensor) -> Tensor:
@@ -138,10 +139,7 @@ def abs_snr(features: Tensor, y: Tensor) -> Tensor:
     >>> abs_snr(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.tensor([0, 0, 1, 1])).tolist()
     [2.0]
     """
-    m = _moments(features, y)
-    if m is None:
-        return _none(features)
-    return _mean(_ratio(m.gap.abs(), m.var_in.sqrt() + m.var_out.sqrt()))
+    return _averaged(features, y, lambda m: _ratio(m.gap.abs(), m.var_in.sqrt() + m.var_out.sqrt()))
 
 
 def t_statistic(features: Tensor, y: Tensor) -> Tensor:
@@ -167,10 +165,11 @@ def t_statistic(features: Tensor, y: Tensor) -> Tensor:
     >>> t_statistic(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.tensor([0, 0, 1, 1])).tolist()
     [4.0]
     """
-    m = _moments(features, y)
-    if m is None:
-        return _none(features)
-    return _mean(_ratio(m.gap.abs(), (m.var_in / m.n_in + m.var_out / m.n_out).sqrt()))
+    return _averaged(
+        features,
+        y,
+        lambda m: _ratio(m.gap.abs(), (m.var_in / m.n_in + m.var_out / m.n_out).sqrt()),
+    )
 
 
 def sym_div(features: Tensor, y: Tensor) -> Tensor:
@@ -198,10 +197,11 @@ def sym_div(features: Tensor, y: Tensor) -> Tensor:
     >>> sym_div(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.tensor([0, 0, 1, 1])).tolist()
     [4.0]
     """
-    m = _moments(features, y)
-    if m is None:
-        return _none(features)
-    return _mean(_spread(m) + 0.5 * _ratio(m.gap.square(), m.var_in + m.var_out))
+    return _averaged(
+        features,
+        y,
+        lambda m: _spread(m) + 0.5 * _ratio(m.gap.square(), m.var_in + m.var_out),
+    )
 
 
 def j_divergence(features: Tensor, y: Tensor) -> Tensor:
@@ -226,11 +226,12 @@ def j_divergence(features: Tensor, y: Tensor) -> Tensor:
     >>> j_divergence(x, torch.tensor([0, 0, 1, 1])).tolist()
     [16.0]
     """
-    m = _moments(features, y)
-    if m is None:
-        return _none(features)
-    gap = m.gap.square()
-    return _mean(_spread(m) + 0.5 * (_ratio(gap, m.var_in) + _ratio(gap, m.var_out)))
+
+    def divergence(m: _Moments) -> Tensor:
+        gap = m.gap.square()
+        return _spread(m) + 0.5 * (_ratio(gap, m.var_in) + _ratio(gap, m.var_out))
+
+    return _averaged(features, y, divergence)
 
 
 def _spread(m: _Moments) -> Tensor:

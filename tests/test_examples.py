@@ -82,7 +82,11 @@ def test_image_folder_from_training_to_curve(narrow, folder, tmp_path, monkeypat
     with (tmp_path / "vgg16_curve.csv").open() as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert len(rows) == 5 and rows["base"]["time_saved"] == "0.0"
+    with (tmp_path / "vgg16_table.csv").open() as file:
+        printed = {row[""]: row for row in csv.DictReader(file)}
+    assert list(printed) == list(rows)
     for name, row in rows.items():
+        assert float(printed[name]["accuracy (%)"]) == round(float(row["accuracy"]) * 100, 1)
         assert 0 <= float(row["accuracy"]) <= 1 and float(row["ms"]) > 0
         assert name == "base" or float(row["macs"]) < float(rows["base"]["macs"])
     stored = sorted(tmp_path.glob("*.joblib"))
