@@ -69,7 +69,7 @@ class Lockstep:
         self.sliced = sliced
         self._networks = {"dense": dense, "sliced": sliced}
         self._interpreters = {side: fx.Interpreter(gm) for side, gm in self._networks.items()}
-        self._twins = _twins(dense, sliced)
+        self._twins = twins(dense, sliced)
         self.nodes = [node for node in sliced.graph.nodes if node.op != "output"]
         self.images = [slice(i, i + batch_size) for i in range(0, len(X), batch_size)]
         self._inputs = _Value([X[part] for part in self.images])
@@ -185,7 +185,7 @@ class Lockstep:
         return True
 
 
-def _twins(dense: fx.GraphModule, sliced: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+def twins(dense: fx.GraphModule, sliced: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     """From each node of the sliced network to that of the dense one."""
     nodes = [list(gm.graph.nodes) for gm in (dense, sliced)]
     described = [[(node.op, node.name, str(node.target)) for node in side] for side in nodes]

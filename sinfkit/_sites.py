@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,18 +113,11 @@ class Site:
         bool
             Whether the layer's own output is shifted; else a batch-norm's running mean is.
         """
-        layer, norm = self.layer, self.norm
-        layer.weight = _parameter(weight, layer.weight)
+        norm = self.norm
         if norm is not None and norm.bias is not None and self.other is not None:
             lift = torch.where(self._faint, self._gap_sum / self._n_positions, 0.0)
             norm.bias = _parameter(norm.bias + lift.to(norm.bias), norm.bias)
-        if layer.bias is None and norm is not None:
-            assert norm.running_mean is not None
-            norm.running_mean = norm.running_mean - shift.to(norm.running_mean)
-            return False
-        bias = shift if layer.bias is None else double(layer.bias) + shift
-        layer.bias = _parameter(bias, layer.weight)
-        return True
+        return install(self.layer, norm, weight, shift)
 
 
 def find_site(walk: Lockstep, node: fx.Node, layer: Layer, kept: np.ndarray | None) -> Site:
@@ -150,13 +144,7 @@ def find_site(walk: Lockstep, node: fx.Node, layer: Layer, kept: np.ndarray | No
     """
     dense = walk.module(node, "dense")
     assert isinstance(dense, (nn.Conv2d, nn.Linear))
-    n_dense, n_sliced = len(dense.weight), len(layer.weight)
-    kept = np.arange(n_dense) if kept is None else np.asarray(kept)
-    if kept.shape != (n_sliced,) or kept.min() < 0 or kept.max() >= n_dense:
-        raise ValueError(
-            f"support of {node.target!r} must be {n_sliced} channels below {n_dense}, one for each "
-            f"channel of the sliced layer; got {kept}."
-        )
+    kept = checked_support(str(node.target), kept, dense, layer)
     place, reader = node, _only_reader(node)
     norm = None
     if reader is not None:
@@ -172,6 +160,45 @@ def find_site(walk: Lockstep, node: fx.Node, layer: Layer, kept: np.ndarray | No
             other = other.all_input_nodes[0]
         other = other if walk.known(other) else None
     return Site(walk, node, layer, torch.as_tensor(kept, device=layer.weight.device), norm, other)
+
+
+def checked_support(name: str, kept: np.ndarray | None, dense: Layer, sliced: Layer) -> np.ndarray:
+    """The dense layer's channels that a sliced layer still has; all of them if `kept` is None."""
+    n_dense, n_sliced = len(dense.weight), len(sliced.weight)
+    kept = np.arange(n_dense) if kept is None else np.asarray(kept)
+    if kept.shape != (n_sliced,) or kept.min() < 0 or kept.max() >= n_dense:
+        raise ValueError(
+            f"support of {name!r} must be {n_sliced} channels below {n_dense}, one for each "
+            f"channel of the sliced layer; got {kept}."
+        )
+    return kept
+
+
+def install(layer: Layer, norm: _Norm | None, weight: Tensor, shift: Tensor) -> bool:
+    """Give a layer a new weight and shift its output, with tensors of their own.
+
+    Parameters
+    ----------
+    layer : Conv2d or Linear
+    norm : BatchNorm1d, BatchNorm2d or None
+        The batch-norm that alone reads its output, channel by channel.
+    weight : Tensor
+        As the layer's weight.
+    shift : Tensor of shape (n_channels,)
+
+    Returns
+    -------
+    bool
+        Whether the layer's own output is shifted; else the batch-norm's running mean is.
+    """
+    layer.weight = _parameter(weight, layer.weight)
+    if layer.bias is None and norm is not None:
+        assert norm.running_mean is not None
+        norm.running_mean = norm.running_mean - shift.to(norm.running_mean)
+        return False
+    bias = shift if layer.bias is None else double(layer.bias) + shift
+    layer.bias = _parameter(bias, layer.weight)
+    return True
 
 
 def _foldable_norm(walk: Lockstep, node: fx.Node, reader: fx.Node) -> _Norm | None:
@@ -233,6 +260,16 @@ def sample_patches(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
         values = values.unfold(2 + axis, extent, layer.stride[axis])[..., ::step]
     maps, rows, columns = _places(where, len(values), values.shape[2], values.shape[3])
     return values[maps, :, rows, columns].flatten(2)
+
+
+def output_size(layer: nn.Conv2d, size: Sequence[int]) -> tuple[int, int]:
+    """Height and width of a convolution's output, from those of its input."""
+    left, right, top, bottom = padding(layer)
+    found = []
+    for axis, length in enumerate((size[0] + top + bottom, size[1] + left + right)):
+        extent = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+        found.append((length - extent) // layer.stride[axis] + 1)
+    return found[0], found[1]
 
 
 def padding(layer: nn.Conv2d) -> list[int]:

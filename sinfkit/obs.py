@@ -19,15 +19,20 @@ from torch import Tensor, fx, nn
 
 from ._channels import ChannelGroup
 from ._ridge import double
-from ._sites import padding, sample_patches
-from .graph import batch_norm_behind, with_capture
+from .graph import batch_norm_behind, layer_names
+from .moments import (
+    MAX_INPUTS,
+    MAX_ROWS,
+    damped_cholesky,
+    gather_moments,
+    measurable,
+    n_blocks,
+)
 
 __all__ = ["Consumer", "gather_consumers", "removal_costs"]
 
-MAX_ROWS = 20_000
 _DAMPING = 1e-2  # of the mean second moment: what few samples do not show is not free to remove
 _POOL = 8  # channels, at least, that one look at all of them serves
-_MAX_INPUTS = 10_000  # a covariance of more would not fit into memory, nor its inverse into a day
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Consumer:
         if block not in self._inverses:
             gram = self.gram[block]
             damping = float(_DAMPING * gram.diagonal().mean() + self.noise)
-            self._inverses[block] = _inverse(gram, damping)
+            factor, damping = damped_cholesky(gram, damping)
+            self._inverses[block] = torch.cholesky_inverse(factor), damping
         return self._inverses[block]
 
 
@@ -114,59 +120,28 @@ def gather_consumers(
     Positions are drawn batch by batch: where not all are taken, another batch size draws others.
     """
     modules = dict(graph.named_modules())
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
-    readers = {
-        member.module
-        for group in groups
-        for member in group._members
-        if member.side == "in" and len(calls.get(member.module, ())) == 1
-    }
-    wide = sorted(k for k in readers if modules[k].weight[0].numel() > _MAX_INPUTS)
+    calls = measurable(graph)
+    members = [m for group in groups for m in group._members if m.side == "in"]
+    readers = list(dict.fromkeys(m.module for m in members if m.module in calls))
+    moments = gather_moments(
+        graph, readers, batches, n_images=n_images, max_rows=max_rows, seed=seed
+    )
+    wide = [name for name in readers if name not in moments]
     if wide:
         warnings.warn(
             f"Criterion 'obs' leaves out what {', '.join(wide)} would lose: more than "
-            f"{_MAX_INPUTS} inputs.",
+            f"{MAX_INPUTS} inputs.",
             UserWarning,
             stacklevel=2,
         )
-        readers -= set(wide)
-    sources = {name: calls[name][0].all_input_nodes[0].name for name in readers}
-    wanted: dict[str, list[str]] = {}
-    for name, source in sources.items():
-        wanted.setdefault(source, []).append(name)
-    moments: dict[str, _Moments] = {}
-    generator = torch.Generator().manual_seed(seed)
-    per_image = max(1, max_rows // max(n_images, 1))
-
-    def add(source: str, value: Tensor) -> None:
-        for name in wanted[source]:
-            layer = modules[name]
-            assert isinstance(layer, (nn.Conv2d, nn.Linear))
-            n_positions = _n_positions(layer, value)
-            order = torch.rand((len(value), n_positions), generator=generator)
-            where = order.topk(min(per_image, n_positions), dim=1).indices.to(value.device)
-            rows = sample_patches(value, layer, where).flatten(0, 1)
-            moments.setdefault(name, _Moments()).add(rows, _n_blocks(layer))
-
-    watched = with_capture(graph, {source: source for source in wanted}, add)
-    with torch.inference_mode():
-        for batch in batches:
-            watched(batch)
-
-    covariances = {name: found.covariance() for name, found in moments.items()}
-    noise = {name: found.noise() for name, found in moments.items()}
-    moments.clear()
-    inverses: dict[str, dict[int, tuple[Tensor, float]]] = {name: {} for name in covariances}
-    gains = _gains(graph)
-    last = [name for name in calls if isinstance(modules[name], (nn.Conv2d, nn.Linear))][-1]
+    inverses: dict[str, dict[int, tuple[Tensor, float]]] = {name: {} for name in moments}
+    gains = norm_gains(graph)
+    last = layer_names(graph)[-1]
     found: dict[str, list[Consumer]] = {}
     for group in groups:
         found[group.name] = []
         for member in group._members:
-            if member.side != "in" or member.module not in covariances:
+            if member.side != "in" or member.module not in moments:
                 continue
             layer = modules[member.module]
             weight = double(layer.weight.detach()).flatten(1)
@@ -175,11 +150,11 @@ def gather_consumers(
             if member.module == last and outputs is not None:
                 weight = weight[list(outputs)]
                 weight = weight - weight.mean(0) if len(weight) > 1 else weight
-            weight = weight.unflatten(0, (_n_blocks(layer), -1))
+            weight = weight.unflatten(0, (n_blocks(layer), -1))
             columns = _columns(layer, member.index, member.channel)
-            name = member.module
+            name, known = member.module, moments[member.module]
             found[group.name].append(
-                Consumer(name, covariances[name], weight, columns, noise[name], inverses[name])
+                Consumer(name, known.covariance, weight, columns, known.noise, inverses[name])
             )
     return found
 
@@ -350,67 +325,6 @@ class _Problem:
         self._columns = torch.arange(len(inside)).reshape(columns.shape)
 
 
-def _inverse(gram: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Inverse of a covariance with `damping` on its diagonal, or more where that is too little."""
-    tiny = torch.finfo(gram.dtype).tiny ** 0.5
-    for _ in range(10):
-        damped = gram.clone()
-        damped.diagonal().add_(max(damping, tiny))
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            break
-        damping *= 10.0
-    return torch.cholesky_inverse(factor), damping
-
-
-class _Moments:
-    """Sums over rows, of which a covariance is made."""
-
-    def __init__(self) -> None:
-        self._n = 0
-        self._shift, self._sum, self._products = (torch.zeros(()) for _ in range(3))
-
-    def add(self, rows: Tensor, n_blocks: int) -> None:
-        """Take rows of shape (n_rows, n_blocks * n_inputs) in."""
-        rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-        blocks = rows.unflatten(1, (n_blocks, -1)).transpose(0, 1)
-        if self._n == 0:
-            # Whatever the shift, the covariance is the same; near the mean, rounding is small.
-            self._shift = blocks.mean(1, keepdim=True)
-            self._eps = torch.finfo(blocks.dtype).eps
-        blocks = blocks - self._shift
-        total, products = double(blocks.sum(1)), double(blocks.mT @ blocks)
-        self._sum = self._sum.to(total.device) + total
-        self._products = self._products.to(products.device) + products
-        self._n += len(rows)
-
-    def covariance(self) -> Tensor:
-        """Of shape (n_blocks, n_inputs, n_inputs)."""
-        mean = self._sum / self._n
-        return self._products / self._n - mean[:, :, None] * mean[:, None, :]
-
-    def noise(self) -> float:
-        """Variance that rounding alone can give an input."""
-        return float((10 * self._eps) ** 2 * double(self._shift).square().mean())
-
-
-def _n_blocks(layer: nn.Module) -> int:
-    """Groups of a convolution."""
-    return layer.groups if isinstance(layer, nn.Conv2d) else 1
-
-
-def _n_positions(layer: nn.Conv2d | nn.Linear, value: Tensor) -> int:
-    """Positions of a layer's output for one row of its input."""
-    if isinstance(layer, nn.Linear):
-        return value[0].numel() // value.shape[-1]
-    left, right, top, bottom = padding(layer)
-    count = 1
-    for axis, size in enumerate((value.shape[2] + top + bottom, value.shape[3] + left + right)):
-        extent = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
-        count *= (size - extent) // layer.stride[axis] + 1
-    return int(count)
-
-
 def _columns(
     layer: nn.Module, index: np.ndarray, channel: np.ndarray
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
@@ -423,7 +337,7 @@ def _columns(
         assert isinstance(layer, nn.Linear)
         per_block = layer.in_features
     blocks = []
-    for block in range(_n_blocks(layer)):
+    for block in range(n_blocks(layer)):
         here = index // per_block == block
         local, channels = index[here] % per_block, channel[here]
         order = np.argsort(channels, kind="stable")
@@ -436,7 +350,7 @@ def _columns(
     return tuple(blocks)
 
 
-def _gains(graph: fx.GraphModule) -> dict[str, Tensor]:
+def norm_gains(graph: fx.GraphModule) -> dict[str, Tensor]:
     """What the batch-norm that follows a layer multiplies its outputs with."""
     modules = dict(graph.named_modules())
     gains = {}

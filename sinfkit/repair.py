@@ -14,9 +14,12 @@ it was sliced (that is ``method="none"``); the corrections are this package's ch
     Each layer is refitted, by ridge regression towards its old weights, to the dense layer's
     output from the inputs that it really gets in the sliced network (asymmetric reconstruction:
     Zhang et al., TPAMI 2016; He et al., ICCV 2017).
+``"static_least_squares"``
+    The same for the inputs that stay of those that it had in the dense network, see
+    `sinfkit.static`. The sliced network is never run.
 
-Both networks are walked side by side, one node at a time, so every layer's inputs are computed
-exactly once and already carry the repairs in front of them.
+For the others, both networks are walked side by side, one node at a time, so every layer's inputs
+are computed exactly once and already carry the repairs in front of them.
 """
 
 from __future__ import annotations
@@ -33,10 +36,12 @@ from torch import Tensor, fx, nn
 from ._lockstep import Lockstep
 from ._ridge import double, fit_ridge
 from ._sites import Site, find_site, sample, sample_patches
+from .moments import gather_moments
+from .static import shrunk_layers, static_least_squares
 
 __all__ = ["REPAIRS", "affordable_images", "repair"]
 
-REPAIRS = ("none", "mean", "match", "least_squares")
+REPAIRS = ("none", "mean", "match", "least_squares", "static_least_squares")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 _HELD_OUT = 0.2  # of the images
@@ -79,18 +84,20 @@ def repair(
     X : Tensor of shape (n_images, ...)
         Calibration input of `dense`, normalised and on its device. Labels are not needed.
         Activations of all images are held for one or two layers at a time, in both networks.
-    method : {"none", "mean", "match", "least_squares"}, default="least_squares"
+    method : {"none", "mean", "match", "least_squares", "static_least_squares"}, \
+default="least_squares"
         The correction. ``"none"`` only measures.
     X_sliced : Tensor of shape (n_images, ...), default=None
         Input of `sliced` where it differs from `X`, for the same images (a sliced prefix in
-        front). None: `X`.
+        front). None: `X`. The static form does not look at it.
     max_rows : int, optional
         Least squares: positions per layer entering the regression, spread evenly over the
         images, at least one per image. Default: 20,000, or five of each image if that is more.
     alphas : sequence of float
         Least squares: ridge penalties to choose from, relative to the mean squared (centred)
         input; chosen per layer by the error on one fifth of the images, from the middle one
-        outwards. Keeping the old weights is always a candidate. Default: 1e-4, 1e-3, ..., 100.
+        outwards. Keeping the old weights is always a candidate. Default: 1e-4, 1e-3, ..., 100. The
+        static form has one of its own.
     batch_size : int, default=256
         Images per forward pass. The result does not depend on it beyond rounding.
     seed : int, default=0
@@ -102,7 +109,8 @@ def repair(
         Layer name to what remains of its error after the repair: ``||Y - Yhat||^2 / ||Y - mean
         Y||^2``, summed over channels, where Y is the dense layer's output (behind its batch-norm,
         before the non-linearity) at the kept channels. 0 where nothing differs. For least
-        squares on the held-out images, otherwise on all.
+        squares on the held-out images, otherwise on all. The static form predicts it, see
+        `sinfkit.static.static_least_squares`.
 
     Raises
     ------
@@ -158,6 +166,16 @@ def repair(
             f"X and X_sliced must hold the same images, at least one; got {len(X)} and "
             f"{len(X_sliced)}."
         )
+    if method == "static_least_squares":
+        moments = gather_moments(
+            dense,
+            shrunk_layers(dense, sliced),
+            X.split(batch_size),
+            n_images=len(X),
+            max_rows=max_rows,
+            seed=seed,
+        )
+        return static_least_squares(dense, sliced, support, moments, X)
     walk = Lockstep(dense, sliced, X, X_sliced, batch_size)
     rows = _Rows(len(X), max_rows, seed)
     errors: dict[str, float] = {}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sinfkit import obs
+from sinfkit import moments, obs
 from sinfkit.graph import trace
 from sinfkit.obs import Consumer, gather_consumers, removal_costs
 from sinfkit.repair import repair
@@ -221,7 +221,8 @@ def test_outputs_that_do_not_stay_do_not_count():
 
 
 def test_what_is_too_wide_is_left_out_and_the_rest_ranked_by_norm(monkeypatch):
-    monkeypatch.setattr(obs, "_MAX_INPUTS", 50)
+    for module in (moments, obs):
+        monkeypatch.setattr(module, "MAX_INPUTS", 50)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
     x = torch.randn(20, 1, 6, 6)
