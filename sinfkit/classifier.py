@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
 from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor, nn
+from torch import nn
 
-from ._base import Calibration, TorchEstimator, all_or_nothing, gather, progress
-from ._validation import Images, hold_out, validate_X, validate_y
-from .assembly import (
-    ROUTER_WEIGHTS,
-    Subgraph,
-    build_subgraph,
-    choose_cut,
-    choose_weight,
-    observe,
-    pooled_output,
-    routed_answers,
-    sides,
-    slice_prefix,
-    try_cuts,
-    usable_cuts,
-)
+from ._base import Calibration, TorchEstimator, all_or_nothing
+from ._validation import hold_out, validate_X, validate_y
+from .builder import Builder, Built, Held, Plan, Settings
 from .clusterer import SemanticClusterer
-from .graph import CutPoint, cut_points, find_cut, observation_nodes, split
-from .network import FALLBACKS, Normalise, SINFNetwork
-from .profiling import fold_batch_norm
+from .cuts import rank_candidates, try_cuts, usable_cuts
+from .graph import cut_points, find_cut
+from .network import FALLBACKS, SINFNetwork
 from .pruner import DCSPruner
-from .repair import affordable_images
 from .report import SINFReport, make_report
-from .routing import choose_threshold, fit_route_predictor
-from .subgraph import Recipe, make_recipe, sliceable, warn_about_whole
-from .surgery import ChannelGroup
+from .search import LADDER, Goal, Outcome, Size, climb
+from .subgraph import make_recipe, warn_about_whole
 
 _ROUTE_SAMPLES = 5_000
+_FIRST_RUNG = (
+    3  # of the ladder: half to four fifths of the subgraphs' filters, 30 % of the prefix's
+)
+_CLUSTERS = (2, 5, 10, 20)  # tried where no clusterer is given
 
 
 class SINFClassifier(ClassifierMixin, TorchEstimator):
@@ -58,20 +47,27 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         The trained classifier, which returns one score per class.  Wrap it in a `FrozenModel` for
         grid searches, and to give normalisation.  None trains a small default network in ``fit``.
     clusterer : SemanticClusterer, optional
-        How the classes are grouped.  Leave its `model` and `model_classes` at None.  None means
-        ``SemanticClusterer()``; pass one to reach ``clusterer__n_clusters`` in a grid search.
+        How the classes are grouped.  Leave its `model` and `model_classes` at None.  None:
+        ``SemanticClusterer()`` with 2, 5, 10 and 20 clusters (of two classes or more on average),
+        of which the best on held-out samples is kept.
     pruner : DCSPruner, optional
         How the subgraphs are cut out.  Leave its `model`, `model_classes`, `classes` and
-        `first_layer` at None.  None means ``DCSPruner()``; pass one to reach ``pruner__max_ratio``.
+        `first_layer` at None.  None: ``DCSPruner()``, whose ratios are searched, together with
+        `prefix_ratio`, for the fastest network within `max_accuracy_drop` (or for
+        `target_speedup`); several networks are built for that, so a search takes about five times
+        as long as a fit with a pruner given.
     route_layer : str, default="auto"
         The cut behind which the route predictor sits, see `sinfkit.graph.cut_points`.  ``"auto"``
-        takes the earliest whose held-out route accuracy reaches `route_accuracy`; where none does,
-        the one that keeps the accuracy and saves the most.
-    route_accuracy : float, default=0.75
-    prefix_ratio : float, default=0.3
+        takes the one with the fewest multiplications of those that are expected to keep the
+        accuracy.
+    route_accuracy : float, optional
+        Where given, ``route_layer="auto"`` takes the earliest cut whose held-out route accuracy
+        reaches it, as the paper does with 0.75, if there is one.
+    prefix_ratio : float or "auto", default="auto"
         Fraction of filters removed from each layer before the route predictor, for all classes.  0
         leaves the prefix whole.  Its last layer keeps its channels and is refitted to the dense
-        output, so that the base's rest still works behind it.
+        output, so that the base's rest still works behind it.  ``"auto"``: searched, or 0.3 where
+        a pruner is given.
     prefix_criterion : str or callable, default="obs"
         Which of the prefix's filters go; as `DCSPruner.criterion`.  All classes need the prefix,
         and its output is rebuilt by least squares: what counts there is not what tells classes
@@ -83,6 +79,9 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         is beyond the noise.
     max_accuracy_drop : float, default=0.01
         Accuracy (0.01 is one point) that the automatic choices may give away on held-out samples.
+    target_speedup : float, optional
+        Search for the most accurate network that is so many times as fast as the base, measured on
+        a batch of held-out samples, instead of the fastest within `max_accuracy_drop`.
     fallback : {"base", "topk", "none"}, default="base"
         What runs below the threshold: the rest of the base network, the subgraphs of the `top_k`
         most likely clusters, or the one subgraph all the same.
@@ -102,7 +101,7 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
     n_jobs : int, optional
         Threads that build subgraphs side by side.
     memory : str, joblib.Memory or None
-        Where to cache the activations' statistics between fits.
+        Where to cache the activations' statistics and the filters' scores between fits.
     random_state : int, RandomState or None, default=None
     verbose : int, default=0
         Show progress bars.
@@ -118,6 +117,11 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         Cluster of each of `classes_`.
     cluster_names_ : ndarray of shape (n_clusters,)
     route_layer_ : str
+    prefix_ratio_ : float
+    search_results_ : list of dict
+        What was tried, in order: route layer, number of clusters, ratios, accuracy lost on held-out
+        samples, multiplications relative to the base, share on the fallback, and the measured
+        speed-up where `target_speedup` asks for it.
     confidence_threshold_ : float
     router_weight_ : float
     temperatures_ : ndarray of shape (n_clusters,)
@@ -152,6 +156,7 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
     """
 
     network_: SINFNetwork
+    search_results_: list[dict[str, Any]]
     classes_: np.ndarray
     class_clusters_: np.ndarray
 
@@ -162,11 +167,12 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         clusterer: Any = None,
         pruner: Any = None,
         route_layer: str = "auto",
-        route_accuracy: float = 0.75,
-        prefix_ratio: float = 0.3,
+        route_accuracy: float | None = None,
+        prefix_ratio: float | str = "auto",
         prefix_criterion: str | Callable[..., Any] = "obs",
         confidence_threshold: float | str = "auto",
         max_accuracy_drop: float = 0.01,
+        target_speedup: float | None = None,
         fallback: str = "base",
         top_k: int = 2,
         router_weight: float | str = "auto",
@@ -188,6 +194,7 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         self.prefix_criterion = prefix_criterion
         self.confidence_threshold = confidence_threshold
         self.max_accuracy_drop = max_accuracy_drop
+        self.target_speedup = target_speedup
         self.fallback = fallback
         self.top_k = top_k
         self.router_weight = router_weight
@@ -235,125 +242,196 @@ n_features)
             self.prefix_criterion,
             "uniform",
             0.0,
-            self.prefix_ratio,
+            0.0,
             recipe.pool_size,
             "least_squares",
             {"penalty": pruner.penalty},
         )
         calibration = self._calibrate(X, y)
         rng = np.random.default_rng(calibration.seed)
-        fit, held_X, held = self._hold_out(calibration, X_val, y_val, rng)
-        codes = calibration.codes
-        held_codes = held[1]
-
-        def batches(index: np.ndarray) -> Any:
-            return calibration.batcher(calibration.X, index)
-
-        def held_batches() -> Any:
-            return calibration.batcher(held_X, held[0])
-
-        graph = calibration.graph
-        groups = calibration.groups
-        clusterer.classes_ = calibration.table.classes
-        with torch.inference_mode():
-            answers = torch.cat([graph(x).cpu() for x in held_batches()])
-        held_base = answers[:, torch.as_tensor(calibration.table.outputs)]
-        base_right = held_base.argmax(1).numpy() == held_codes
-        target = float(base_right.mean()) - self.max_accuracy_drop
-
-        def group_classes(features: Tensor, y: np.ndarray, route: Any) -> np.ndarray:
-            clusterer._group(features, y, route, calibration.seed)
-            return clusterer.class_clusters_
-
-        cut = self._cut(
+        index, held = self._hold_out(calibration, X_val, y_val, rng)
+        builder = Builder(
             calibration,
-            recipe,
-            (rng.permutation(fit)[:_ROUTE_SAMPLES], batches),
-            (held_codes, held_batches, held_base),
-            clusterer.pool_size,
-            group_classes,
-            target,
-        )
-        inside, behind = sides(graph, cut)
-        rest_groups = sliceable(groups, behind)
-        prefix_groups = sliceable(groups, inside) if self.prefix_ratio else []
-        warn_about_whole(groups, None if self.prefix_ratio else behind)
-
-        layers = {
-            name: chosen
-            for chosen, part in ((prefix_recipe, prefix_groups), (recipe, rest_groups))
-            for group in part
-            for name in group.layers
-        }
-        nodes = observation_nodes(graph, layers)
-        watched = {k: nodes[k] for k, own in layers.items() if "features" in own.criterion.needs}
-        statistics = gather(calibration, watched, recipe.pool_size, self.memory, self.verbose)
-        self._check_base(statistics.logits, calibration)
-
-        dense_prefix = split(graph, cut)[0]
-        prefix: nn.Module = dense_prefix
-        if prefix_groups:
-            n_images = affordable_images(
-                dense_prefix, calibration.example, int(pruner.repair_samples)
-            )
-            prefix = slice_prefix(
-                calibration,
-                cut,
-                prefix_groups,
-                nodes,
-                statistics,
-                fit,
+            index,
+            held,
+            Settings(
+                recipe,
                 prefix_recipe,
-                batches,
-                torch.cat(list(batches(rng.permutation(fit)[:n_images]))),
+                int(pruner.repair_samples),
+                self.router_weight,
+                self.confidence_threshold,
+                self.fallback,
+                self.top_k,
+                self.max_accuracy_drop,
+                self.n_jobs,
+                self.memory,
+                self.verbose,
+            ),
+        )
+        sizes = self._sizes(pruner)
+        warn_about_whole(calibration.groups)
+        plans = self._plans(builder, clusterer, sizes, rng)
+        self.search_results_ = []
+        statistics = builder.gather([plan.cut for plan in plans])
+        self._check_base(statistics.logits, calibration)
+        built = self._search(builder, plans, sizes)
+        self._warn_of_loss(built)
+        self._take(built, pruner)
+        return self
+
+    def _sizes(self, pruner: DCSPruner) -> list[Size]:
+        """What to choose from: one size where the user has said it, else a ladder."""
+        auto = isinstance(self.prefix_ratio, str)
+        given = LADDER[_FIRST_RUNG].prefix_ratio if auto else float(self.prefix_ratio)
+        if self.pruner is not None:
+            return [Size(given, pruner.min_ratio, pruner._recipe().max_ratio)]
+        if auto:
+            return list(LADDER)
+        return [Size(given, size.min_ratio, size.max_ratio) for size in LADDER]
+
+    def _plans(
+        self,
+        builder: Builder,
+        clusterer: SemanticClusterer,
+        sizes: list[Size],
+        rng: np.random.Generator,
+    ) -> list[Plan]:
+        """Where to cut and how many clusters to make: the most promising plan first.
+
+        One plan where the user has said it; else one for each number of clusters, with the cut that
+        suits it best.  All of middle size.
+        """
+        calibration = builder.calibration
+        graph, size = calibration.graph, sizes[min(_FIRST_RUNG, len(sizes) - 1)]
+        n_classes = len(calibration.table.classes)
+        clusterers = {0: clusterer}
+        if self.clusterer is None:
+            numbers = [n for n in _CLUSTERS if 2 * n <= n_classes] or [min(2, n_classes)]
+            clusterers = {n: clone(clusterer).set_params(n_clusters=n) for n in numbers}
+        if self.route_layer != "auto":
+            cuts = [find_cut(graph, self.route_layer)]
+        else:
+            cuts = usable_cuts(graph, cut_points(graph), calibration.output)
+        if not cuts:
+            raise ValueError(
+                "The model has no place where it can be cut in two. Pass it as "
+                "nn.Sequential(prefix, rest)."
             )
+        if len(cuts) == 1 and len(clusterers) == 1:
+            return [Plan(cuts[0], clusterer, size)]
 
-        features = pooled_output(
-            prefix, progress(batches(fit), "Routes", self.verbose), clusterer.pool_size
-        )
-        route = fit_route_predictor(
-            features,
-            codes[fit],
-            pooled_output(prefix, held_batches(), clusterer.pool_size),
-            held_codes,
-            pool_size=clusterer.pool_size,
-        )
-        group_classes(features, codes[fit], route)
-        class_clusters = clusterer.class_clusters_
+        def grouping(one: SemanticClusterer) -> Any:
+            def group_classes(features: Any, y: np.ndarray, route: Any) -> np.ndarray:
+                one.classes_ = calibration.table.classes
+                one._group(features, y, route, calibration.seed)
+                return one.class_clusters_
 
-        subgraphs = self._subgraphs(
+            return group_classes
+
+        few = rng.permutation(builder.index)[:_ROUTE_SAMPLES]
+        candidates = try_cuts(
             calibration,
-            cut,
-            (rest_groups, next(g.name for g in groups if g.is_output)),
-            nodes,
-            statistics,
-            fit,
-            class_clusters,
-            (dense_prefix, prefix),
-            recipe,
-            batches,
-            rng,
-            pruner.repair_samples,
+            cuts,
+            builder.settings.recipe,
+            train=(builder.batches(few), calibration.codes[few]),
+            held=(builder.held_batches(), builder.held.codes),
+            base_logits=builder.base_logits,
+            groupings={n: grouping(clone(one)) for n, one in clusterers.items()},
+            pool_size=clusterer.pool_size,
+            size=size,
+            fallback=self.fallback,
+            target=builder.target,
         )
-        network = self._network(
-            calibration, cut, prefix, route.predictor, subgraphs, class_clusters
-        )
-        self._calibrate_network(network, held_batches, held_codes, base_right)
+        ranked = rank_candidates(candidates, self.route_accuracy, builder.target)
+        best: dict[int, Plan] = {}
+        for candidate in ranked:
+            plan = Plan(candidate.cut, clusterers[candidate.n_clusters], size)
+            best.setdefault(candidate.n_clusters, plan)
+        return list(best.values())
 
-        clusterer.layer_ = self.route_layer_ = cut.name
+    def _search(self, builder: Builder, plans: list[Plan], sizes: list[Size]) -> Built:
+        """Build what is to be tried, and keep what serves the goal best.
+
+        The first plan climbs the ladder of sizes; the others start where it stopped, and go up as
+        long as they are better than all before.
+        """
+        goal = Goal(self.max_accuracy_drop, self.target_speedup)
+        best: Built | None = None
+
+        def evaluate(plan: Plan, rung: int) -> Outcome:
+            nonlocal best
+            trial = Plan(plan.cut, plan.clusterer, sizes[rung])
+            built = builder.build(trial, time_it=self.target_speedup is not None)
+            self._note(built)
+            if best is None or goal.better(built.outcome, best.outcome):
+                best = built  # the others' weights are let go
+            return built.outcome
+
+        first = min(_FIRST_RUNG, len(sizes) - 1)
+        rung, found = climb(lambda i: evaluate(plans[0], i), len(sizes), first, goal)
+        for plan in plans[1:]:
+            for step in range(rung, len(sizes)):
+                outcome = evaluate(plan, step)
+                if not goal.better(outcome, found):
+                    break
+                rung, found = step, outcome
+        assert best is not None
+        return best
+
+    def _note(self, built: Built) -> None:
+        """Write down what was tried."""
+        outcome = built.outcome
+        row = {
+            "route_layer": built.plan.cut.name,
+            "n_clusters": built.network.n_clusters,
+            **asdict(built.plan.size),
+            "accuracy_drop": outcome.drop,
+            "relative_macs": outcome.cost,
+            "fallback_share": built.fallback_share,
+        }
+        if not math.isnan(outcome.speedup):
+            row["speedup"] = outcome.speedup
+        self.search_results_.append(row)
+        if self.verbose:
+            print("SINFClassifier: " + ", ".join(_shown(k, v) for k, v in row.items()))
+
+    def _take(self, built: Built, pruner: DCSPruner) -> None:
+        """Make a network that was built the fitted one."""
+        network, plan, subgraphs = built.network, built.plan, built.subgraphs
+        clusterer = plan.clusterer
         self.network_ = network
-        self.class_clusters_ = class_clusters
+        self.route_accuracy_ = clusterer.route_accuracy_ = built.route_accuracy
+        self.router_weight_ = network.router_weight
+        self.confidence_threshold_ = network.threshold
+        self.route_layer_ = clusterer.layer_ = plan.cut.name
+        self.prefix_ratio_ = plan.size.prefix_ratio
+        self.class_clusters_ = clusterer.class_clusters_
         self.cluster_names_ = clusterer.cluster_names_
         self.temperatures_ = network.temperatures.cpu().numpy()
         self.scores_ = [{} if s is None else s.scores for s in subgraphs]
         self.supports_ = [{} if s is None else s.support for s in subgraphs]
         self.repair_errors_ = [{} if s is None else s.repair_error for s in subgraphs]
-        clusterer.route_accuracy_ = self.route_accuracy_
         clusterer.n_features_in_, clusterer.input_shape_ = self.n_features_in_, self.input_shape_
         clusterer.base_model_, clusterer.device_ = self.base_model_, self.device_
+        pruner.set_params(min_ratio=plan.size.min_ratio, max_ratio=plan.size.max_ratio)
         self.clusterer_, self.pruner_ = clusterer, pruner
         self._link()
-        return self
+
+    def _warn_of_loss(self, built: Built) -> None:
+        """Warn where the held-out loss is beyond the limit, and beyond the noise."""
+        automatic = self.confidence_threshold == "auto" and self.fallback != "none"
+        if not automatic or built.network.n_clusters == 1 or self.target_speedup is not None:
+            return
+        lost = built.lost
+        if lost.mean() - lost.std() / len(lost) ** 0.5 > self.max_accuracy_drop:
+            warnings.warn(
+                f"On held-out samples the routed network loses {lost.mean():.1%} of accuracy, "
+                f"more than max_accuracy_drop={self.max_accuracy_drop}, whatever the "
+                "confidence threshold. A smaller prefix_ratio or pruner.max_ratio, or more "
+                "repair_samples, keep more.",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _components(self) -> tuple[SemanticClusterer, DCSPruner]:
         """Clone the nested estimators, with this one's device, seed, jobs and verbosity."""
@@ -388,12 +466,15 @@ n_features)
             ("prefix_ratio", 0.0, 1.0, False),
             ("route_accuracy", 0.0, 1.0, True),
             ("max_accuracy_drop", 0.0, 1.0, True),
+            ("target_speedup", 1.0, np.inf, False),
             ("confidence_threshold", 0.0, 1.0, True),
             ("router_weight", 0.0, np.inf, False),
         ):
             value = getattr(self, name)
-            automatic = name in ("confidence_threshold", "router_weight")
+            automatic = name in ("prefix_ratio", "confidence_threshold", "router_weight")
             if automatic and isinstance(value, str) and value == "auto":
+                continue
+            if value is None and name in ("route_accuracy", "target_speedup"):
                 continue
             number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
             if not number or not (low <= value <= high) or (value == high and not closed):
@@ -407,181 +488,18 @@ n_features)
 
     def _hold_out(
         self, calibration: Calibration, X_val: Any, y_val: Any, rng: np.random.Generator
-    ) -> tuple[np.ndarray, Images, tuple[np.ndarray, np.ndarray]]:
-        """Return fitting indices, and the held-out samples with their indices and codes."""
+    ) -> tuple[np.ndarray, Held]:
+        """Return fitting indices, and the held-out samples."""
         if X_val is None:
             if y_val is not None:
                 raise ValueError("y_val is given without X_val.")
             fit, held = hold_out(calibration.codes, self.validation_fraction, rng)
-            return fit, calibration.X, (held, calibration.codes[held])
+            return fit, Held(calibration.X, held, calibration.codes[held])
         X_val = validate_X(self, X_val, reset=False)
         codes = calibration.table.encode(validate_y(y_val, len(X_val)))
         if (codes < 0).any():
             raise ValueError("y_val has labels that are not in y.")
-        return np.arange(len(calibration.codes)), X_val, (np.arange(len(codes)), codes)
-
-    def _cut(
-        self,
-        calibration: Calibration,
-        recipe: Recipe,
-        train: tuple[np.ndarray, Any],
-        held: tuple[np.ndarray, Any, Tensor],
-        pool_size: int,
-        group_classes: Any,
-        target: float,
-    ) -> CutPoint:
-        """Find the place of the route predictor."""
-        graph = calibration.graph
-        if self.route_layer != "auto":
-            return find_cut(graph, self.route_layer)
-        cuts = usable_cuts(graph, cut_points(graph), calibration.output)
-        if not cuts:
-            raise ValueError(
-                "The model has no place where it can be cut in two. Pass it as "
-                "nn.Sequential(prefix, rest)."
-            )
-        if len(cuts) == 1:
-            return cuts[0]
-        index, batches = train
-        codes, held_batches, held_base = held
-        candidates = try_cuts(
-            calibration,
-            cuts,
-            recipe,
-            train=(batches(index), calibration.codes[index]),
-            held=(held_batches(), codes),
-            base_logits=held_base,
-            group_classes=group_classes,
-            pool_size=pool_size,
-            prefix_ratio=self.prefix_ratio,
-            fallback=self.fallback,
-            target=target,
-        )
-        return choose_cut(candidates, self.route_accuracy, target).cut
-
-    def _subgraphs(
-        self,
-        calibration: Calibration,
-        cut: CutPoint,
-        groups: tuple[list[ChannelGroup], str],
-        nodes: dict[str, str],
-        statistics: Any,
-        fit: np.ndarray,
-        class_clusters: np.ndarray,
-        prefixes: tuple[nn.Module, nn.Module],
-        recipe: Recipe,
-        batches: Any,
-        rng: np.random.Generator,
-        repair_samples: int,
-    ) -> list[Subgraph | None]:
-        """One subgraph per cluster, built side by side where `n_jobs` says so."""
-        jobs = []
-        with torch.inference_mode():
-            h = prefixes[0](calibration.example)
-        n_images = affordable_images(split(calibration.graph, cut)[1], h, repair_samples)
-        for c in range(int(class_clusters.max()) + 1):
-            classes = np.flatnonzero(class_clusters == c)
-            if len(classes) < 2:
-                jobs.append(delayed(_nothing)())
-                continue
-            index = fit[class_clusters[calibration.codes[fit]] == c]
-            jobs.append(
-                delayed(build_subgraph)(
-                    calibration,
-                    cut,
-                    groups[0],
-                    groups[1],
-                    nodes,
-                    statistics,
-                    index,
-                    classes,
-                    prefixes,
-                    recipe,
-                    batches,
-                    rng.permutation(index)[:n_images],
-                )
-            )
-        # Threads: the work is in torch, which releases the interpreter, and shares the weights.
-        return Parallel(n_jobs=self.n_jobs, prefer="threads")(
-            progress(jobs, "Subgraphs", self.verbose)
-        )
-
-    def _network(
-        self,
-        calibration: Calibration,
-        cut: CutPoint,
-        prefix: nn.Module,
-        predictor: nn.Module,
-        subgraphs: list[Subgraph | None],
-        class_clusters: np.ndarray,
-    ) -> SINFNetwork:
-        """Put the parts together, batch-norms folded."""
-        frozen, dtype = calibration.frozen, calibration.batcher.dtype
-        rest = None
-        if self.fallback == "base":
-            rest = fold_batch_norm(split(calibration.graph, cut)[1])
-        network = SINFNetwork(
-            Normalise(
-                None if frozen.mean is None else torch.tensor(frozen.mean, dtype=dtype),
-                None if frozen.std is None else torch.tensor(frozen.std, dtype=dtype),
-            ),
-            fold_batch_norm(prefix),
-            predictor,  # type: ignore[arg-type]
-            [None if s is None else fold_batch_norm(s.module) for s in subgraphs],
-            rest,
-            torch.as_tensor(class_clusters),
-            torch.as_tensor(calibration.table.outputs),
-            torch.ones(len(subgraphs), dtype=dtype),
-            router_weight=0.5,
-            threshold=0.0,
-            fallback=self.fallback,
-            top_k=self.top_k,
-        )
-        # A copy: what folding left as it was is the frozen model's own.
-        network = copy.deepcopy(network).eval().requires_grad_(False)
-        network = network.to(calibration.batcher.device)
-        if calibration.example.ndim == 4:
-            network = network.to(memory_format=torch.channels_last)
-        return network
-
-    def _calibrate_network(
-        self, network: SINFNetwork, batches: Any, codes: np.ndarray, base_right: np.ndarray
-    ) -> None:
-        """Choose router weight, temperatures and threshold on the held-out samples."""
-        held = observe(network, batches())
-        truth = network.class_clusters.cpu()[torch.as_tensor(codes)]
-        self.route_accuracy_ = float((held.cluster == truth).double().mean())
-        automatic = self.router_weight == "auto"
-        weights = ROUTER_WEIGHTS if automatic else (float(self.router_weight),)
-        weight, temperatures = choose_weight(held, codes, network.class_clusters.cpu(), weights)
-        self.router_weight_ = network.router_weight = weight
-        network.temperatures.copy_(temperatures)
-        if self.confidence_threshold != "auto":
-            self.confidence_threshold_ = float(self.confidence_threshold)
-        elif self.fallback == "none" or network.n_clusters == 1:
-            self.confidence_threshold_ = 0.0
-        else:
-            routed = routed_answers(held, network.class_clusters.cpu(), temperatures, weight)
-            network.threshold = 2.0  # above every confidence: everybody takes the fallback
-            fallback = _answers(network, batches())
-            self.confidence_threshold_ = choose_threshold(
-                held.confidence.numpy(),
-                routed == codes,
-                fallback == codes,
-                target=float(base_right.mean()) - self.max_accuracy_drop,
-            )
-            trusted = held.confidence.numpy() >= self.confidence_threshold_
-            lost = base_right.astype(float) - (np.where(trusted, routed, fallback) == codes)
-            if lost.mean() - lost.std() / len(lost) ** 0.5 > self.max_accuracy_drop:
-                warnings.warn(
-                    f"On held-out samples the routed network loses {lost.mean():.1%} of accuracy, "
-                    f"more than max_accuracy_drop={self.max_accuracy_drop}, whatever the "
-                    "confidence threshold. A smaller prefix_ratio or pruner.max_ratio, or more "
-                    "repair_samples, keep more.",
-                    UserWarning,
-                    stacklevel=4,
-                )
-        network.threshold = self.confidence_threshold_
+        return np.arange(len(calibration.codes)), Held(X_val, np.arange(len(codes)), codes)
 
     def _link(self) -> None:
         """Let `clusterer_` route through this network's own prefix, which is stored once."""
@@ -719,15 +637,6 @@ n_features)
         return position
 
 
-def _answers(network: SINFNetwork, batches: Any) -> np.ndarray:
-    """Predicted classes for normalised batches."""
-    with torch.inference_mode():
-        rows = []
-        for x in batches:
-            h = network.prefix(x)
-            rows.append(network.process(h, network.route_features(h)).argmax(1).cpu())
-    return torch.cat(rows).numpy()
-
-
-def _nothing() -> None:
-    """What a cluster of one class needs: no subgraph."""
+def _shown(name: str, value: Any) -> str:
+    """A result in a few characters."""
+    return f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"

@@ -1,30 +1,11 @@
-"""The choices that SINFClassifier makes on held-out samples."""
+"""The weights and temperatures that are chosen on held-out samples."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
-from sinfkit.assembly import Candidate, HeldOut, choose_cut, choose_weight, routed_answers
-from sinfkit.graph import CutPoint
-
-
-def candidate(name, route, accuracy, macs):
-    return Candidate(CutPoint(name, name), route, accuracy, macs)
-
-
-def test_the_earliest_cut_that_routes_well_is_taken():
-    cuts = [candidate("a", 0.6, 0.9, 1), candidate("b", 0.8, 0.5, 3), candidate("c", 0.9, 0.9, 2)]
-    assert choose_cut(cuts, 0.75, 0.8).cut.name == "b"
-
-
-def test_otherwise_the_cheapest_that_is_accurate_enough_or_the_most_accurate():
-    cuts = [candidate("a", 0.3, 0.7, 1), candidate("b", 0.5, 0.81, 3), candidate("c", 0.6, 0.85, 4)]
-    with pytest.warns(UserWarning, match="No layer predicts the cluster with 75%"):
-        assert choose_cut(cuts, 0.75, 0.8).cut.name == "b"
-    with pytest.warns(UserWarning):
-        assert choose_cut(cuts, 0.75, 0.99).cut.name == "c"
+from sinfkit.assembly import HeldOut, choose_weight, routed_answers
 
 
 def held_out(router_noise, n=400, seed=0):

@@ -40,6 +40,7 @@ def fitted(frozen, data):
     return SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=3),
+        pruner=DCSPruner(),
         confidence_threshold=0.6,
         route_layer="3",
         random_state=0,
@@ -92,7 +93,7 @@ def test_subgraphs_have_their_clusters_outputs_and_fewer_filters(fitted, frozen)
 @pytest.mark.parametrize("criterion", ["dcs", "taylor", "l1"])
 def test_the_prefix_has_a_criterion_of_its_own(frozen, data, criterion):
     X, y, X_test, y_test = data
-    keywords = {"prefix_ratio": 0.5, "route_layer": "3", "random_state": 0}
+    keywords = {"prefix_ratio": 0.5, "route_layer": "3", "random_state": 0, "pruner": DCSPruner()}
     clf = SINFClassifier(frozen, prefix_criterion=criterion, **keywords).fit(X, y)
     convs = [m for m in clf.network_.prefix.modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convs] == [4, 8]
@@ -308,7 +309,7 @@ def test_untraceable_networks_are_wrapped_in_two_halves(data):
     with pytest.raises(ValueError, match="Sequential"):
         SINFClassifier(Untraceable(prefix, rest)).fit(X, y)
     clf = SINFClassifier(nn.Sequential(prefix, rest), route_layer="0", prefix_ratio=0.0)
-    clf.set_params(random_state=0).fit(X, y)
+    clf.set_params(pruner=DCSPruner(), random_state=0).fit(X, y)
     assert clf.route_layer_ == "0"
     assert all(len(s.get("1.0", range(8))) == 8 for s in clf.supports_)
     np.testing.assert_allclose(clf.predict_proba(X_test).sum(1), 1, atol=1e-5)
@@ -349,3 +350,55 @@ def test_residual_and_depthwise_networks_are_routed(name, options, layer):
     p = clf.predict_proba(X)
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
     np.testing.assert_allclose(clf.predict_proba(X[:3]), p[:3], atol=1e-5)
+
+
+def test_sizes_clusters_and_route_layer_are_searched(frozen, data):
+    """The user says what may be lost; the fastest network within it is kept."""
+    X, y, X_test, y_test = data
+    clf = SINFClassifier(frozen, max_accuracy_drop=0.02, random_state=0).fit(X, y)
+    tried = clf.search_results_
+    assert len(tried) > 1 and len({row["prefix_ratio"] for row in tried}) > 1
+    within = [row for row in tried if row["accuracy_drop"] <= 0.02 + 1e-12]
+    best = min(within, key=lambda row: row["relative_macs"])
+    chosen = {
+        "route_layer": clf.route_layer_,
+        "prefix_ratio": clf.prefix_ratio_,
+        "min_ratio": clf.pruner_.min_ratio,
+        "max_ratio": clf.pruner_.max_ratio,
+        "n_clusters": clf.network_.n_clusters,
+    }
+    assert chosen.items() <= best.items()
+    report = clf.report(X_test, y_test, repeats=0)
+    # What was expected on the held-out samples comes about on others, up to the fallback's share.
+    assert report.macs / report.base_macs == pytest.approx(best["relative_macs"], abs=0.1)
+    again = SINFClassifier(frozen, max_accuracy_drop=0.02, random_state=0).fit(X, y)
+    assert again.search_results_ == tried
+
+
+def test_more_may_be_lost_and_less_is_left(frozen, data):
+    X, y, *_ = data
+    keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}
+    costs = []
+    for drop in (0.0, 0.3):
+        clf = SINFClassifier(frozen, max_accuracy_drop=drop, **keywords).fit(X, y)
+        costs.append(min(row["relative_macs"] for row in clf.search_results_))
+    assert costs[1] < costs[0]
+    given = SINFClassifier(frozen, pruner=DCSPruner(), **keywords).fit(X, y)
+    assert len(given.search_results_) == 1 and given.prefix_ratio_ == 0.3
+    fixed = SINFClassifier(frozen, prefix_ratio=0.1, **keywords).fit(X, y)
+    assert {row["prefix_ratio"] for row in fixed.search_results_} == {0.1}
+
+
+def test_a_speed_can_be_asked_for(frozen, data):
+    X, y, *_ = data
+    keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}
+    clf = SINFClassifier(frozen, target_speedup=1.01, **keywords).fit(X, y)
+    assert all(row["speedup"] > 0 for row in clf.search_results_)
+    reached = [row for row in clf.search_results_ if row["speedup"] >= 1.01]
+    if reached:  # a small network on a busy machine may not reach it
+        least = min(row["accuracy_drop"] for row in reached)
+        assert {"prefix_ratio": clf.prefix_ratio_}.items() <= next(
+            row for row in reached if row["accuracy_drop"] == least
+        ).items()
+    with pytest.raises(ValueError, match="target_speedup"):
+        SINFClassifier(frozen, target_speedup=0.5).fit(X, y)

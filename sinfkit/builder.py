@@ -1,0 +1,432 @@
+"""Builds routed networks of several cuts, clusters and sizes from one set of statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from sklearn.base import clone
+from torch import Tensor, nn
+
+from ._base import Calibration, gather, progress
+from ._validation import Images
+from .activations import Statistics
+from .assembly import (
+    ROUTER_WEIGHTS,
+    Subgraph,
+    build_subgraph,
+    choose_weight,
+    observe,
+    pooled_output,
+    routed_answers,
+    slice_prefix,
+)
+from .clusterer import SemanticClusterer
+from .cuts import sides
+from .graph import CutPoint, observation_nodes, split
+from .network import Normalise, Route, SINFNetwork
+from .profiling import count_macs, fold_batch_norm, paired_latency
+from .repair import affordable_images
+from .report import base_for_timing, branch_costs
+from .routing import choose_threshold, cluster_posterior, fit_route_predictor
+from .search import Outcome, Size
+from .subgraph import Recipe, Scored, choose_channels, score_classes, sliceable
+from .surgery import ChannelGroup
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every network that is built.
+
+    Attributes
+    ----------
+    recipe, prefix_recipe : Recipe
+        For the subgraphs and for the prefix; a plan's size replaces their ratios.
+    repair_samples : int
+    router_weight, confidence_threshold : float or "auto"
+    fallback : str
+    top_k : int
+    max_accuracy_drop : float
+    n_jobs : int or None
+    memory : str, joblib.Memory or None
+    verbose : int
+    """
+
+    recipe: Recipe
+    prefix_recipe: Recipe
+    repair_samples: int
+    router_weight: float | str
+    confidence_threshold: float | str
+    fallback: str
+    top_k: int
+    max_accuracy_drop: float
+    n_jobs: int | None
+    memory: Any
+    verbose: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out samples: rows `index` of `X`, of classes `codes`."""
+
+    X: Images
+    index: np.ndarray
+    codes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build: where to cut, how to group the classes, how much to remove."""
+
+    cut: CutPoint
+    clusterer: SemanticClusterer
+    size: Size
+
+
+@dataclass(frozen=True)
+class Built:
+    """A routed network, and what it gives on the held-out samples.
+
+    Attributes
+    ----------
+    plan : Plan
+        Its clusterer has grouped the classes.
+    network : SINFNetwork
+    subgraphs : list of Subgraph or None
+        None for a cluster of one class.
+    route_accuracy : float
+    fallback_share : float
+        Share of held-out samples below the confidence threshold.
+    lost : ndarray of shape (n_held_out,)
+        Of each held-out sample: 1 where only the base is right, -1 where only this network is.
+    outcome : Outcome
+    """
+
+    plan: Plan
+    network: SINFNetwork
+    subgraphs: list[Subgraph | None]
+    route_accuracy: float
+    fallback_share: float
+    lost: np.ndarray
+    outcome: Outcome
+
+
+@dataclass
+class Builder:
+    """Builds networks; whatever several of them share is computed once.
+
+    Attributes
+    ----------
+    calibration : Calibration
+    index : int ndarray
+        The samples that score, fit and repair.
+    held : Held
+    settings : Settings
+    """
+
+    calibration: Calibration
+    index: np.ndarray
+    held: Held
+    settings: Settings
+    _statistics: Statistics | None = None
+    _scores: dict[Any, Scored] = field(default_factory=dict)
+    _prefixes: dict[Any, nn.Module] = field(default_factory=dict)
+    _base_logits: Tensor | None = None
+
+    def batches(self, index: np.ndarray) -> Iterable[Tensor]:
+        """Normalised batches of calibration samples."""
+        return self.calibration.batcher(self.calibration.X, index)
+
+    def held_batches(self) -> Iterable[Tensor]:
+        """Normalised batches of the held-out samples."""
+        return self.calibration.batcher(self.held.X, self.held.index)
+
+    @property
+    def base_logits(self) -> Tensor:
+        """The base's answers on the held-out samples, one column per class."""
+        if self._base_logits is None:
+            with torch.inference_mode():
+                rows = [self.calibration.graph(x).cpu() for x in self.held_batches()]
+            self._base_logits = torch.cat(rows)[:, torch.as_tensor(self.calibration.table.outputs)]
+        return self._base_logits
+
+    @property
+    def base_right(self) -> np.ndarray:
+        """Whether the base is right on each held-out sample."""
+        return self.base_logits.argmax(1).numpy() == self.held.codes
+
+    @property
+    def target(self) -> float:
+        """Accuracy to keep on the held-out samples."""
+        return float(self.base_right.mean()) - self.settings.max_accuracy_drop
+
+    def gather(self, cuts: Sequence[CutPoint]) -> Statistics:
+        """Collect, in one pass, what the criteria ask for with any of the cuts."""
+        graph, settings = self.calibration.graph, self.settings
+        layers: dict[str, None] = {}
+        for cut in cuts:
+            for part, recipe in zip(
+                sides(graph, cut), (settings.prefix_recipe, settings.recipe), strict=True
+            ):
+                if "features" in recipe.criterion.needs:
+                    for group in sliceable(self.calibration.groups, part):
+                        layers |= dict.fromkeys(group.layers)
+        nodes = observation_nodes(graph, layers)
+        self._statistics = gather(
+            self.calibration, nodes, settings.recipe.pool_size, settings.memory, settings.verbose
+        )
+        return self._statistics
+
+    def build(self, plan: Plan, *, time_it: bool = False) -> Built:
+        """Build a network, choose its threshold, and see how it does on the held-out samples.
+
+        Parameters
+        ----------
+        plan : Plan
+        time_it : bool, default=False
+            Measure the speed-up on a batch of held-out samples.
+
+        Returns
+        -------
+        Built
+        """
+        codes = self.calibration.codes
+        clusterer = clone(plan.clusterer)
+        clusterer.classes_ = self.calibration.table.classes
+        prefix = self._prefix(plan.cut, plan.size.prefix_ratio)
+        features = pooled_output(
+            prefix,
+            progress(self.batches(self.index), "Routes", self.settings.verbose),
+            clusterer.pool_size,
+        )
+        route = fit_route_predictor(
+            features,
+            codes[self.index],
+            pooled_output(prefix, self.held_batches(), clusterer.pool_size),
+            self.held.codes,
+            pool_size=clusterer.pool_size,
+        )
+        clusterer._group(features, codes[self.index], route, self.calibration.seed)
+        subgraphs = self._subgraphs(plan, prefix, clusterer.class_clusters_)
+        network = self._network(
+            plan.cut, prefix, route.predictor, subgraphs, clusterer.class_clusters_
+        )
+        return self._judged(replace(plan, clusterer=clusterer), network, subgraphs, time_it)
+
+    def _recipe(self, recipe: Recipe, low: float, high: float) -> Recipe:
+        return replace(recipe, min_ratio=low, max_ratio=high)
+
+    def _score(self, groups: list[ChannelGroup], classes: np.ndarray, recipe: Recipe) -> Scored:
+        """Filter scores for a set of classes; the same for every ratio."""
+        calibration = self.calibration
+        key = (tuple(g.name for g in groups), tuple(classes), id(recipe.criterion.function))
+        if key not in self._scores:
+            assert self._statistics is not None, "gather comes first"
+            index = self.index[np.isin(calibration.codes[self.index], classes)]
+            layers = [layer for group in groups for layer in group.layers]
+            self._scores[key] = score_classes(
+                calibration.graph,
+                groups,
+                observation_nodes(calibration.graph, layers),
+                self._statistics,
+                index,
+                np.searchsorted(classes, calibration.codes[index]),
+                recipe,
+                outputs=calibration.table.outputs[classes].tolist(),
+                batches=self.batches,
+                seed=calibration.seed,
+            )
+        return self._scores[key]
+
+    def _rng(self) -> np.random.Generator:
+        """The same numbers for every network: what is built does not depend on what was tried."""
+        return np.random.default_rng(self.calibration.seed)
+
+    def _prefix(self, cut: CutPoint, ratio: float) -> nn.Module:
+        """The part before the cut, sliced for all classes."""
+        calibration = self.calibration
+        if (cut.name, ratio) not in self._prefixes:
+            dense = split(calibration.graph, cut)[0]
+            groups = sliceable(calibration.groups, sides(calibration.graph, cut)[0])
+            prefix: nn.Module = dense
+            if groups and ratio > 0:
+                recipe = replace(self.settings.prefix_recipe, max_ratio=ratio)
+                classes = np.arange(len(calibration.table.classes))
+                scored = self._score(groups, classes, recipe)
+                keep = choose_channels(groups, scored.groups, recipe)
+                n_images = affordable_images(
+                    dense, calibration.example, self.settings.repair_samples
+                )
+                sample = self._rng().permutation(self.index)[:n_images]
+                samples = torch.cat(list(self.batches(sample)))
+                prefix = slice_prefix(calibration, cut, keep, samples, recipe.repair)
+            self._prefixes[cut.name, ratio] = prefix
+        return self._prefixes[cut.name, ratio]
+
+    def _subgraphs(
+        self, plan: Plan, prefix: nn.Module, class_clusters: np.ndarray
+    ) -> list[Subgraph | None]:
+        """One subgraph per cluster, built side by side where `n_jobs` says so."""
+        calibration, size = self.calibration, plan.size
+        groups = sliceable(calibration.groups, sides(calibration.graph, plan.cut)[1])
+        output_group = next(g.name for g in calibration.groups if g.is_output)
+        recipe = self._recipe(self.settings.recipe, size.min_ratio, size.max_ratio)
+        dense, rest = split(calibration.graph, plan.cut)
+        with torch.inference_mode():
+            h = dense(calibration.example)
+        n_images = affordable_images(rest, h, self.settings.repair_samples)
+        rng, jobs = self._rng(), []
+        for c in range(int(class_clusters.max()) + 1):
+            classes = np.flatnonzero(class_clusters == c)
+            if len(classes) < 2:
+                jobs.append(delayed(_nothing)())
+                continue
+            index = self.index[np.isin(calibration.codes[self.index], classes)]
+            sample = rng.permutation(index)[:n_images]
+            jobs.append(
+                delayed(self._subgraph)(
+                    plan.cut, groups, output_group, classes, (dense, prefix), recipe, sample
+                )
+            )
+        # Threads: the work is in torch, which releases the interpreter, and shares the weights.
+        return Parallel(n_jobs=self.settings.n_jobs, prefer="threads")(
+            progress(jobs, "Subgraphs", self.settings.verbose)
+        )
+
+    def _subgraph(
+        self,
+        cut: CutPoint,
+        groups: list[ChannelGroup],
+        output_group: str,
+        classes: np.ndarray,
+        prefixes: tuple[nn.Module, nn.Module],
+        recipe: Recipe,
+        sample: np.ndarray,
+    ) -> Subgraph:
+        """Score, choose, extract and repair one cluster's part."""
+        outputs = self.calibration.table.outputs[classes]
+        scored = self._score(groups, classes, recipe)
+        keep = choose_channels(groups, scored.groups, recipe)
+        keep[output_group] = outputs
+        return build_subgraph(
+            self.calibration,
+            cut,
+            keep,
+            scored,
+            outputs,
+            prefixes,
+            recipe.repair,
+            self.batches,
+            sample,
+        )
+
+    def _network(
+        self,
+        cut: CutPoint,
+        prefix: nn.Module,
+        predictor: nn.Module,
+        subgraphs: list[Subgraph | None],
+        class_clusters: np.ndarray,
+    ) -> SINFNetwork:
+        """Put the parts together, batch-norms folded."""
+        calibration, settings = self.calibration, self.settings
+        frozen, dtype = calibration.frozen, calibration.batcher.dtype
+        rest = None
+        if settings.fallback == "base":
+            rest = fold_batch_norm(split(calibration.graph, cut)[1])
+        network = SINFNetwork(
+            Normalise(
+                None if frozen.mean is None else torch.tensor(frozen.mean, dtype=dtype),
+                None if frozen.std is None else torch.tensor(frozen.std, dtype=dtype),
+            ),
+            fold_batch_norm(prefix),
+            predictor,  # type: ignore[arg-type]
+            [None if s is None else fold_batch_norm(s.module) for s in subgraphs],
+            rest,
+            torch.as_tensor(class_clusters),
+            torch.as_tensor(calibration.table.outputs),
+            torch.ones(len(subgraphs), dtype=dtype),
+            router_weight=0.5,
+            threshold=0.0,
+            fallback=settings.fallback,
+            top_k=settings.top_k,
+        )
+        # A copy: what folding left as it was is the frozen model's own.
+        network = copy.deepcopy(network).eval().requires_grad_(False)
+        network = network.to(calibration.batcher.device)
+        if calibration.example.ndim == 4:
+            network = network.to(memory_format=torch.channels_last)
+        return network
+
+    def _judged(
+        self, plan: Plan, network: SINFNetwork, subgraphs: list[Subgraph | None], time_it: bool
+    ) -> Built:
+        """Choose router weight, temperatures and threshold, and count what the choice gives."""
+        settings, codes = self.settings, self.held.codes
+        held = observe(network, self.held_batches())
+        clusters = network.class_clusters.cpu()
+        automatic = settings.router_weight == "auto"
+        weights = ROUTER_WEIGHTS if automatic else (float(settings.router_weight),)
+        network.router_weight, temperatures = choose_weight(held, codes, clusters, weights)
+        network.temperatures.copy_(temperatures)
+        routed = routed_answers(held, clusters, temperatures, network.router_weight) == codes
+        right = routed
+        if settings.fallback == "none" or network.n_clusters == 1:
+            if settings.confidence_threshold != "auto":
+                network.threshold = float(settings.confidence_threshold)
+        else:
+            network.threshold = 2.0  # above every confidence: everybody takes the fallback
+            fallback = _answers(network, self.held_batches()) == codes
+            if settings.confidence_threshold == "auto":
+                network.threshold = choose_threshold(
+                    held.confidence.numpy(), routed, fallback, target=self.target
+                )
+            else:
+                network.threshold = float(settings.confidence_threshold)
+            right = np.where(held.confidence.numpy() < network.threshold, fallback, routed)
+        posterior = cluster_posterior(held.log_posterior, clusters, network.n_clusters)
+        route = Route(held.log_posterior, posterior, held.cluster, held.confidence)
+        runs = np.bincount(
+            network.branches(route)[1].numpy(), minlength=network.n_clusters + 1
+        ) / len(codes)
+        raw = self.calibration.batcher.load(self.calibration.X[:1])
+        costs = branch_costs(network, raw)
+        base = count_macs(self.calibration.graph, self.calibration.example)[0]
+        cost = (costs["shared_macs"] + float(runs @ costs["macs"])) / max(base, 1)
+        lost = self.base_right.astype(float) - right
+        return Built(
+            plan,
+            network,
+            subgraphs,
+            float((held.cluster == clusters[torch.as_tensor(codes)]).double().mean()),
+            float(np.mean(held.confidence.numpy() < network.threshold)),
+            lost,
+            Outcome(float(lost.mean()), cost, self._speedup(network) if time_it else float("nan")),
+        )
+
+    def _speedup(self, network: SINFNetwork) -> float:
+        """Time of the base over that of the network on one batch, in turns."""
+        batcher = self.calibration.batcher
+        x = batcher.load(self.held.X[self.held.index[: batcher.batch_size]])
+        base = base_for_timing(network, self.calibration.frozen.module(batcher.device))
+        latency = paired_latency({"base": lambda: base(x), "sinf": lambda: network(x)}, repeats=7)
+        return 1.0 / latency.ratio("sinf", "base")
+
+
+def _answers(network: SINFNetwork, batches: Iterable[Tensor]) -> np.ndarray:
+    """Predicted classes for normalised batches."""
+    with torch.inference_mode():
+        rows = []
+        for x in batches:
+            h = network.prefix(x)
+            rows.append(network.process(h, network.route_features(h)).argmax(1).cpu())
+    return torch.cat(rows).numpy()
+
+
+def _nothing() -> None:
+    """What a cluster of one class needs: no subgraph."""

@@ -1,0 +1,223 @@
+"""Where to put the route predictor: candidates, what each is expected to give, and their order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ._base import Calibration
+from .activations import collect
+from .graph import CutPoint, layer_names, split
+from .profiling import count_macs
+from .routing import choose_threshold, cluster_posterior, fit_route_predictor, fuse
+from .search import Size
+from .subgraph import Recipe, choose_channels, sliceable
+from .surgery import ChannelGroup, slice_channels
+
+Grouping = Callable[[Tensor, np.ndarray, Any], np.ndarray]
+"""From pooled features, codes and a fitted probe to the cluster of each class."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place for the route predictor, and what is expected of it on held-out samples.
+
+    Attributes
+    ----------
+    cut : CutPoint
+    n_clusters : int
+        As asked for; what a given mapping has may differ.
+    route_accuracy : float
+        Share of samples whose cluster the probe predicts.
+    accuracy : float
+        Of the unpruned network restricted to the routed cluster, fused with the probe, fallback
+        included: what routing alone costs.
+    macs : float
+        Expected multiplications per sample, after slicing and with the fallback.
+    """
+
+    cut: CutPoint
+    n_clusters: int
+    route_accuracy: float
+    accuracy: float
+    macs: float
+
+
+def usable_cuts(graph: fx.GraphModule, cuts: Sequence[CutPoint], output: str) -> list[CutPoint]:
+    """Cuts with a hidden layer behind them, so that a subgraph has something to leave out."""
+    names = set(layer_names(graph)) - {output}
+    return [cut for cut in cuts if names - set(layer_names(split(graph, cut)[0]))]
+
+
+def rank_candidates(
+    candidates: Sequence[Candidate], route_accuracy: float | None, target: float
+) -> list[Candidate]:
+    """Order the places of the route predictor, the best first.
+
+    Parameters
+    ----------
+    candidates : sequence of Candidate
+        In forward order.
+    route_accuracy : float or None
+        Those that reach it come first, the earliest in front (stated by the paper, with 75 %).
+        None leaves this rule out.
+    target : float
+        Accuracy to keep.  By it the others are ordered: first those whose expected accuracy
+        reaches it, the cheapest in front; then the rest, the most accurate in front.
+
+    Returns
+    -------
+    list of Candidate
+
+    Warns
+    -----
+    UserWarning
+        Where no candidate routes as well as `route_accuracy` demands.
+    """
+    good = [c for c in candidates if c.accuracy >= target]
+    poor = [c for c in candidates if c.accuracy < target]
+    ranked = sorted(good, key=lambda c: (c.macs, -c.accuracy))
+    ranked += sorted(poor, key=lambda c: -c.accuracy)
+    if route_accuracy is None:
+        return ranked
+    early = [c for c in candidates if c.route_accuracy >= route_accuracy]
+    if not early:
+        best = ranked[0]
+        warnings.warn(
+            f"No layer predicts the cluster with {route_accuracy:.0%} accuracy on held-out "
+            f"samples; {best.cut.name!r} ({best.route_accuracy:.0%}) is taken, which keeps the "
+            "best accuracy for the time it saves. Fewer clusters, or clusters by confusion, route "
+            "better.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return early + [c for c in ranked if c not in early]
+
+
+def expected_macs(
+    calibration: Calibration, cut: CutPoint, recipe: Recipe, size: Size
+) -> tuple[float, float, float]:
+    """Multiplications per sample of each part if the network were cut at `cut`.
+
+    Returns
+    -------
+    prefix, subgraph, rest : float
+        The sliced prefix, one sliced subgraph with all outputs, and the dense rest.
+    """
+    graph = calibration.graph
+    inside, behind = sides(graph, cut)
+    groups = calibration.groups
+    early = replace(recipe, schedule="uniform", max_ratio=size.prefix_ratio)
+    late = replace(recipe, min_ratio=size.min_ratio, max_ratio=size.max_ratio)
+    keep = first_channels(sliceable(groups, inside), early)
+    keep |= first_channels(sliceable(groups, behind), late)
+    smaller = slice_channels(graph, calibration.example, keep, groups=groups).model
+    dense = count_macs(graph, calibration.example)[1]
+    sliced = count_macs(smaller, calibration.example)[1]
+    return (
+        sum(sliced.get(name, 0) for name in inside),
+        sum(sliced.get(name, 0) for name in behind),
+        sum(dense.get(name, 0) for name in behind),
+    )
+
+
+def first_channels(groups: Sequence[ChannelGroup], recipe: Recipe) -> dict[str, np.ndarray]:
+    """As many channels as `recipe` keeps, whichever: enough to count multiplications."""
+    zeros = {group.name: np.zeros(group.n_channels) for group in groups}
+    return choose_channels(groups, zeros, recipe)
+
+
+def sides(graph: fx.GraphModule, cut: CutPoint) -> tuple[list[str], list[str]]:
+    """Names of the layers before and behind a cut."""
+    names = layer_names(graph)
+    inside = set(layer_names(split(graph, cut)[0]))
+    return [n for n in names if n in inside], [n for n in names if n not in inside]
+
+
+def try_cuts(
+    calibration: Calibration,
+    cuts: Sequence[CutPoint],
+    recipe: Recipe,
+    *,
+    train: tuple[Iterable[Tensor], np.ndarray],
+    held: tuple[Iterable[Tensor], np.ndarray],
+    base_logits: Tensor,
+    groupings: Mapping[int, Grouping],
+    pool_size: int,
+    size: Size,
+    fallback: str,
+    target: float,
+) -> list[Candidate]:
+    """Fit a probe behind each cut and estimate what routing there would give.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    cuts : sequence of CutPoint
+    recipe : Recipe
+    train, held : (batches, codes)
+        Normalised batches and their classes, for the probes and for the estimates.
+    base_logits : Tensor of shape (n_held_out, n_classes)
+        The base's answers on the held-out samples.
+    groupings : mapping of int to callable
+        For each number of clusters to try: ``(features, codes, route) -> class_clusters``.
+    pool_size : int
+    size : Size
+    fallback : str
+    target : float
+        Accuracy to keep; sets the confidence threshold of the estimate.
+
+    Returns
+    -------
+    list of Candidate
+        One for each cut and number of clusters.
+    """
+    nodes = {cut.name: cut.node for cut in cuts}
+    seen = collect(calibration.graph, train[0], nodes, pool_size)
+    unseen = collect(calibration.graph, held[0], nodes, pool_size)
+    codes = held[1]
+    base_correct = base_logits.argmax(1).numpy() == codes
+    found = []
+    for cut in cuts:
+        route = fit_route_predictor(
+            seen.pooled[cut.name],
+            train[1],
+            unseen.pooled[cut.name],
+            codes,
+            pool_size=pool_size,
+        )
+        prefix, subgraph, rest = expected_macs(calibration, cut, recipe, size)
+        for n_clusters, group_classes in groupings.items():
+            class_clusters = group_classes(seen.pooled[cut.name], train[1], route)
+            clusters = torch.as_tensor(class_clusters)
+            posterior = cluster_posterior(
+                route.log_posterior, clusters, int(class_clusters.max()) + 1
+            )
+            confidence, chosen = posterior.max(1)
+            members = clusters == chosen[:, None]
+            fused = fuse(route.log_posterior, base_logits, members, 0.5)
+            correct = fused.argmax(1).numpy() == codes
+            unsure, accuracy = 0.0, float(correct.mean())
+            if fallback == "base":
+                threshold = choose_threshold(
+                    confidence.numpy(), correct, base_correct, target=target
+                )
+                below = confidence.numpy() < threshold
+                unsure = float(below.mean())
+                accuracy = float(np.where(below, base_correct, correct).mean())
+            found.append(
+                Candidate(
+                    cut,
+                    n_clusters,
+                    float(np.mean(chosen.numpy() == class_clusters[codes])),
+                    accuracy,
+                    prefix + (1 - unsure) * subgraph + unsure * rest,
+                )
+            )
+    return found
