@@ -154,6 +154,8 @@ def taylor_scores(
     batches: Iterable[tuple[Tensor, Tensor]],
     nodes: Mapping[str, str],
     outputs: Sequence[int] | None = None,
+    *,
+    power: int = 1,
 ) -> dict[str, Tensor]:
     r"""First-order Taylor scores of channels, after Molchanov et al. (2017, 2019).
 
@@ -168,6 +170,8 @@ def taylor_scores(
     outputs : sequence of int or None, default=None
         The outputs that the loss is taken over, in the order in which labels count them; None
         stands for all.
+    power : {1, 2}, default=1
+        Of each sample's change of the loss, before the mean over samples is taken.
 
     Returns
     -------
@@ -186,9 +190,10 @@ def taylor_scores(
 
     .. math:: \Big| \sum_p a_{cp} \, \frac{\partial \ell}{\partial a_{cp}} \Big| ,
 
-    to first order the change of the loss when the channel is set to zero.  The papers differ in
-    what they do with the sum (a mean over positions, a square) and both take it per batch; this
-    one is per sample, so how samples are batched makes no difference.  Gradients flow through
+    to first order the change of the loss when the channel is set to zero, or of its square with
+    ``power=2``.  The papers differ in what they do with the sum (2017: absolute value and a mean
+    over positions; 2019: a square) and both take it per batch; this one is per sample, so how
+    samples are batched makes no difference.  Gradients flow through
     activations alone: no parameter's ``requires_grad`` or ``grad`` is read or changed.
 
     References
@@ -218,7 +223,8 @@ def taylor_scores(
         numbers = value.detach()
 
         def add(gradient: Tensor) -> None:
-            score = _over_positions(numbers * gradient, axes[key]).abs().double().sum(0)
+            change = _over_positions(numbers * gradient, axes[key]).abs().double()
+            score = change.pow(power).sum(0)
             totals[key] = totals[key] + score if key in totals else score
 
         value.register_hook(add)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import separability
-from .capability import DCSResult, centred, discriminative_capability
+from .capability import DCSResult, centred, check_features, discriminative_capability
 from .obs import Consumer, removal_costs
 
 __all__ = [
@@ -37,12 +38,21 @@ class LayerData:
         Class of each sample, integers ``0 .. n_classes - 1``.
     weight : Tensor of shape (n_filters, ...), optional
         Weight of the convolution or linear layer; filters are its first axis.
-    weight_grad : Tensor of shape (n_filters, ...), optional
-        Gradient of the loss by the weight.
     norm_scale : Tensor of shape (n_filters,), optional
         Scale of the batch-norm that follows the layer.
-    taylor : Tensor of shape (n_filters,), optional
-        Mean over samples of ``|activation * gradient|``, see `sinfkit.activations.taylor_scores`.
+    norm_gain : Tensor of shape (n_filters,), optional
+        What that batch-norm multiplies each filter's output with, ``gamma / sqrt(var + eps)``; ones
+        where no batch-norm follows.
+    taylor, taylor_squared : Tensor of shape (n_filters,), optional
+        Mean over samples of ``|activation * gradient|``, or of its square, see
+        `sinfkit.activations.taylor_scores`.
+    map_rank, map_independence, map_zeros : Tensor of shape (n_filters,), optional
+        Means over images, see the functions of the same names in `sinfkit.feature_maps`.
+    map_range : Tensor of shape (n_filters,), optional
+        Largest activation minus smallest; collected with those three.
+    couplings : tuple of Tensor of shape (n_filters,), optional
+        What each filter can carry from a layer to another, see
+        `sinfkit.data_flow.gather_couplings`.
     consumers : tuple of Consumer, optional
         The layers that read the filters' outputs, see `sinfkit.obs.gather_consumers`.
     n_groups : int
@@ -57,9 +67,15 @@ class LayerData:
     features: Tensor | None = None
     y: Tensor | None = None
     weight: Tensor | None = None
-    weight_grad: Tensor | None = None
     norm_scale: Tensor | None = None
+    norm_gain: Tensor | None = None
     taylor: Tensor | None = None
+    taylor_squared: Tensor | None = None
+    map_rank: Tensor | None = None
+    map_independence: Tensor | None = None
+    map_zeros: Tensor | None = None
+    map_range: Tensor | None = None
+    couplings: tuple[Tensor, ...] | None = None
     consumers: tuple[Consumer, ...] | None = None
     n_groups: int = 1
     n_classes: int = 0
@@ -158,12 +174,18 @@ def get_criterion(criterion: str | Criterion | Callable[..., Tensor]) -> Criteri
     return Criterion(name, criterion, needs, frozenset())
 
 
-def _need(data: LayerData, field: str) -> Tensor:
+def _need(data: LayerData, field: str) -> Any:
     """A field of the record that the criterion cannot do without."""
     value = getattr(data, field)
     if value is None:
         raise ValueError(f"the criterion needs {field} of layer {data.name!r}, which is missing")
     return value
+
+
+def _weight(data: LayerData, *, folded: bool = False) -> Tensor:
+    """Weights, a row for each filter; times the gain of the batch-norm behind if `folded`."""
+    rows = _need(data, "weight").detach().double().flatten(1)
+    return rows * _need(data, "norm_gain").detach().to(rows)[:, None] if folded else rows
 
 
 @_register("dcs", needs=("features", "y"))
@@ -203,13 +225,29 @@ def dcs_shuffled(data: LayerData, *, penalty: float = 1.0) -> Tensor:
 @_register("l1", needs=("weight",))
 def l1(data: LayerData) -> Tensor:
     """Sum of a filter's absolute weights (Li et al., 2017)."""
-    return _need(data, "weight").detach().double().flatten(1).abs().sum(1)
+    return _weight(data).abs().sum(1)
+
+
+@_register("l1_folded", needs=("weight", "norm_gain"))
+def l1_folded(data: LayerData) -> Tensor:
+    """L1 norm of a filter with the batch-norm behind folded in.
+
+    ``sum |w| |gamma| / sqrt(var + eps)``: the network computes the same with a larger weight and a
+    smaller gain, and so does this score. A control for `l1`; the folding is ours.
+    """
+    return _weight(data, folded=True).abs().sum(1)
 
 
 @_register("l2", needs=("weight",))
 def l2(data: LayerData) -> Tensor:
     """Root of the sum of a filter's squared weights."""
-    return _need(data, "weight").detach().double().flatten(1).square().sum(1).sqrt()
+    return _weight(data).square().sum(1).sqrt()
+
+
+@_register("l2_folded", needs=("weight", "norm_gain"))
+def l2_folded(data: LayerData) -> Tensor:
+    """L2 norm of a filter with the batch-norm behind folded in, as for `l1_folded`."""
+    return _weight(data, folded=True).square().sum(1).sqrt()
 
 
 @_register("taylor", needs=("taylor",))
@@ -218,31 +256,95 @@ def taylor(data: LayerData) -> Tensor:
     return _need(data, "taylor").detach().double()
 
 
+@_register("taylor_squared", needs=("taylor_squared",))
+def taylor_squared(data: LayerData) -> Tensor:
+    """Mean over samples of the squared first-order change of the loss (Molchanov et al., 2019)."""
+    return _need(data, "taylor_squared").detach().double()
+
+
 @_register("obs", needs=("weight", "consumers"))
 def obs(data: LayerData) -> Tensor:
     """What the layers behind lose for good without a filter, see `sinfkit.obs.removal_costs`.
 
     Filters whose readers are not known (too wide, or called more than once) are ranked by L1 norm.
     """
-    if data.consumers is None:
-        raise ValueError(f"the criterion needs consumers of layer {data.name!r}, which are missing")
-    if not data.consumers:
+    consumers = _need(data, "consumers")
+    if not consumers:
         size = l1(data)
         return size / size.sum().clamp_min(torch.finfo(size.dtype).tiny)
-    return removal_costs(data.consumers, len(_need(data, "weight")), data.n_groups)
+    return removal_costs(consumers, len(_need(data, "weight")), data.n_groups)
 
 
 @_register("fpgm", needs=("weight",))
 def fpgm(data: LayerData) -> Tensor:
-    """Sum of a filter's distances to all others of its layer (He et al., CVPR 2019)."""
-    w = _need(data, "weight").detach().double().flatten(1)
-    return torch.cdist(w, w).sum(1)
+    """Sum of a filter's distances to all others of its layer (He et al., CVPR 2019).
+
+    A filter of zeros scores 0, wherever the others lie: it costs nothing to remove (our addition).
+    """
+    return _sum_of_distances(_weight(data))
+
+
+@_register("fpgm_folded", needs=("weight", "norm_gain"))
+def fpgm_folded(data: LayerData) -> Tensor:
+    """Sum of distances as for `fpgm`, with the batch-norm behind folded in as for `l1_folded`."""
+    return _sum_of_distances(_weight(data, folded=True))
+
+
+def _sum_of_distances(w: Tensor) -> Tensor:
+    """Of each row to all others; 0 for rows of zeros."""
+    return torch.where(w.any(1), torch.cdist(w, w).sum(1), 0.0)
 
 
 @_register("bn_scale", needs=("norm_scale",))
 def bn_scale(data: LayerData) -> Tensor:
     """Absolute scale of the batch-norm behind the layer (Liu et al., ICCV 2017)."""
     return _need(data, "norm_scale").detach().double().abs()
+
+
+@_register("dfpc", needs=("couplings",))
+def dfpc(data: LayerData) -> Tensor:
+    """What a channel can carry from layer to layer, by the weights alone (DFPC, ICLR 2023).
+
+    Sum over pairs of layers, see `sinfkit.data_flow.gather_couplings`, which says what is the
+    authors' (Narshana, Murti and Bhattacharyya) and what our reading.
+    """
+    return torch.stack(_need(data, "couplings")).detach().double().sum(0)
+
+
+@_register("hrank", needs=("map_rank", "map_range"))
+def hrank(data: LayerData) -> Tensor:
+    """Mean rank of a filter's feature map over images (HRank, Lin et al., CVPR 2020).
+
+    Of the map as a matrix of H rows and W columns, see `sinfkit.feature_maps.map_rank`. A filter
+    whose activation is always the same scores 0.
+    """
+    return _if_it_varies(data, _need(data, "map_rank"))
+
+
+@_register("chip", needs=("map_independence", "map_range"))
+def chip(data: LayerData) -> Tensor:
+    """Channel independence (CHIP, Sui et al., NeurIPS 2021).
+
+    Drop of the nuclear norm of the layer's (C, H W) maps without the filter's row, mean over
+    images, see `sinfkit.feature_maps.map_independence`. A filter whose activation is always the
+    same scores 0.
+    """
+    return _if_it_varies(data, _need(data, "map_independence"))
+
+
+@_register("apoz", needs=("map_zeros", "map_range"))
+def apoz(data: LayerData) -> Tensor:
+    """One minus the average percentage of zeros (APoZ, Hu et al., 2016), in [0, 1].
+
+    They remove filters of high APoZ, so here those that fire least score lowest. A filter whose
+    activation is always the same scores 0.
+    """
+    return _if_it_varies(data, 1.0 - _need(data, "map_zeros"))
+
+
+def _if_it_varies(data: LayerData, score: Tensor) -> Tensor:
+    """The score, or 0 for filters that a constant can replace."""
+    return torch.where(_need(data, "map_range") > 0, score, 0.0).detach().double()
 
 
 def _register_separability(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -280,6 +382,30 @@ def activation_std(data: LayerData) -> Tensor:
     """Standard deviation of a filter's pooled activation, mean over cells. A control: no labels."""
     x = _need(data, "features").detach().double()
     return centred(x).square().mean(0).sqrt().flatten(1).mean(1)
+
+
+@_register("activation_mean", needs=("features",))
+def activation_mean(data: LayerData) -> Tensor:
+    """Mean absolute value of a filter's pooled activation, mean over cells. A control: no labels.
+
+    A filter whose pooled activation is always the same scores 0: a constant can replace it.
+    """
+    x = _need(data, "features").detach().double()
+    return torch.where((x != x[0]).any(0), x.abs().mean(0), 0.0).flatten(1).mean(1)
+
+
+@_register("class_std", needs=("features", "y"))
+def class_std(data: LayerData) -> Tensor:
+    r"""Standard deviation between classes, not normalised by anything. A control.
+
+    Mean over cells of :math:`\sqrt{\sum_c p_c (m_c - m)^2}`, with :math:`p_c` and :math:`m_c` the
+    frequency and the mean of class c, and :math:`m` the mean of all samples.
+    """
+    x, codes, n_classes = check_features(_need(data, "features"), _need(data, "y"))
+    x = centred(x)
+    share = torch.bincount(codes, minlength=n_classes).to(x)[:, None, None] / len(x)
+    total = x.new_zeros(n_classes, *x.shape[1:]).index_add_(0, codes, x) / len(x)
+    return (total.square() / share).sum(0).sqrt().mean(1)
 
 
 @_register("random", needs=("weight", "generator"))

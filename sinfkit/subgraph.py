@@ -7,7 +7,7 @@ the part behind the cut.  Nothing here knows about estimators.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,14 +16,19 @@ import torch
 from torch import Tensor, fx
 
 from .activations import Statistics, taylor_scores
+from .data_flow import gather_couplings
+from .feature_maps import MAX_IMAGES, STATISTICS, map_statistics
 from .graph import batch_norm_behind
-from .obs import Consumer, gather_consumers
+from .obs import gather_consumers, norm_gains
 from .repair import REPAIRS
 from .schedules import SCHEDULES, removal_ratios, select_kept
 from .scores import Criterion, LayerData, get_criterion
 from .surgery import ChannelGroup, check_sliced, slice_channels
 
 _CONSUMER_IMAGES = 2_000  # for second moments of what layers read: many positions in each image
+_DECOMPOSED = frozenset({"map_rank", "map_independence"})
+# Of a group, not of its layers: one of them stands for all.
+_PER_GROUP = frozenset({"consumers", "couplings"})
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,7 @@ def score_layers(
     recipe: Recipe,
     *,
     seed: int,
-    taylor: Mapping[str, Tensor] | None = None,
-    consumers: Mapping[str, Sequence[Consumer]] | None = None,
+    collected: Mapping[str, Mapping[str, Any]] | None = None,
     runs: Mapping[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Score every filter of every layer.
@@ -162,8 +166,8 @@ def score_layers(
     recipe : Recipe
     seed : int
         Seed of the criterion's generator (``"random"``).
-    taylor : mapping of str to Tensor of shape (n_channels,), optional
-    consumers : mapping of str to sequence of Consumer, optional
+    collected : mapping of str to mapping, optional
+        By layer, further fields of its `LayerData`.
     runs : mapping of str to int, optional
         `ChannelGroup.n_groups` of each layer; default 1.
 
@@ -174,25 +178,25 @@ def score_layers(
     """
     generator = torch.Generator().manual_seed(seed)
     modules = dict(graph.named_modules())
-    norms = batch_norm_behind(graph)
+    norms, gains = batch_norm_behind(graph), norm_gains(graph)
     n_classes = int(y.max()) + 1 if len(y) else 0
     scores = {}
     for layer in layers:
-        module = modules[layer]
-        n_channels = module.weight.shape[0]
+        weight = modules[layer].weight.detach()
+        n_channels = len(weight)
         norm = norms.get(layer)
         pooled = features.get(layer)
         data = LayerData(
             name=layer,
             features=None if pooled is None else pooled.reshape(len(pooled), n_channels, -1),
             y=y,
-            weight=module.weight.detach(),
+            weight=weight,
             norm_scale=None if norm is None else modules[norm].weight,  # None without scales
-            taylor=None if taylor is None else taylor[layer],
-            consumers=None if consumers is None else tuple(consumers[layer]),
+            norm_gain=gains.get(layer, torch.ones(n_channels, dtype=torch.float64)),
             n_groups=1 if runs is None else runs[layer],
             n_classes=n_classes,
             generator=generator,
+            **({} if collected is None else collected.get(layer, {})),
         )
         score = torch.as_tensor(recipe.criterion.function(data, **recipe.options))
         score = score.detach().cpu().to(torch.float64)
@@ -311,29 +315,19 @@ def score_classes(
     -------
     Scored
     """
+    needs = recipe.criterion.needs
     layers = [layer for group in groups for layer in group.layers]
     rows = torch.as_tensor(index)
     features = {
         layer: statistics.pooled[layer][rows]
         for layer in layers
-        if "features" in recipe.criterion.needs and layer in statistics.pooled
+        if "features" in needs and layer in statistics.pooled
     }
-    taylor = None
-    if "taylor" in recipe.criterion.needs:
-        taylor = taylor_scores(
-            graph,
-            _labelled(batches(index), torch.as_tensor(y)),
-            {layer: nodes[layer] for layer in layers},
-            list(outputs),
-        )
-    consumers = None
-    if "consumers" in recipe.criterion.needs:
-        # What reads a group is the same for all its layers: one of them stands for all.
+    collected = _collect(
+        graph, groups, nodes, index, y, needs, outputs=outputs, batches=batches, seed=seed
+    )
+    if needs & _PER_GROUP:
         layers = [group.name for group in groups]
-        sample = np.random.default_rng(seed).permutation(index)[:_CONSUMER_IMAGES]
-        consumers = gather_consumers(
-            graph, groups, batches(sample), n_images=len(sample), outputs=outputs, seed=seed
-        )
     by_layer = score_layers(
         graph,
         layers,
@@ -341,13 +335,60 @@ def score_classes(
         torch.as_tensor(y),
         recipe,
         seed=seed,
-        taylor=taylor,
-        consumers=consumers,
+        collected=collected,
         runs={layer: group.n_groups for group in groups for layer in group.layers},
     )
     for group in groups:
         by_layer |= {layer: by_layer.get(layer, by_layer[group.name]) for layer in group.layers}
     return Scored(by_layer, group_scores(groups, by_layer, nodes))
+
+
+def _collect(
+    graph: fx.GraphModule,
+    groups: Sequence[ChannelGroup],
+    nodes: Mapping[str, str],
+    index: np.ndarray,
+    y: np.ndarray,
+    needs: Collection[str],
+    *,
+    outputs: Sequence[int],
+    batches: Callable[[np.ndarray], Iterable[Tensor]],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Gather what a criterion needs beside features and weights: fields of `LayerData` by layer."""
+    layers = [layer for group in groups for layer in group.layers]
+    collected: dict[str, dict[str, Any]] = {layer: {} for layer in layers}
+
+    def places() -> dict[str, str]:
+        return {layer: nodes[layer] for layer in layers}
+
+    def drawn(n: int) -> np.ndarray:
+        return np.random.default_rng(seed).permutation(index)[:n]
+
+    for name, power in (("taylor", 1), ("taylor_squared", 2)):
+        if name in needs:
+            labelled = _labelled(batches(index), torch.as_tensor(y))
+            scores = taylor_scores(graph, labelled, places(), list(outputs), power=power)
+            for layer, score in scores.items():
+                collected[layer][name] = score
+    wanted = [name for name in STATISTICS if name in needs]
+    if wanted or "map_range" in needs:
+        # Zeros are cheap to count; what takes decompositions is taken of some images.
+        sample = index if not _DECOMPOSED.intersection(wanted) else drawn(MAX_IMAGES)
+        for layer, found in map_statistics(graph, batches(sample), places(), wanted).items():
+            collected[layer] |= found
+    if "consumers" in needs:
+        sample = drawn(_CONSUMER_IMAGES)
+        consumers = gather_consumers(
+            graph, groups, batches(sample), n_images=len(sample), outputs=outputs, seed=seed
+        )
+        for group in groups:
+            collected[group.name]["consumers"] = tuple(consumers[group.name])
+    if "couplings" in needs:
+        example = next(iter(batches(index[:1])))
+        for name, couplings in gather_couplings(graph, groups, example).items():
+            collected[name]["couplings"] = couplings
+    return collected
 
 
 def _labelled(batches: Iterable[Tensor], y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import blobs, small_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sinfkit import DCSPruner
 from sinfkit.capability import discriminative_capability
 from sinfkit.obs import Consumer
 from sinfkit.scores import CRITERIA, Criterion, LayerData, get_criterion
@@ -27,7 +29,14 @@ def record(
         "y": y,
         "weight": torch.randn(n_filters, 3, 3, 3, generator=generator),
         "norm_scale": torch.rand(n_filters, generator=generator),
+        "norm_gain": torch.randn(n_filters, generator=generator),
         "taylor": torch.rand(n_filters, generator=generator),
+        "taylor_squared": torch.rand(n_filters, generator=generator),
+        "map_rank": 4 * torch.rand(n_filters, generator=generator),
+        "map_independence": torch.rand(n_filters, generator=generator),
+        "map_zeros": torch.rand(n_filters, generator=generator),
+        "map_range": torch.rand(n_filters, generator=generator),
+        "couplings": tuple(torch.rand(2, n_filters, generator=generator)),
         "consumers": (reader(torch.randn(5, n_filters, generator=generator)),),
         "n_classes": k,
         "generator": generator,
@@ -44,6 +53,18 @@ def reader(weight: torch.Tensor) -> Consumer:
     return Consumer(
         "next", gram[None], weight.double()[None], ((np.arange(n)[:, None], np.arange(n)),)
     )
+
+
+PER_FILTER = (
+    "norm_scale",
+    "norm_gain",
+    "taylor",
+    "taylor_squared",
+    "map_rank",
+    "map_independence",
+    "map_zeros",
+    "map_range",
+)
 
 
 def scored(name: str, data: LayerData, **options: object) -> torch.Tensor:
@@ -99,9 +120,9 @@ def test_permuting_filters_permutes_scores(name, seed, random):
     permuted = record(
         features=data.features[:, order],
         weight=data.weight[order],
-        norm_scale=data.norm_scale[order],
-        taylor=data.taylor[order],
         consumers=(permuted_reader(data.consumers[0], order),),
+        couplings=tuple(pair[order] for pair in data.couplings),
+        **{field: getattr(data, field)[order] for field in PER_FILTER},
         generator=torch.Generator().manual_seed(1),
     )
     torch.testing.assert_close(
@@ -109,7 +130,10 @@ def test_permuting_filters_permutes_scores(name, seed, random):
     )
 
 
-@pytest.mark.parametrize("name", ["dcs", "dcs_closed_form", "fdr", "activation_std"])
+@pytest.mark.parametrize(
+    "name",
+    ["dcs", "dcs_closed_form", "fdr", "activation_std", "activation_mean", "class_std"],
+)
 def test_duplicating_samples_changes_nothing(name):
     data = record()
     twice = record(features=data.features.repeat(2, 1, 1), y=data.y.repeat(2))
@@ -171,6 +195,72 @@ def test_taylor_passes_the_gradient_score_on():
     torch.testing.assert_close(scored("taylor", data), data.taylor.double())
 
 
+def test_folded_norms_by_hand():
+    weight = torch.tensor([[3.0, -4.0], [0.0, 1.0], [5.0, 5.0]]).reshape(3, 2, 1, 1)
+    data = LayerData(weight=weight, norm_gain=torch.tensor([-2.0, 6.0, 0.0]))
+    assert scored("l1_folded", data).tolist() == [14.0, 6.0, 0.0]
+    assert scored("l2_folded", data).tolist() == [10.0, 6.0, 0.0]
+    # (-6, 8), (0, 6) and (0, 0): the last is in nobody's way and scores 0
+    between = 40**0.5
+    assert scored("fpgm_folded", data).tolist() == pytest.approx([between + 10, between + 6, 0])
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "fpgm"])
+def test_folding_is_scaling_the_weights(name):
+    data = record()
+    scaled = record(weight=data.weight * data.norm_gain[:, None, None, None])
+    torch.testing.assert_close(scored(f"{name}_folded", data), scored(name, scaled))
+    plain = record(norm_gain=torch.ones(6))
+    torch.testing.assert_close(scored(f"{name}_folded", plain), scored(name, plain))
+
+
+def test_a_filter_of_zeros_is_not_far_from_others():
+    weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3.0, 0.0]])
+    assert scored("fpgm", LayerData(weight=weight)).tolist() == pytest.approx([9.0, 0.0, 7.0])
+
+
+def test_dfpc_adds_up_what_couplings_carry():
+    couplings = (torch.tensor([1.0, 2.0]), torch.tensor([10.0, 0.0]))
+    assert scored("dfpc", LayerData(couplings=couplings)).tolist() == [11.0, 2.0]
+
+
+def test_statistics_of_maps_count_where_activations_vary():
+    data = LayerData(
+        map_rank=torch.tensor([2.5, 1.0]),
+        map_independence=torch.tensor([3.0, 7.0]),
+        map_zeros=torch.tensor([0.75, 0.0]),
+        map_range=torch.tensor([4.0, 0.0]),
+    )
+    assert scored("hrank", data).tolist() == [2.5, 0.0]
+    assert scored("chip", data).tolist() == [3.0, 0.0]
+    assert scored("apoz", data).tolist() == [0.25, 0.0]
+
+
+def test_activation_mean_by_hand():
+    x = torch.tensor([[1.0, -3.0, 5.0], [3.0, 1.0, 5.0]])
+    assert scored("activation_mean", LayerData(features=x[:, :, None])).tolist() == [2.0, 2.0, 0.0]
+    cells = torch.tensor([[[1.0, 5.0], [0.0, 0.0]], [[3.0, 5.0], [0.0, 2.0]]])
+    # cells of mean 2 and, constant, 0; of 0 and 1
+    assert scored("activation_mean", LayerData(features=cells)).tolist() == [1.0, 0.5]
+
+
+def test_class_std_by_hand():
+    y = torch.tensor([0, 0, 0, 1])
+    x = torch.tensor([[0.0, 1.0, 5.0], [2.0, 0.0, 5.0], [4.0, 2.0, 5.0], [6.0, 1.0, 5.0]])
+    # Means 2 and 6 around 3: root of (3 * 1 + 1 * 9) / 4; equal means; a constant.
+    found = scored("class_std", LayerData(features=x[:, :, None], y=y))
+    assert found.tolist() == pytest.approx([3**0.5, 0.0, 0.0], abs=1e-12)
+
+
+def test_class_std_is_part_of_the_activation_std():
+    data = record(seed=5)
+    assert (scored("class_std", data) <= scored("activation_std", data)).all()
+    one = record(y=torch.zeros(40, dtype=torch.int64))
+    assert float(scored("class_std", one).max()) < 1e-7
+    own = record(y=torch.arange(40))  # each sample its own class: nothing is left inside
+    torch.testing.assert_close(scored("class_std", own), scored("activation_std", own))
+
+
 def test_random_follows_its_generator():
     def draw(seed: int) -> torch.Tensor:
         return scored("random", record(generator=torch.Generator().manual_seed(seed)))
@@ -197,13 +287,81 @@ def test_criteria_of_the_user():
     criterion = get_criterion(spread)
     assert criterion.name == "spread"
     assert {"features", "y", "weight", "norm_scale"} <= criterion.needs
-    assert not {"taylor", "weight_grad"} & criterion.needs
+    assert not {"taylor", "map_rank"} & criterion.needs
     assert criterion.function(record()).shape == (6,)
     spread.needs = {"features"}
     assert get_criterion(spread).needs == {"features"}
     assert get_criterion(criterion) is criterion
     assert get_criterion("l1") is CRITERIA["l1"]
     assert isinstance(CRITERIA["l1"], Criterion)
+
+
+untrained = pytest.mark.filterwarnings("ignore:The model answers")
+
+
+def network_with_idle_filters() -> nn.Module:
+    """Behind the second convolution, filter 2 is always 0 and filter 5 always 1."""
+    network = small_cnn()
+    with torch.no_grad():
+        network[4].bias.fill_(1.0)  # so that all others fire
+        network[4].weight[[2, 5]] = 0.0
+        network[4].bias[2] = 0.0
+    return network
+
+
+MAY_KEEP_IDLE = {"random", "l1", "l2", "fpgm", "taylor", "taylor_squared", "obs"}
+
+
+@untrained
+@pytest.mark.parametrize("name", sorted(CRITERIA))
+def test_every_criterion_prunes(name):
+    X, y = blobs(per_class=12)
+    pruner = DCSPruner(
+        network_with_idle_filters(),
+        criterion=name,
+        min_ratio=0.25,
+        max_ratio=0.25,
+        repair="none",
+        pool_size=2,
+        random_state=0,
+        device="cpu",
+    ).fit(X, y)
+    assert {layer: len(kept) for layer, kept in pruner.support_.items()} == {
+        "0": 6,
+        "3": 6,
+        "7": 12,
+        "10": 12,
+    }
+    for layer, score in pruner.scores_.items():
+        assert np.isfinite(score).all() and (score >= 0).all(), layer
+    if name not in MAY_KEEP_IDLE:  # what a constant can replace goes first
+        assert pruner.scores_["3"][[2, 5]].tolist() == [0.0, 0.0]
+        assert not {2, 5} & set(pruner.support_["3"])
+
+
+@untrained
+def test_what_is_collected_is_what_the_network_computes():
+    X, y = blobs(per_class=5)
+    network, seen = network_with_idle_filters(), {}
+
+    def look(layer: LayerData) -> torch.Tensor:
+        seen[layer.name] = layer
+        return layer.map_rank
+
+    look.needs = {"map_rank", "map_independence", "map_zeros", "taylor", "taylor_squared"}
+    DCSPruner(network, criterion=look, random_state=0, device="cpu").fit(X, y)
+    with torch.no_grad():
+        maps = network[:6](torch.from_numpy(X))  # behind the second convolution's ReLU
+    found = seen["3"]
+    torch.testing.assert_close(found.map_zeros, (maps == 0).double().mean((0, 2, 3)))
+    ranks = torch.linalg.matrix_rank(maps).double().mean(0)
+    torch.testing.assert_close(found.map_rank, ranks, atol=0.05, rtol=0)
+    assert np.flatnonzero(found.map_range == 0).tolist() == [2, 5]
+    assert (np.flatnonzero(found.map_independence < 1e-6) == [2]).all()
+    assert bool((found.taylor_squared >= found.taylor.square()).all())
+    assert found.features is None
+    gain = network[4].weight / (network[4].running_var + network[4].eps).sqrt()
+    torch.testing.assert_close(found.norm_gain, gain.detach().double(), rtol=1e-6, atol=0)
 
 
 def test_unknown_criteria_are_refused():
