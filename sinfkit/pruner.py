@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ from sklearn.base import ClassifierMixin, ClassNamePrefixFeaturesOutMixin, Trans
 from sklearn.utils.validation import check_is_fitted
 from torch import fx
 
-from ._base import TorchEstimator, all_or_nothing, gather
-from ._validation import validate_X
-from .activations import pool
+from ._base import Calibration, TorchEstimator, all_or_nothing, gather
+from ._validation import hold_out, validate_X
+from .activations import Statistics, pool
+from .budget import budgeted_widths
 from .graph import find_layer, observation_nodes, penultimate
+from .iterative import Pruned, prune_in_rounds
 from .repair import affordable_images, repair
 from .subgraph import (
     Recipe,
@@ -24,6 +27,7 @@ from .subgraph import (
     sliceable,
     warn_about_whole,
 )
+from .surgery import ChannelGroup
 
 
 class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMixin, TorchEstimator):
@@ -43,12 +47,27 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
         Filter score: ``"dcs"``, ``"fdr"``, ``"taylor"``, ``"obs"``, ``"l1"``, ``"random"`` or any
         key of `sinfkit.scores.CRITERIA`; or a function of a `sinfkit.scores.LayerData` that returns
         one score per filter, low for those to remove.
-    schedule : {"linear", "geometric", "uniform"}, default="linear"
-        How the fraction removed grows from the first layer to the last.  ``"uniform"`` removes
-        `max_ratio` everywhere.
-    min_ratio, max_ratio : float, default=0.1 and 0.5
-        Fraction of filters removed from the first and from the last layer (the paper's r_M and
-        r_L).
+    schedule : {"linear", "geometric", "uniform", "global", "iterative"}, default="linear"
+        How many filters each layer loses.  The first three say how the fraction removed grows from
+        the first layer to the last; ``"uniform"`` removes `max_ratio` everywhere.  ``"global"``
+        removes, over all layers, what is lost most cheaply until `budget` is met.  ``"iterative"``
+        removes what scores far below its layer's mean, scores again, and goes on while the accuracy
+        on held-out samples allows (IterTVSPrune; theirs has ``criterion="hellinger"`` and
+        ``repair="none"``).
+    min_ratio : float, default=0.1
+        Fraction of filters removed from the first layer (the paper's r_M).
+    max_ratio : float, optional
+        Fraction of filters removed from the last layer (the paper's r_L); with ``"global"`` the
+        largest fraction that any layer may lose.  Default: 0.5, and 0.9 with ``"global"``.
+    budget : float, optional
+        With ``schedule="global"``: the fraction of the base's cost that may stay, in (0, 1].
+    budget_unit : {"macs", "params", "latency"}, default="macs"
+        What the cost is: multiply-accumulates, parameters, or time, measured on this machine with
+        `batch_size` samples (or all that there are) at a time.  Measured times are noisy.
+    max_accuracy_drop : float, default=0.01
+        With ``schedule="iterative"``: how much accuracy may be lost on the held-out samples.
+    validation_fraction : float, default=0.2
+        With ``schedule="iterative"``: share of the samples of each class that is held out.
     first_layer : str, optional
         Layers before it stay whole.
     classes : sequence of labels, optional
@@ -84,7 +103,8 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
         The smaller network, on `device_`.  It takes normalised samples, as `model` does, and
         returns one logit for each of `classes_`, in that order.
     scores_ : dict of str to ndarray of shape (n_filters,)
-        Score of each ORIGINAL filter, by layer.
+        Score of each ORIGINAL filter, by layer.  With ``schedule="iterative"`` its last one: what
+        was removed in different rounds was scored in different networks.
     support_ : dict of str to int ndarray
         Sorted indices of the original filters kept, by layer.
     ratios_ : dict of str to float
@@ -92,6 +112,9 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
     repair_error_ : dict of str to float
         Relative squared error of each repaired layer's pre-activations on held-out calibration
         samples.
+    cost_ratio_ : float
+        With ``schedule="global"``: cost of the smaller network over that of the base, in
+        `budget_unit`; for latency, as it was measured.
     classes_ : ndarray of shape (n_classes,)
     base_model_ : FrozenModel
         The network that was pruned.
@@ -126,6 +149,7 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
     support_: dict[str, np.ndarray]
     ratios_: dict[str, float]
     repair_error_: dict[str, float]
+    cost_ratio_: float
     classes_: np.ndarray
 
     def __init__(
@@ -135,7 +159,11 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
         criterion: Any = "dcs",
         schedule: str = "linear",
         min_ratio: float = 0.1,
-        max_ratio: float = 0.5,
+        max_ratio: float | None = None,
+        budget: float | None = None,
+        budget_unit: str = "macs",
+        max_accuracy_drop: float = 0.01,
+        validation_fraction: float = 0.2,
         first_layer: str | None = None,
         classes: Any = None,
         repair: str = "least_squares",
@@ -155,6 +183,10 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
         self.schedule = schedule
         self.min_ratio = min_ratio
         self.max_ratio = max_ratio
+        self.budget = budget
+        self.budget_unit = budget_unit
+        self.max_accuracy_drop = max_accuracy_drop
+        self.validation_fraction = validation_fraction
         self.first_layer = first_layer
         self.classes = classes
         self.repair = repair
@@ -196,8 +228,7 @@ n_features)
         """
         recipe = self._recipe()
         calibration = self._calibrate(X, y, self.classes)
-        graph, table = calibration.graph, calibration.table
-        groups = calibration.groups
+        graph, groups = calibration.graph, calibration.groups
         within = self._layers_from(graph, calibration.output)
         warn_about_whole(groups, within)
         chosen = sliceable(groups, within)
@@ -211,43 +242,13 @@ n_features)
             print(
                 f"DCSPruner: {len(calibration.codes) - len(index)} samples of other classes ignored"
             )
-
-        def batches(rows: np.ndarray) -> Any:
-            return calibration.batcher(calibration.X, rows)
-
-        scored = score_classes(
-            graph,
-            chosen,
-            nodes,
-            statistics,
-            index,
-            calibration.codes[index],
-            recipe,
-            outputs=table.outputs.tolist(),
-            batches=batches,
-            seed=calibration.seed,
-        )
-        keep = choose_channels(chosen, scored.groups, recipe)
-        keep[_output_group(groups)] = table.outputs
-
-        rng = np.random.default_rng(calibration.seed)
-        n_images = affordable_images(graph, calibration.example, int(self.repair_samples))
-        sample = draw(rng, index, n_images)
-        samples = torch.cat(list(batches(sample)))
-        small, support = extract(graph, groups, keep, samples[:64], outputs=table.outputs.tolist())
-        self.repair_error_ = repair(
-            graph,
-            small,
-            support,
-            samples,
-            method=recipe.repair,
-            batch_size=self.batch_size,
-            seed=calibration.seed,
-        )
-        self.model_ = small
-        self.scores_ = scored.layers
+        prune = self._in_rounds if recipe.schedule == "iterative" else self._at_once
+        pruned = prune(calibration, recipe, chosen, nodes, statistics, index)
+        self.model_ = pruned.model
+        self.scores_ = pruned.scores
+        self.repair_error_ = pruned.repair_error
         self.support_ = {
-            layer: kept for layer, kept in support.items() if layer != calibration.output
+            layer: kept for layer, kept in pruned.support.items() if layer != calibration.output
         }
         widths = {
             name: m.weight.shape[0] for name, m in graph.named_modules() if name in self.support_
@@ -257,6 +258,83 @@ n_features)
         }
         self._output = calibration.output
         return self
+
+    def _at_once(
+        self,
+        calibration: Calibration,
+        recipe: Recipe,
+        chosen: list[ChannelGroup],
+        nodes: dict[str, str],
+        statistics: Statistics,
+        index: np.ndarray,
+    ) -> Pruned:
+        """Score once, slice once, repair once."""
+        graph, groups, outputs = calibration.graph, calibration.groups, calibration.table.outputs
+        batches = functools.partial(calibration.batcher, calibration.X)
+        scored = score_classes(
+            graph,
+            chosen,
+            nodes,
+            statistics,
+            index,
+            calibration.codes[index],
+            recipe,
+            outputs=outputs.tolist(),
+            batches=batches,
+            seed=calibration.seed,
+        )
+        others = {_output_group(groups): outputs}
+        widths = None
+        if recipe.schedule == "global":
+            batch = next(iter(batches(index)))
+            budgeted = budgeted_widths(graph, groups, chosen, scored, recipe, batch, others)
+            widths, self.cost_ratio_ = budgeted.widths, budgeted.cost_ratio
+        keep = choose_channels(chosen, scored.groups, recipe, widths) | others
+
+        rng = np.random.default_rng(calibration.seed)
+        n_images = affordable_images(graph, calibration.example, int(self.repair_samples))
+        samples = torch.cat(list(batches(draw(rng, index, n_images))))
+        small, support = extract(graph, groups, keep, samples[:64], outputs=outputs.tolist())
+        errors = repair(
+            graph,
+            small,
+            support,
+            samples,
+            method=recipe.repair,
+            batch_size=self.batch_size,
+            seed=calibration.seed,
+        )
+        return Pruned(small, support, scored.layers, errors)
+
+    def _in_rounds(
+        self,
+        calibration: Calibration,
+        recipe: Recipe,
+        chosen: list[ChannelGroup],
+        nodes: dict[str, str],
+        statistics: Statistics,
+        index: np.ndarray,
+    ) -> Pruned:
+        """Score, slice and repair until the held-out samples say stop."""
+        graph, codes = calibration.graph, calibration.codes[index]
+        rng = np.random.default_rng(calibration.seed)
+        fit, held = hold_out(codes, self.validation_fraction, rng)
+        return prune_in_rounds(
+            graph,
+            calibration.groups,
+            calibration.output,
+            calibration.table.outputs.tolist(),
+            self._layers_from(graph, calibration.output),
+            statistics,
+            (index[fit], codes[fit]),
+            (index[held], codes[held]),
+            functools.partial(calibration.batcher, calibration.X),
+            recipe,
+            n_images=affordable_images(graph, calibration.example, int(self.repair_samples)),
+            batch_size=int(self.batch_size),
+            seed=calibration.seed,
+            verbose=self.verbose,
+        )
 
     def predict(self, X: Any) -> np.ndarray:
         """Predict the class of each sample.
@@ -325,6 +403,10 @@ n_features)
             )
         if not isinstance(self.penalty, (int, float)) or not 0 < self.penalty < float("inf"):
             raise ValueError(f"penalty must be a positive number, got {self.penalty!r}.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}."
+            )
         return make_recipe(
             self.criterion,
             self.schedule,
@@ -333,6 +415,9 @@ n_features)
             self.pool_size,
             self.repair,
             {"penalty": self.penalty},
+            self.budget,
+            self.budget_unit,
+            self.max_accuracy_drop,
         )
 
     def _layers_from(self, graph: fx.GraphModule, output: str) -> list[str]:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["SCHEDULES", "n_removed", "removal_ratios", "select_kept"]
+if TYPE_CHECKING:
+    from .costs import CostModel
+
+__all__ = [
+    "SCHEDULES",
+    "marginal_losses",
+    "n_above_mean",
+    "n_removed",
+    "removal_ratios",
+    "select_kept",
+    "select_top",
+    "widths_within",
+]
 
 
 def _linear(depth: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
@@ -167,18 +180,261 @@ def select_kept(scores: ArrayLike, ratio: float, n_groups: int = 1) -> NDArray[n
     >>> select_kept([5, 1, 2, 1, 2, 4], 0.34, n_groups=2)  # sums of scores: 6, 3, 6
     array([0, 2, 3, 5])
     """
+    values = _checked(scores)
+    return select_top(values, len(values) - n_removed(ratio, len(values), n_groups), n_groups)
+
+
+def select_top(scores: ArrayLike, n_kept: int, n_groups: int = 1) -> NDArray[np.int64]:
+    """Indices of the filters of the highest scores.
+
+    Parameters
+    ----------
+    scores : array-like of shape (n_filters,)
+        As for `select_kept`.
+    n_kept : int
+        How many filters stay: a multiple of `n_groups`, at least one of each.
+    n_groups : int, default=1
+        As for `select_kept`.
+
+    Returns
+    -------
+    ndarray of shape (n_kept,)
+        Sorted indices, int64.
+
+    Raises
+    ------
+    ValueError
+        If `n_kept` is out of range or no multiple of `n_groups`; or the scores are not fit.
+
+    Examples
+    --------
+    >>> from sinfkit.schedules import select_top
+    >>> select_top([0.3, 0.1, 0.3, 0.2], 1)
+    array([0])
+    """
+    values = _checked(scores)
+    units = _by_unit(values, n_groups)
+    if n_kept % n_groups or not n_groups <= n_kept <= len(values):
+        raise ValueError(
+            f"n_kept must be a multiple of {n_groups} up to {len(values)}, got {n_kept}"
+        )
+    # A stable sort of the negated scores puts the lower of two tied indices first.
+    local = np.sort(np.argsort(-units.sum(0), kind="stable")[: n_kept // n_groups])
+    return (np.arange(n_groups)[:, None] * units.shape[1] + local).ravel().astype(np.int64)
+
+
+def marginal_losses(
+    scores: ArrayLike, n_groups: int = 1, cumulative: bool = False
+) -> NDArray[np.float64]:
+    """What each removal costs, in the order of removal, comparable between layers.
+
+    Parameters
+    ----------
+    scores : array-like of shape (n_filters,)
+        One score per filter, low for the least useful, not negative.
+    n_groups : int, default=1
+        As for `select_kept`: one entry for each set of filters that go together.
+    cumulative : bool, default=False
+        Whether a score says what is lost when this filter AND all of lower score are gone, as a
+        share of something that layers have in common.  Then the differences are the losses.
+        Otherwise the losses are the scores divided by their total: a filter stands for its share
+        of the layer.
+
+    Returns
+    -------
+    ndarray of shape (n_filters / n_groups,)
+        Not negative; ascending unless `cumulative`.
+
+    Raises
+    ------
+    ValueError
+        If a score is negative, and for scores that are not fit for `select_kept`.
+
+    Notes
+    -----
+    A layer whose scores are all zero says nothing about its filters, and each stands for an equal
+    share.
+
+    Examples
+    --------
+    >>> from sinfkit.schedules import marginal_losses
+    >>> marginal_losses([3.0, 1.0, 4.0])
+    array([0.125, 0.375, 0.5  ])
+    >>> marginal_losses([0.25, 0.125, 1.0], cumulative=True)
+    array([0.125, 0.125, 0.75 ])
+    """
+    units = _by_unit(_not_negative(scores), n_groups)
+    if not units.any():
+        return np.full(units.shape[1], 1.0 / units.shape[1])
+    if cumulative:
+        # The filters of one set go together, and all say what is lost then.
+        return np.diff(np.sort(units.mean(0)), prepend=0.0)
+    return np.sort(units.sum(0)) / units.sum()
+
+
+def widths_within(
+    losses: Sequence[NDArray[np.float64]], cost: CostModel, budget: float, max_ratio: float = 0.9
+) -> NDArray[np.int64]:
+    """Remove the filters that cost least for what they save, until a budget is met.
+
+    Parameters
+    ----------
+    losses : sequence of ndarray
+        For each group of `cost`, what each removal costs, in the order of removal; see
+        `marginal_losses`.  Fewer entries than channels: so many channels go with each.
+    cost : CostModel
+    budget : float
+        Fraction of ``cost.base`` that may stay, in (0, 1].
+    max_ratio : float, default=0.9
+        Largest fraction that any group may lose, in [0, 1); one entry always stays.
+
+    Returns
+    -------
+    ndarray of shape (n_groups,)
+        Channels left in each group, int64: the first widths on the way down that meet the budget,
+        so that the last removal is the only one that was not needed in full.
+
+    Raises
+    ------
+    ValueError
+        If `budget` is not in (0, 1], or cannot be met; the message says which `max_ratio` would do.
+
+    Notes
+    -----
+    One filter after the other goes, that of the smallest loss divided by what its removal saves at
+    the widths of that moment; of equal ones, that of the earliest group.  A smaller budget follows
+    the same way further.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sinfkit.costs import CostModel
+    >>> from sinfkit.schedules import widths_within
+    >>> outputs, inputs = np.array([[0, 1, 0], [0, 0, 1]]), np.array([[3, 0, 0], [0, 1, 0]])
+    >>> cost = CostModel(np.array([4, 4]), 0.0, np.ones(2), outputs, inputs, base=28.0)
+    >>> losses = [np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.01, 0.09, 0.4, 0.5])]
+    >>> widths_within(losses, cost, 0.75)  # 28 -> 24 -> 18
+    array([3, 3])
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget must be in (0, 1], got {budget!r}.")
+    units = np.array([len(loss) for loss in losses], dtype=np.int64)
+    steps = cost.widths // np.maximum(units, 1)
+    limit = budget * cost.base * (1 + 1e-9)  # rounding must not cost a filter
+    caps = _caps(cost.widths, steps, max_ratio)
+    least = cost.total(cost.widths - caps * steps)
+    if least > limit:
+        raise ValueError(_out_of_reach(cost, steps, budget, limit, max_ratio, least))
+    removed = np.zeros(len(units), dtype=np.int64)
+    following = np.array([loss[0] for loss in losses])
+    while cost.total(cost.widths - removed * steps) > limit:
+        savings = cost.savings(cost.widths - removed * steps, steps)
+        open_ = (removed < caps) & (savings > 0)
+        price = np.full(len(units), np.inf)
+        np.divide(following, savings, out=price, where=open_)
+        best = int(np.argmin(price))
+        removed[best] += 1
+        if removed[best] < units[best]:
+            following[best] = losses[best][removed[best]]
+    return cost.widths - removed * steps
+
+
+def n_above_mean(scores: ArrayLike, factor: float, n_groups: int = 1) -> int:
+    """Count the filters whose score exceeds a fraction of the layer's mean.
+
+    Parameters
+    ----------
+    scores : array-like of shape (n_filters,)
+        Not negative, low for the least useful.
+    factor : float
+        The fraction, not negative.
+    n_groups : int, default=1
+        As for `select_kept`: sums of scores are compared with their mean.
+
+    Returns
+    -------
+    int
+        At least `n_groups`.
+
+    Raises
+    ------
+    ValueError
+        If a score or the factor is negative.
+
+    Notes
+    -----
+    The rule of TVSPrune (Murti, Narshana and Bhattacharyya, ICLR 2023): what scores at most
+    `factor` times the mean is removed.
+
+    Examples
+    --------
+    >>> from sinfkit.schedules import n_above_mean
+    >>> n_above_mean([1.0, 2.0, 3.0, 6.0], 0.5)  # the mean is 3
+    3
+    """
+    units = _by_unit(_not_negative(scores), n_groups).sum(0)
+    if not factor >= 0:
+        raise ValueError(f"factor must not be negative, got {factor!r}")
+    return n_groups * max(1, int((units > factor * units.mean()).sum()))
+
+
+def _caps(
+    widths: NDArray[np.int64], steps: NDArray[np.int64], max_ratio: float
+) -> NDArray[np.int64]:
+    """How many steps each group may lose."""
+    pairs = zip(widths.tolist(), steps.tolist(), strict=True)
+    return np.array([n_removed(max_ratio, n, step) // step for n, step in pairs], dtype=np.int64)
+
+
+def _out_of_reach(
+    cost: CostModel,
+    steps: NDArray[np.int64],
+    budget: float,
+    limit: float,
+    max_ratio: float,
+    least: float,
+) -> str:
+    """Say why a budget cannot be met, and what would help."""
+    message = (
+        f"budget={budget:g} cannot be met: with max_ratio={max_ratio:g} removed from every layer, "
+        f"{least / cost.base:.3g} of the cost stays."
+    )
+    for hundredths in range(int(max_ratio * 100) + 1, 100):
+        widths = cost.widths - steps * _caps(cost.widths, steps, hundredths / 100)
+        if cost.total(widths) <= limit:
+            return f"{message} max_ratio={hundredths / 100} would do."
+    return f"{message} No max_ratio is enough; choose a larger budget."
+
+
+def _checked(scores: ArrayLike) -> NDArray[np.float64]:
+    """The scores as a vector of numbers."""
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"scores must be one-dimensional, got shape {values.shape}")
     if np.isnan(values).any():
         where = np.flatnonzero(np.isnan(values))[:5].tolist()
         raise ValueError(f"scores must not be NaN, but are for filters {where}")
-    removed = n_removed(ratio, len(values), n_groups) // n_groups
-    per_group = len(values) // n_groups
-    ranked = values.reshape(n_groups, per_group).sum(0)
-    # A stable sort of the negated scores puts the lower of two tied indices first.
-    local = np.sort(np.argsort(-ranked, kind="stable")[: per_group - removed])
-    return (np.arange(n_groups)[:, None] * per_group + local).ravel().astype(np.int64)
+    return values
+
+
+def _not_negative(scores: ArrayLike) -> NDArray[np.float64]:
+    """The scores, if their shares of the total have a meaning."""
+    values = _checked(scores)
+    if len(values) and not 0 <= values.min() <= values.max() < np.inf:
+        raise ValueError(
+            f"scores must be finite and not negative for this schedule, but lie between "
+            f"{values.min():.3g} and {values.max():.3g}"
+        )
+    return values
+
+
+def _by_unit(values: NDArray[np.float64], n_groups: int) -> NDArray[np.float64]:
+    """Scores of shape (n_groups, filters per group)."""
+    if n_groups < 1 or len(values) == 0 or len(values) % n_groups:
+        raise ValueError(
+            f"n_groups must divide the number of filters, got {n_groups} and {len(values)} filters"
+        )
+    return values.reshape(n_groups, -1)
 
 
 def _check_ratio(name: str, ratio: float) -> None:

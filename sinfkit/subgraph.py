@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, fx
 
 from .activations import Statistics, taylor_scores
+from .costs import UNITS
 from .data_flow import gather_couplings
 from .feature_maps import MAX_IMAGES, STATISTICS, map_statistics
 from .graph import batch_norm_behind
 from .obs import gather_consumers, norm_gains
 from .repair import REPAIRS
-from .schedules import SCHEDULES, removal_ratios, select_kept
+from .schedules import SCHEDULES, removal_ratios, select_kept, select_top
 from .scores import Criterion, LayerData, get_criterion
 from .surgery import ChannelGroup, check_sliced, slice_channels
 
+_LAST_RATIO = 0.5
+_LARGEST_RATIO = 0.9  # a budget, not this, shall say how much goes
 _CONSUMER_IMAGES = 2_000  # for second moments of what layers read: many positions in each image
 _DECOMPOSED = frozenset({"map_rank", "map_independence"})
 # Of a group, not of its layers: one of them stands for all.
@@ -42,9 +45,16 @@ class Recipe:
         Keyword arguments of the criterion (penalty ...), only those that it knows.
     schedule : str
     min_ratio, max_ratio : float
-        Fraction of filters removed from the first and the last group.
+        Fraction of filters removed from the first and the last group.  With ``"global"``
+        `max_ratio` is the largest fraction that any group may lose.
     pool_size : int
     repair : str
+    budget : float or None
+        With ``"global"``: fraction of the base's cost that may stay.
+    budget_unit : str
+        One of `sinfkit.costs.UNITS`.
+    max_accuracy_drop : float or None
+        With ``"iterative"``: accuracy that may be lost on held-out samples.
     """
 
     criterion: Criterion
@@ -54,39 +64,81 @@ class Recipe:
     pool_size: int
     repair: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    budget: float | None = None
+    budget_unit: str = "macs"
+    max_accuracy_drop: float | None = None
 
 
 def make_recipe(
     criterion: str | Callable[..., Any],
     schedule: str,
     min_ratio: float,
-    max_ratio: float,
+    max_ratio: float | None,
     pool_size: int,
     repair: str,
     options: Mapping[str, Any],
+    budget: float | None = None,
+    budget_unit: str = "macs",
+    max_accuracy_drop: float | None = None,
 ) -> Recipe:
     """Check the pruning parameters and put them together.
+
+    A `max_ratio` of None is 0.9 for the schedule ``"global"`` and 0.5 for the others.  The schedule
+    ``"iterative"`` is for callers that give `max_accuracy_drop`.
 
     Raises
     ------
     ValueError
-        For an unknown criterion, schedule or repair, a ratio outside [0, 1), `max_ratio` below
-        `min_ratio`, or a `pool_size` below 1.
+        For an unknown criterion, schedule, repair or unit, a ratio outside [0, 1), `max_ratio`
+        below `min_ratio`, a `pool_size` below 1, or a budget that is out of range, missing where
+        the schedule needs it, or given where it has no effect.
     """
     found = get_criterion(criterion)
+    if max_ratio is None:
+        max_ratio = _LARGEST_RATIO if schedule == "global" else _LAST_RATIO
     for name, value in (("min_ratio", min_ratio), ("max_ratio", max_ratio)):
         if not _is_number(value) or not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {tuple(SCHEDULES)}, got {schedule!r}.")
-    if max_ratio < min_ratio and schedule != "uniform":
+    schedules = (*SCHEDULES, "global", *(("iterative",) if max_accuracy_drop is not None else ()))
+    if schedule not in schedules:
+        raise ValueError(f"schedule must be one of {schedules}, got {schedule!r}.")
+    if max_ratio < min_ratio and schedule in ("linear", "geometric"):
         raise ValueError(f"max_ratio={max_ratio} is below min_ratio={min_ratio}.")
+    if schedule == "global" and budget is None:
+        raise ValueError(
+            "schedule='global' needs a budget, the fraction of the base's cost that may stay; "
+            "got budget=None."
+        )
+    if schedule != "global" and budget is not None:
+        raise ValueError(
+            f"budget has an effect with schedule='global' only, got budget={budget!r} with "
+            f"schedule={schedule!r}."
+        )
+    if budget is not None and not (_is_number(budget) and 0 < budget <= 1):
+        raise ValueError(f"budget must be in (0, 1], got {budget!r}.")
+    if budget_unit not in UNITS:
+        raise ValueError(f"budget_unit must be one of {UNITS}, got {budget_unit!r}.")
+    if max_accuracy_drop is not None and not (
+        _is_number(max_accuracy_drop) and 0 <= max_accuracy_drop <= 1
+    ):
+        raise ValueError(f"max_accuracy_drop must be in [0, 1], got {max_accuracy_drop!r}.")
     if repair not in REPAIRS:
         raise ValueError(f"repair must be one of {tuple(REPAIRS)}, got {repair!r}.")
     if not isinstance(pool_size, (int, np.integer)) or pool_size < 1:
         raise ValueError(f"pool_size must be a positive integer, got {pool_size!r}.")
     known = {name: value for name, value in options.items() if name in found.options}
-    return Recipe(found, schedule, min_ratio, max_ratio, int(pool_size), repair, known)
+    return Recipe(
+        found,
+        schedule,
+        min_ratio,
+        max_ratio,
+        int(pool_size),
+        repair,
+        known,
+        budget,
+        budget_unit,
+        max_accuracy_drop,
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -244,7 +296,10 @@ def group_scores(
 
 
 def choose_channels(
-    groups: Sequence[ChannelGroup], scores: Mapping[str, np.ndarray], recipe: Recipe
+    groups: Sequence[ChannelGroup],
+    scores: Mapping[str, np.ndarray],
+    recipe: Recipe,
+    widths: Mapping[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Apply the schedule: which channels of each group stay.
 
@@ -255,12 +310,26 @@ def choose_channels(
     scores : mapping of str to ndarray of shape (n_channels,)
         By group name.
     recipe : Recipe
+    widths : mapping of str to int, optional
+        How many channels of each group stay, by group name, where the schedule is not a function
+        of depth; for ``"global"`` see `sinfkit.budget.shared_widths`.
 
     Returns
     -------
     dict of str to int ndarray
         Sorted indices of the channels kept, by group name.
+
+    Raises
+    ------
+    ValueError
+        If the schedule needs `widths` and there are none.
     """
+    if widths is not None:
+        return {g.name: select_top(scores[g.name], widths[g.name], g.n_groups) for g in groups}
+    if recipe.schedule not in SCHEDULES:
+        raise ValueError(
+            f"schedule={recipe.schedule!r} cannot be used here; choose one of {tuple(SCHEDULES)}."
+        )
     ratios = removal_ratios(len(groups), recipe.schedule, recipe.min_ratio, recipe.max_ratio)
     return {
         group.name: select_kept(scores[group.name], float(ratio), group.n_groups)

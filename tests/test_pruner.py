@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import blobs, randomise_batch_norms, small_cnn
+from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, train_network
-from sinfkit.profiling import count_parameters
+from sinfkit.profiling import count_macs, count_parameters
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +171,14 @@ def test_same_seed_same_result(trained):
         ({"min_ratio": -0.1}, "min_ratio"),
         ({"max_ratio": 1.0}, "max_ratio"),
         ({"min_ratio": 0.6, "max_ratio": 0.5}, "below"),
+        ({"schedule": "global"}, "needs a budget"),
+        ({"schedule": "global", "budget": 0.0}, "budget must be"),
+        ({"schedule": "global", "budget": 1.5}, "budget must be"),
+        ({"schedule": "global", "budget": "half"}, "budget must be"),
+        ({"schedule": "global", "budget": 0.5, "budget_unit": "watts"}, "budget_unit"),
+        ({"budget": 0.5}, "budget has an effect"),
+        ({"schedule": "iterative", "max_accuracy_drop": -0.1}, "max_accuracy_drop"),
+        ({"schedule": "iterative", "validation_fraction": 1.0}, "validation_fraction"),
         ({"penalty": 0.0}, "penalty"),
         ({"pool_size": 0}, "pool_size"),
         ({"repair_samples": 0}, "repair_samples"),
@@ -269,3 +279,59 @@ def test_default_network_on_tables():
     assert pruner.score(X, y) > 0.7
     assert pruner.transform(X).dtype == np.float64
     assert pruner.predict_proba(X).dtype == np.float64
+
+
+@pytest.mark.parametrize("criterion", ["dcs", "obs", "l1"])
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_a_global_budget_is_met_exactly(trained, criterion, unit):
+    frozen, X, y, X_test, y_test = trained
+    example = torch.zeros(1, 1, 8, 8)
+
+    def count(model):
+        return count_macs(model, example)[0] if unit == "macs" else count_parameters(model)
+
+    before, widths = None, None
+    for budget in (0.6, 0.3):
+        pruner = DCSPruner(
+            frozen,
+            schedule="global",
+            budget=budget,
+            budget_unit=unit,
+            criterion=criterion,
+            random_state=0,
+            device="cpu",
+        ).fit(X, y)
+        ratio = count(pruner.model_) / count(frozen.module("cpu"))
+        assert pruner.cost_ratio_ == pytest.approx(ratio, rel=1e-9)
+        assert budget - 0.1 < ratio <= budget  # a filter of this network is up to a tenth
+        assert pruner.score(X_test, y_test) > 0.5
+        now = np.array([len(kept) for kept in pruner.support_.values()])
+        assert widths is None or (now <= widths).all()
+        assert before is None or ratio <= before
+        before, widths = ratio, now
+    assert max(pruner.ratios_.values()) <= 0.9
+
+
+def test_global_caps_and_classes(trained):
+    frozen, X, y, *_ = trained
+    pruner = DCSPruner(
+        frozen, schedule="global", budget=0.4, max_ratio=0.5, classes=[0, 3], random_state=0
+    ).fit(X, y)
+    assert max(pruner.ratios_.values()) <= 0.5 and pruner.cost_ratio_ <= 0.4
+    pruner.set_params(budget=0.1)
+    with pytest.raises(ValueError, match=r"max_ratio=0\.\d+ would do"):
+        pruner.fit(X, y)
+    assert pruner.cost_ratio_ <= 0.4  # what was fitted before is still there
+    pruner.set_params(schedule="linear", budget=None).fit(X, y)
+    assert not hasattr(pruner, "cost_ratio_")
+
+
+def test_a_search_over_budgets(trained):
+    frozen, X, y, *_ = trained
+    search = GridSearchCV(
+        DCSPruner(frozen, schedule="global", random_state=0),
+        {"budget": [0.2, 0.9], "budget_unit": ["macs", "params"]},
+        cv=2,
+    ).fit(X, y)
+    assert search.best_params_["budget"] == 0.9
+    assert clone(search.best_estimator_).budget == 0.9
