@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from .moments import (
     n_blocks,
 )
 
-__all__ = ["Consumer", "gather_consumers", "removal_costs"]
+__all__ = ["Consumer", "gather_consumers", "marginal_costs", "removal_costs", "weigh_outputs"]
 
 _DAMPING = 1e-2  # of the mean second moment: what few samples do not show is not free to remove
 _POOL = 8  # channels, at least, that one look at all of them serves
@@ -61,6 +61,11 @@ class Consumer:
     columns: tuple[tuple[np.ndarray, np.ndarray], ...]
     noise: float = 0.0
     _inverses: dict[int, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs in all blocks."""
+        return self.weight.shape[0] * self.weight.shape[1]
 
     def inverse(self, block: int) -> tuple[Tensor, float]:
         """Inverse of a block's damped covariance, and the damping.
@@ -231,6 +236,74 @@ def removal_costs(consumers: Sequence[Consumer], n_channels: int, n_groups: int 
             problem.remove(np.array(out))
         left = np.setdiff1d(left, out)
     return score
+
+
+def marginal_costs(costs: Tensor, n_groups: int = 1) -> Tensor:
+    """What each channel's removal added to what was lost before it.
+
+    Parameters
+    ----------
+    costs : Tensor of shape (n_channels,)
+        From `removal_costs`, where each counts all that went before.
+    n_groups : int, default=1
+        As there; the channels that leave together have the same.
+
+    Returns
+    -------
+    Tensor of shape (n_channels,)
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sinfkit.obs import marginal_costs
+    >>> marginal_costs(torch.tensor([3.0, 0.5, 1.0])).tolist()
+    [2.0, 0.5, 0.5]
+    """
+    run = costs[: len(costs) // n_groups]
+    order = run.argsort(stable=True)
+    added = torch.empty_like(run)
+    added[order] = run[order].diff(prepend=run.new_zeros(1)).clamp_min(0.0)
+    return added.repeat(n_groups)
+
+
+def weigh_outputs(
+    consumers: Sequence[Consumer], importance: Mapping[str, Tensor]
+) -> list[Consumer]:
+    """Let losses of some of a consumer's outputs count more than those of others.
+
+    Parameters
+    ----------
+    consumers : sequence of Consumer
+    importance : mapping of str to Tensor of shape (n_outputs,)
+        By name of the consumer, what a squared error of each output is multiplied with, not
+        negative. Only ratios matter. All outputs of consumers that are not named count alike, as
+        do those of one whose importance is zero throughout.
+
+    Returns
+    -------
+    list of Consumer
+        They share what is expensive with the ones given.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from sinfkit.obs import Consumer, removal_costs, weigh_outputs
+    >>> columns = ((np.arange(2)[:, None], np.arange(2)),)   # two inputs, each with one output
+    >>> one = torch.eye(2).double()[None]
+    >>> consumer = Consumer("next", one, one, columns)
+    >>> weighed = weigh_outputs([consumer], {"next": torch.tensor([3.0, 1.0])})
+    >>> removal_costs(weighed, 2).round(decimals=2).tolist()
+    [1.0, 0.25]
+    """
+    weighed = []
+    for consumer in consumers:
+        counts = importance.get(consumer.name)
+        if counts is not None and bool((counts > 0).any()):
+            rows = double(counts / counts.max()).sqrt().reshape(consumer.weight.shape[:2])
+            rows = rows.to(consumer.weight.device)
+            consumer = replace(consumer, weight=consumer.weight * rows[:, :, None])
+        weighed.append(consumer)
+    return weighed
 
 
 def _sum_of_costs(problems: Sequence[_Problem]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import separability
 from .capability import DCSResult, centred, check_features, discriminative_capability
-from .obs import Consumer, removal_costs
+from .obs import Consumer, marginal_costs, removal_costs, weigh_outputs
 
 __all__ = [
     "CRITERIA",
@@ -55,6 +55,8 @@ class LayerData:
         `sinfkit.data_flow.gather_couplings`.
     consumers : tuple of Consumer, optional
         The layers that read the filters' outputs, see `sinfkit.obs.gather_consumers`.
+    consumer_features : mapping of str to Tensor of shape (n_samples, n_outputs * n_cells), optional
+        Pooled activations of those of these layers that are observed, by name.
     n_groups : int
         Runs of filters that lose the same local indices, see `sinfkit.surgery.ChannelGroup`.
     n_classes : int
@@ -77,6 +79,7 @@ class LayerData:
     map_range: Tensor | None = None
     couplings: tuple[Tensor, ...] | None = None
     consumers: tuple[Consumer, ...] | None = None
+    consumer_features: Mapping[str, Tensor] | None = None
     n_groups: int = 1
     n_classes: int = 0
     generator: torch.Generator | None = None
@@ -273,6 +276,42 @@ def obs(data: LayerData) -> Tensor:
         size = l1(data)
         return size / size.sum().clamp_min(torch.finfo(size.dtype).tiny)
     return removal_costs(consumers, len(_need(data, "weight")), data.n_groups)
+
+
+@_register("dcs_obs", needs=("features", "y", "weight", "consumers", "consumer_features"))
+def dcs_obs(data: LayerData, *, penalty: float = 1.0, power: float = 1.0) -> Tensor:
+    """What the layers behind lose for good, each of their outputs counted by its own DCS.
+
+    A loss of an output counts in proportion to that output's DCS to the `power`. Outputs that are
+    not observed (those of the network itself) count alike. Filters whose readers are not known are
+    ranked by their own DCS.
+    """
+    consumers, observed = _need(data, "consumers"), _need(data, "consumer_features")
+    if not consumers:
+        return dcs(data, penalty=penalty)
+    importance = {}
+    for consumer in consumers:
+        if consumer.name in observed:
+            x = observed[consumer.name].reshape(len(_need(data, "y")), consumer.n_outputs, -1)
+            found = discriminative_capability(x, _need(data, "y"), penalty=penalty)
+            importance[consumer.name] = found.score.cpu().pow(power)
+    return removal_costs(
+        weigh_outputs(consumers, importance), len(_need(data, "weight")), data.n_groups
+    )
+
+
+@_register("dcs_plus_obs", needs=("features", "y", "weight", "consumers"))
+def dcs_plus_obs(data: LayerData, *, penalty: float = 1.0, share: float = 0.5) -> Tensor:
+    """DCS, and what a filter adds to what the layers behind lose for good; `share` is that of DCS.
+
+    Both are divided by their sum over the layer. A filter that discriminates stays, and so does one
+    that others cannot stand in for. Filters whose readers are not known are ranked by DCS alone.
+    """
+    own = dcs(data, penalty=penalty).cpu()
+    if not _need(data, "consumers"):
+        return own
+    lost = marginal_costs(obs(data), data.n_groups)
+    return share * own + (1.0 - share) * lost / lost.sum().clamp_min(torch.finfo(lost.dtype).tiny)
 
 
 @_register("fpgm", needs=("weight",))

@@ -31,7 +31,7 @@ _LARGEST_RATIO = 0.9  # a budget, not this, shall say how much goes
 _CONSUMER_IMAGES = 2_000  # for second moments of what layers read: many positions in each image
 _DECOMPOSED = frozenset({"map_rank", "map_independence"})
 # Of a group, not of its layers: one of them stands for all.
-_PER_GROUP = frozenset({"consumers", "couplings"})
+_PER_GROUP = frozenset({"consumers", "consumer_features", "couplings"})
 
 
 @dataclass(frozen=True)
@@ -395,6 +395,11 @@ def score_classes(
     collected = _collect(
         graph, groups, nodes, index, y, needs, outputs=outputs, batches=batches, seed=seed
     )
+    if "consumer_features" in needs:
+        pooled = statistics.pooled
+        for group in groups:
+            observed = {name: pooled[name][rows] for name in group.consumers if name in pooled}
+            collected[group.name]["consumer_features"] = observed
     if needs & _PER_GROUP:
         layers = [group.name for group in groups]
     by_layer = score_layers(

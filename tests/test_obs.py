@@ -5,14 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import randomise_batch_norms
+from helpers import blobs, randomise_batch_norms, small_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sinfkit import moments, obs
+from sinfkit import DCSPruner, moments, obs
 from sinfkit.graph import trace
-from sinfkit.obs import Consumer, gather_consumers, removal_costs
+from sinfkit.obs import (
+    Consumer,
+    gather_consumers,
+    marginal_costs,
+    removal_costs,
+    weigh_outputs,
+)
 from sinfkit.repair import repair
 from sinfkit.schedules import select_kept
 from sinfkit.scores import CRITERIA, LayerData
@@ -321,3 +327,97 @@ def test_least_squares_wins_back_more_than_after_other_choices():
         sliced = slice_channels(graph, x[:1], {"0": kept}, groups=groups)
         error[name] = repair(graph, sliced.model, sliced.support, x)["2"]
     assert error["obs"] < 0.5 * min(error["l1"], error["random"])
+
+
+# Together with DCS --------------------------------------------------------------------------------
+
+
+def test_marginal_costs_by_hand():
+    costs = torch.tensor([7.0, 1.0, 4.0, 7.0, 1.0, 4.0])
+    assert marginal_costs(costs, n_groups=2).tolist() == [3.0, 1.0, 3.0] * 2
+    assert marginal_costs(costs[:3]).tolist() == [3.0, 1.0, 3.0]
+    assert marginal_costs(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(2, 12))
+def test_marginal_costs_add_up_to_all_that_is_lost(seed, n):
+    x = correlated(n, seed)
+    weight = torch.randn(3, n, generator=torch.Generator().manual_seed(seed)).double()
+    costs = removal_costs([consumer(x, weight, 1)], n)
+    added = marginal_costs(costs)
+    assert float(added.min()) >= 0
+    assert float(added.sum()) == pytest.approx(float(costs.max()))
+
+
+def test_what_is_lost_counts_where_it_matters():
+    """Two inputs, each behind one output of a reader: the output that counts keeps its input."""
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(1)).double()
+    reader = consumer(x, torch.eye(2).double(), 1)
+    for counts in ([5.0, 1.0], [1.0, 5.0]):
+        weighed = weigh_outputs([reader], {"next": torch.tensor(counts)})
+        assert removal_costs(weighed, 2).argmax() == int(np.argmax(counts))
+    equal = removal_costs([reader], 2)
+    for importance in ({}, {"next": torch.zeros(2)}, {"next": torch.full((2,), 9.0)}):
+        torch.testing.assert_close(removal_costs(weigh_outputs([reader], importance), 2), equal)
+    nothing = weigh_outputs([reader], {"next": torch.tensor([1.0, 0.0])})
+    assert float(removal_costs(nothing, 2)[1]) == pytest.approx(0.0, abs=1e-2)
+
+
+def layer_data(seed: int = 0) -> LayerData:
+    """Six filters, the first two alike; a reader whose first output alone tells classes apart."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(200) % 2
+    x = torch.randn(200, 6, generator=generator).double()
+    x[:, 0] += 3.0 * y
+    x[:, 1] = x[:, 0]
+    weight = torch.tensor([[0, 2, 1, 0, 0, 0], [0, 0, 0, 5, 5, 5.0]]).double()
+    read = (x @ weight.T).relu()
+    return LayerData(
+        features=x[:, :, None],
+        y=y,
+        weight=torch.ones(6, 3),
+        consumers=(consumer(x - x.mean(0), weight, 1),),
+        consumer_features={"next": read},
+    )
+
+
+def test_dcs_obs_keeps_what_feeds_outputs_that_discriminate():
+    data = layer_data()
+    plain, weighed = (CRITERIA[name].function(data) for name in ("obs", "dcs_obs"))
+    assert set(plain.argsort()[-3:].tolist()) == {3, 4, 5}  # the large output
+    assert int(weighed.argmax()) in (0, 1) and int(plain.argmax()) not in (0, 1)
+    flat = CRITERIA["dcs_obs"].function(data, power=0.0)
+    torch.testing.assert_close(flat, plain)
+    unseen = LayerData(**{**data.__dict__, "consumer_features": {}})
+    torch.testing.assert_close(CRITERIA["dcs_obs"].function(unseen), plain)
+
+
+def test_dcs_plus_obs_is_between_its_parts():
+    data = layer_data()
+    dcs, both = (CRITERIA[name].function(data) for name in ("dcs", "dcs_plus_obs"))
+    lost = marginal_costs(CRITERIA["obs"].function(data))
+    torch.testing.assert_close(both, 0.5 * dcs + 0.5 * lost / lost.sum())
+    assert float(both.sum()) == pytest.approx(1.0)
+    alone = CRITERIA["dcs_plus_obs"].function(data, share=1.0)
+    torch.testing.assert_close(alone, dcs)
+
+
+def test_where_no_reader_is_known_dcs_decides():
+    data = LayerData(**{**layer_data().__dict__, "consumers": ()})
+    dcs = CRITERIA["dcs"].function(data)
+    for name in ("dcs_obs", "dcs_plus_obs"):
+        torch.testing.assert_close(CRITERIA[name].function(data), dcs)
+
+
+@pytest.mark.filterwarnings("ignore:The model answers")  # it is not trained
+@pytest.mark.parametrize("criterion", ["dcs_obs", "dcs_plus_obs"])
+def test_combined_criteria_in_the_pruner(criterion):
+    X, y = blobs(n_classes=4)
+    pruner = DCSPruner(
+        small_cnn(n_classes=4), criterion=criterion, repair="static_least_squares", random_state=0
+    ).fit(X, y)
+    scores = pruner.scores_
+    assert all(np.isfinite(s).all() and (s >= 0).all() for s in scores.values())
+    other = DCSPruner(small_cnn(n_classes=4), criterion="obs", random_state=0).fit(X, y).scores_
+    assert any(not np.allclose(scores[layer], other[layer]) for layer in scores)
