@@ -73,7 +73,8 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
     classes : sequence of labels, optional
         Keep only these classes: their outputs, and the filters that tell them apart.  Samples of
         other classes are ignored.
-    repair : {"least_squares", "match", "mean", "none"}, default="least_squares"
+    repair : {"least_squares", "static_least_squares", "match", "mean", "none"}, \
+default="least_squares"
         Closed-form repair after slicing, see `sinfkit.repair`.
     penalty : float, default=1.0
         Ridge penalty of the DCS probe.
