@@ -97,7 +97,7 @@ def test_the_prefix_has_a_criterion_of_its_own(frozen, data, criterion):
     clf = SINFClassifier(frozen, prefix_criterion=criterion, **keywords).fit(X, y)
     convs = [m for m in clf.network_.prefix.modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convs] == [4, 8]
-    assert clf.score(X_test, y_test) > 0.7
+    assert clf.score(X_test, y_test) > 0.6
     with pytest.raises(ValueError, match="criterion must be one of"):
         SINFClassifier(frozen, prefix_criterion="nothing").fit(X, y)
 

@@ -1,0 +1,337 @@
+"""Figures and pages of tables 4 and 5, from the files that ``sinf_table.py`` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import figures
+import numpy as np
+import rst
+from record import from_hex, read
+from stats import Estimate, estimate
+
+NAME = "sinf"
+TIMES = ("ms", "ratio", "ratio_low", "ratio_high")
+IDENTITY = ("contestant", "kind", "size", "seed", "variant")
+SWITCHES = ("SINF", "no fusion", "no threshold", "two clusters", "no router", "oracle")
+CONTROLS = {"one": "one network (a)", "fused": "one network, fused with a probe (b)"}
+BASES = {"fused": "base fused with a probe (c)", "exit": "base, left early at the probe (d)"}
+
+
+class Results:
+    """All rows of one network and split.
+
+    Parameters
+    ----------
+    path : Path
+        The CSV; that of the times lies beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, read(path)
+        self.by_key = {_identity(row): row for row in self.rows}
+        times = path.with_name(f"{path.stem}_time.csv")
+        self.time_rows = read(times) if times.exists() else []
+        self.times = {_identity(row): row for row in self.time_rows}
+
+    def of(self, contestant: str, variant: str) -> list[Mapping[str, str]]:
+        """Rows of one kind, the largest networks first."""
+        rows = [
+            row
+            for row in self.rows
+            if row["contestant"] == contestant and row["variant"] == variant
+        ]
+        return sorted(rows, key=lambda row: -float(row["macs"]))
+
+    @property
+    def base(self) -> Mapping[str, str]:
+        """The unpruned network's row."""
+        return self.of("base", "one")[0]
+
+    def right(self, row: Mapping[str, str]) -> np.ndarray:
+        """1 for each image that was answered rightly."""
+        return from_hex(row["answers"], int(row["images"])).astype(float)
+
+    def gain(self, row: Mapping[str, str], other: np.ndarray | None = None) -> Estimate:
+        """Accuracy of a row minus that of the base (or of other answers), paired by image."""
+        right = self.right(self.base) if other is None else other
+        return estimate([self.right(row) - right])
+
+    def time(self, row: Mapping[str, str]) -> float | None:
+        """Time relative to the base, where it was measured."""
+        found = self.times.get(_identity(row))
+        return float(found["ratio"]) if found else None
+
+    def at_equal_time(self, row: Mapping[str, str], variant: str) -> np.ndarray | None:
+        """Answers of the control at a row's time: between the two that are next to it.
+
+        Each image counts as right in proportion to how near the control that has it right is; None
+        outside the range that was measured.
+        """
+        time = self.time(row)
+        controls = [*self.of("base", "one"), *self.of("one network", variant)]
+        known = sorted(
+            ((t, self.right(c)) for c in controls if (t := self.time(c)) is not None),
+            key=lambda pair: pair[0],
+        )
+        if time is None or not known or not known[0][0] <= time <= known[-1][0]:
+            return None
+        above = next(i for i, (t, _) in enumerate(known) if t >= time)
+        (t0, fast), (t1, slow) = known[max(above - 1, 0)], known[above]
+        share = 1.0 if t1 == t0 else (time - t0) / (t1 - t0)
+        return (1 - share) * fast + share * slow
+
+
+def _identity(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[k] for k in IDENTITY)
+
+
+def draw(path: Path) -> Path | None:
+    """Accuracy against time (where it was measured) and against multiplications."""
+    found = Results(path)
+    if not found.of("base", "one") or not found.of("SINF", "SINF"):
+        return None
+    series = _series(found)
+    base = 100 * found.right(found.base).mean()
+    timed = bool(found.times)
+    figure, axes = figures.panels(2 if timed else 1, width=4.2, height=3.8)
+    for axis, use_time in zip(axes, (True, False) if timed else (False,), strict=True):
+        axis.axhline(base, color="0.3", linestyle="--", linewidth=1)
+        axis.annotate("base", (0, base), xytext=(2, 3), textcoords="offset points", color="0.3")
+        labels = []
+        for (name, rows), colour in zip(series.items(), figures.COLOURS, strict=False):
+            points = []
+            for row in rows:
+                cost = found.time(row) if use_time else float(row["macs"])
+                if cost is not None:
+                    points.append((100 * (1 - cost), 100 * found.right(row).mean()))
+            if points:
+                points.sort()
+                x, y = np.transpose(points)
+                style = "o-" if len(points) > 1 else "D"
+                axis.plot(x, y, style, color=colour, label=name)
+                labels.append((x[-1], y[-1], name, colour))
+        axis.set(xlabel=f"{'time' if use_time else 'multiplications'} saved (%)")
+    axes[0].set_ylabel("accuracy (%)")
+    axes[0].legend(fontsize=7, loc="lower left")
+    target = path.with_suffix(".png")
+    figures.save(figure, target)
+    return target
+
+
+def _series(found: Results) -> dict[str, list[Mapping[str, str]]]:
+    """What the figure draws, by name."""
+    rows = found.of("SINF", "SINF")
+    searched = [row for row in rows if row["kind"] == "search"]
+    kinds = [row["kind"] for row in rows]
+    main = [kind for kind in kinds if kinds.count(kind) > 1 and not kind.startswith("random")]
+    series = {}
+    for kind in dict.fromkeys(main):
+        series[f"SINF, {kind} clusters"] = [row for row in rows if row["kind"] == kind]
+    series |= {CONTROLS[v]: found.of("one network", v) for v in CONTROLS}
+    if searched:
+        series["SINF, sizes searched"] = searched
+    exits = found.of("base", "exit")
+    if exits:
+        series[BASES["exit"]] = exits
+    return {name: rows for name, rows in series.items() if rows}
+
+
+def page(folder: Path) -> rst.Page | None:
+    """Table 4, from all its files in a folder."""
+    body = []
+    for path in _files(folder):
+        found, image = Results(path), draw(path)
+        if image is None:
+            continue
+        network, split = path.stem.removeprefix(f"{NAME}_").rsplit("_", 1)
+        body.append(rst.section(f"{network}, {split} images"))
+        timed = ""
+        if found.time_rows:
+            row = found.time_rows[0]
+            timed = (
+                f"Times: batch {row['batch']}, {row['threads']} threads, all in turns in one run, "
+                "median over rounds of the ratio to the base. "
+            )
+        body.append(
+            f"{rst.split_note(split)} One training and one calibration draw; in brackets the 95 % "
+            f"interval over test images. {timed}{rst.provenance(found.rows)}"
+        )
+        body.append(rst.figure(image.name, "Accuracy against time and multiplications saved."))
+        body += [_main(found), _verdict(found), _switches(found), _kinds(found)]
+    return rst.Page(NAME, "Routed inference", "\n".join([_INTRODUCTION, *body])) if body else None
+
+
+def _files(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob(f"{NAME}_*.csv"))
+    return [path for path in paths if not path.stem.endswith("_time")]
+
+
+def _main(found: Results) -> str:
+    """Every contestant: accuracy, points against the base, time and multiplications."""
+    header = ["", "accuracy (%)", "points against the base", "time saved (%)", "speed-up"]
+    header += ["multiplications saved (%)", "on the fallback (%)"]
+    cells = []
+    named = [("base", found.of("base", "one"))]
+    named += [(BASES[v], found.of("base", v)) for v in BASES]
+    named += [("SINF", found.of("SINF", "SINF"))]
+    named += [(CONTROLS[v], found.of("one network", v)) for v in CONTROLS]
+    for name, rows in named:
+        for row in rows:
+            label = f"{name}, {row['kind']}, {row['size']}" if row["kind"] else name
+            if row["seed"] != "0":
+                label += f", draw {row['seed']}"
+            cells.append([label, *_numbers(found, row)])
+    return rst.list_table(header, cells)
+
+
+def _numbers(found: Results, row: Mapping[str, str]) -> list[str]:
+    time = found.time(row)
+    return [
+        rst.percent(found.right(row).mean()),
+        "" if row is found.base else rst.points(found.gain(row)),
+        "" if time is None else rst.percent(1 - time),
+        "" if time is None else f"{1 / time:.2f}",
+        rst.percent(1 - float(row["macs"])),
+        rst.percent(float(row["fallback"])) if row["fallback"] else "",
+    ]
+
+
+def _verdict(found: Results) -> str:
+    """SINF against the unrouted controls at equal time."""
+    cells = []
+    for row in found.of("SINF", "SINF"):
+        time = found.time(row)
+        ahead = []
+        for variant in CONTROLS:
+            control = found.at_equal_time(row, variant)
+            ahead.append("" if control is None else rst.points(found.gain(row, control)))
+        if time is not None and any(ahead):
+            cells.append([f"{row['kind']}, {row['size']}", f"{1 / time:.2f}", *ahead])
+    if not cells:
+        return ""
+    header = ["SINF", "speed-up", *(f"points ahead of {name}" for name in CONTROLS.values())]
+    return rst.list_table(header, cells, "SINF against networks without routes at equal time")
+
+
+def _switches(found: Results) -> str:
+    """Each part switched off in turn."""
+    cells = []
+    for row in found.of("SINF", "SINF"):
+        own = [found.by_key.get((*_identity(row)[:4], variant)) for variant in SWITCHES]
+        accuracies = [rst.percent(found.right(r).mean()) if r else "" for r in own]
+        route = rst.percent(float(row["routed_right"]))
+        cells.append([f"{row['kind']}, {row['size']}", *accuracies, route])
+    header = ["", *SWITCHES, "cluster predicted"]
+    return rst.list_table(header, cells, "Accuracy (%) with parts switched off")
+
+
+def _kinds(found: Results) -> str:
+    """Clusters of several kinds at one size."""
+    rows = found.of("SINF", "SINF")
+    given = [row for row in rows if row["kind"].startswith("given")]
+    if not given:
+        return ""
+    n, size = given[0]["kind"].split()[1], given[0]["size"]
+    same = [r for r in rows if r["size"] == size and r["kind"].split()[-1] == n]
+    cells = []
+    for row in same:
+        label = f"{row['kind']}, draw {row['seed']}"
+        points = [found.gain(row)]
+        oracle = found.by_key.get((*_identity(row)[:4], "oracle"))
+        shown = rst.percent(found.right(oracle).mean()) if oracle else ""
+        cells.append(
+            [
+                label,
+                rst.percent(float(row["routed_right"])),
+                rst.percent(found.right(row).mean()),
+                rst.points(points[0]),
+                shown,
+                rst.percent(1 - float(row["macs"])),
+            ]
+        )
+    header = ["clusters", "cluster predicted (%)", "accuracy (%)", "points against the base"]
+    header += ["true cluster given (%)", "multiplications saved (%)"]
+    return rst.list_table(header, cells, f"Kinds of clusters, {n} of them, ratios {size}")
+
+
+def cluster_page(folder: Path) -> rst.Page | None:
+    """Table 5: accuracy cluster by cluster."""
+    body = []
+    for path in _files(folder):
+        found = Results(path)
+        rows = [r for r in found.of("SINF", "SINF") if r["kind"].split()[0] != "random"]
+        if not rows or not found.base["labels"]:
+            continue
+        network, split = path.stem.removeprefix(f"{NAME}_").rsplit("_", 1)
+        body.append(rst.section(f"{network}, {split} images"))
+        body.append(rst.split_note(split))
+        for row in _one_per_kind(rows):
+            body.append(_by_cluster(found, row))
+    if not body:
+        return None
+    return rst.Page("clusters", "Accuracy by cluster", "\n".join([_CLUSTERS, *body]))
+
+
+def _one_per_kind(rows: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The middle size of each kind of clusters."""
+    kinds: dict[str, list[Mapping[str, str]]] = {}
+    for row in rows:
+        kinds.setdefault(row["kind"], []).append(row)
+    return [own[len(own) // 2] for own in kinds.values()]
+
+
+def _by_cluster(found: Results, row: Mapping[str, str]) -> str:
+    """Base, base restricted to the cluster, subgraph with the true cluster, routed."""
+    y = np.array(found.base["labels"].split(), dtype=int)
+    clusters = np.array(row["clusters"].split(), dtype=int)
+    names = row["cluster_names"].split("|")
+    variants = ("base", "restricted", "oracle", "SINF")
+    own = [found.by_key[(*_identity(row)[:4], variant)] for variant in variants]
+    right = [found.right(r) for r in own]
+    cells: list[list[Any]] = []
+    differences = []
+    for c, name in enumerate(names):
+        inside = clusters[y] == c
+        cells.append([name, str(int((clusters == c).sum())), str(int(inside.sum()))])
+        cells[-1] += [rst.percent(r[inside].mean()) for r in right]
+        differences.append((right[2] - right[1])[inside])
+    total = ["all", str(len(clusters)), str(len(y)), *(rst.percent(r.mean()) for r in right)]
+    text = rst.list_table(
+        ["cluster", "classes", "images", "base", "base, restricted", "subgraph", "SINF"],
+        [*cells, total],
+        f"Accuracy (%), {row['kind']} clusters, ratios {row['size']}",
+    )
+    ahead = estimate(differences)
+    return text + (
+        "\nSubgraph with the true cluster minus the restricted base, mean over clusters: "
+        f"{rst.points(ahead)} points (95 % interval over clusters and images).\n"
+    )
+
+
+_INTRODUCTION = """\
+SINF (the routed network, fallback included) beside networks without routes. Controls at equal
+repair: (a) one network pruned for all classes by structured optimal brain surgeon under a global
+budget; (b) the same fused with a probe like the router's, at the same layer; (c) the base fused
+with such a probe; (d) the base left early where the probe is sure enough. Weights and thresholds
+were chosen on the choosing images. All are timed in the same form: batch-norm folded,
+channels_last, float32, normalisation, routing and fallback inside the time.
+
+Paper, CIFAR-100 (time saved / points lost): VGG16 29 % / 3.75, VGG19 35 % / 0.17, ResNet50
+15 % / 6.75.
+
+``python examples/paper/sinf_table.py --weights WEIGHTS --data FOLDER --split report``, then the
+same with ``--time``
+"""
+_CLUSTERS = """\
+Part of what a subgraph gains comes from answering with its cluster's classes only. So the base with
+the same restriction stands beside it: ``base, restricted`` and ``subgraph`` know the true cluster,
+``base`` and ``SINF`` do not.
+
+Paper, CIFAR-100 (cluster's accuracy over that of the base): VGG16 +5.73, VGG19 +8.38, ResNet50
++6.36.
+
+``python examples/paper/sinf_table.py --weights WEIGHTS --data FOLDER --split report``
+"""

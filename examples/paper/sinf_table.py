@@ -1,0 +1,375 @@
+"""Tables 4 and 5: what routed inference costs and saves, beside its controls; cluster by cluster.
+
+Routed networks of several sizes and kinds of clusters, each part switched off in turn, and networks
+without routes: one pruned for all classes with the same repair, the same fused with a probe like
+the router's, the base fused with the probe, and the base left early at the probe::
+
+    python sinf_table.py --weights vgg16.pt --data ~/images --fitted fits --split report
+    python sinf_table.py --weights vgg16.pt --data ~/images --fitted fits --split report --time
+    python sinf_table.py --quick
+
+Fitted networks are stored in the folder ``--fitted``. ``--time`` times all of them in turns, in one
+run; let nothing else run beside it. Unit: test image. What is chosen (threshold, weights) is chosen
+on the choosing images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import contestants as rivals
+import joblib
+import numpy as np
+import study as base
+import torch
+from record import Table, to_hex
+from sinf_page import TIMES, draw
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier, __version__
+from sinfkit.network import SINFNetwork
+from sinfkit.profiling import count_macs, paired_latency
+from sinfkit.report import branch_costs
+
+NAME = "sinf"
+KEYS = ("network", "width", "base_seed", "split", "contestant", "kind", "size", "seed", "variant")
+VALUES = ("images", "right", "answers", "macs", "fallback", "routed_right", "route_layer")
+VALUES += ("n_clusters", "fit_seconds", "clusters", "cluster_names", "labels")
+KINDS = ("confusion", "activation", "given", "random")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One network to be fitted.
+
+    Attributes
+    ----------
+    contestant : str
+        ``"base"``, ``"SINF"`` or ``"one network"``.
+    kind : str
+        Kind of clusters and their number, or the control's criterion.
+    size : str
+        Ratios, budget or limit.
+    seed : int
+    estimator : SINFClassifier, DCSPruner or None
+    """
+
+    contestant: str
+    kind: str
+    size: str
+    seed: int
+    estimator: Any
+
+    def key(self) -> dict[str, Any]:
+        """What tells its rows apart."""
+        return {k: getattr(self, k) for k in ("contestant", "kind", "size", "seed")}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit and measure what is missing, then draw."""
+    options = parse(arguments)
+    held = base.open_study(argparse.Namespace(**vars(options) | {"split": "choose"}))
+    test = held if options.split == "choose" else base.open_study(options)
+    path = options.out / f"{NAME}_{test.base.label}_{test.split}.csv"
+    table = Table(path, KEYS, VALUES, test.constants())
+    entries = list(entries_of(options, held))
+    for entry in tqdm(entries, unit=" networks"):
+        if not _complete(table, test, entry):
+            measure(table, options, entry, held, test)
+    if options.time or options.quick:
+        take_times(path.with_name(f"{path.stem}_time.csv"), options, entries, held, test)
+    draw(path)
+    print(path)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; what is not given comes from ``frozen.toml``."""
+    parser = base.parser(__doc__)
+    parser.add_argument("--fitted", type=Path, default=Path("fitted"), help="folder of networks")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
+    parser.add_argument("--no-search", action="store_true", help="only given sizes")
+    parser.add_argument("--time", action="store_true", help="time all in one run")
+    parser.add_argument("--batch", type=int, default=256, help="images in the batch that is timed")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.fitted, options.batch = options.out / "fitted", 64
+    return options
+
+
+def entries_of(options: argparse.Namespace, study: base.Study) -> Iterator[Entry]:
+    """All networks of the table; the quick mode has a few of each."""
+    own = base.frozen()["sinf"]
+    if options.quick:
+        own = {**own, **base.frozen()["sinf_quick"]}
+    layer, n = own["route_layer"][study.base.network], own["clusters"]
+    common = {"route_layer": layer, "max_accuracy_drop": own["max_accuracy_drop"]}
+
+    def sinf(clusterer: SemanticClusterer, size: Sequence[float], seed: int) -> SINFClassifier:
+        prefix, low, high = size
+        pruner = DCSPruner(min_ratio=low, max_ratio=high, repair_samples=own["repair_samples"])
+        return SINFClassifier(
+            study.base.model,
+            clusterer=clusterer,
+            pruner=pruner,
+            prefix_ratio=prefix,
+            random_state=seed,
+            **common,
+        )
+
+    yield Entry("base", "", "", 0, None)
+    for size in own["sizes"]:
+        clusterer = SemanticClusterer(n_clusters=n)
+        yield Entry("SINF", f"confusion {n}", _text(size), 0, sinf(clusterer, size, 0))
+    many = len(study.names)
+    for kind in options.kinds:
+        for seed in range(own["random_seeds"] if kind == "random" else 1):
+            clusterer = _clusterer(kind, study, seed)
+            size = own["kinds_size"]
+            yield Entry("SINF", f"{kind} {many}", _text(size), seed, sinf(clusterer, size, seed))
+    for budget in own["budgets"]:
+        one = DCSPruner(
+            study.base.model,
+            criterion="obs",
+            schedule="global",
+            budget=budget,
+            max_ratio=own["max_ratio"],
+            repair_samples=own["control_repair_samples"],
+            random_state=0,
+        )
+        yield Entry("one network", "obs", f"{budget:g}", 0, one)
+    if not options.no_search:
+        limit = own["max_accuracy_drop"]
+        search = SINFClassifier(study.base.model, max_accuracy_drop=limit, random_state=0)
+        yield Entry("SINF", "search", f"{limit:g}", 0, search)
+
+
+def _clusterer(kind: str, study: base.Study, seed: int) -> SemanticClusterer:
+    """As many clusters as are given, by another method or at random."""
+    if kind == "given":
+        return SemanticClusterer(method="given", mapping=dict(study.clusters))
+    if kind != "random":
+        return SemanticClusterer(method=kind, n_clusters=len(study.names))
+    classes = np.random.default_rng(seed).permutation(len(study.class_names))
+    names = list(study.clusters.values())  # of the same sizes
+    mapping = {int(k): name for k, name in zip(classes, names, strict=True)}
+    return SemanticClusterer(method="given", mapping=mapping)
+
+
+def _text(size: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in size)
+
+
+def _complete(table: Table, study: base.Study, entry: Entry) -> bool:
+    """Whether the last row of an entry is there; the others were written before it."""
+    last = "restricted" if entry.contestant == "SINF" else "exit"
+    return {**study.key(), **entry.key(), "variant": last} in table
+
+
+def fitted(options: argparse.Namespace, entry: Entry, held: base.Study) -> tuple[Any, float]:
+    """The fitted estimator and the seconds that it took, stored from one run to the next."""
+    if entry.estimator is None:
+        return held.base.model.module(), 0.0
+    own = base.frozen()["sinf"]
+    rows = held.draw(range(len(held.class_names)), own["images"], entry.seed)
+    data = held.X[rows], held.y[rows]
+    extra = {}
+    if isinstance(entry.estimator, SINFClassifier):
+        extra = {"X_val": held.X_test, "y_val": held.y_test}
+    key = joblib.hash((__version__, entry.estimator, data, extra))
+    path = options.fitted / f"{held.base.label}_{key[:16]}.joblib"
+    if path.exists():
+        return joblib.load(path)
+    options.fitted.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    made = entry.estimator.fit(*data, **extra)
+    seconds = time.perf_counter() - start
+    joblib.dump((made, seconds), path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)  # whole or not at all
+    return made, seconds
+
+
+def measure(
+    table: Table, options: argparse.Namespace, entry: Entry, held: base.Study, test: base.Study
+) -> None:
+    """Fit one network and write down its answers, and those of its variants."""
+    made, seconds = fitted(options, entry, held)
+    key = {**test.key(), **entry.key()}
+    if entry.contestant == "SINF":
+        found = _routed(made, test)
+    else:
+        found = _unrouted(getattr(made, "model_", made), held, test)
+    for variant, (right, numbers) in found.items():
+        row = {**dict.fromkeys(VALUES, ""), **numbers, "fit_seconds": f"{seconds:.1f}"}
+        row |= {"images": len(right), "right": int(right.sum()), "answers": to_hex(right)}
+        table.add(**key, variant=variant, **row)
+
+
+def _routed(made: SINFClassifier, test: base.Study) -> dict[str, tuple[np.ndarray, dict]]:
+    """Answers of a routed network, whole and with each part switched off."""
+    network, y = made.network_, test.y_test
+    plain = test.base.model.module()
+    example = next(rivals.raw(test.X_test[:1]))
+    costs = branch_costs(network, example)
+    whole = count_macs(plain, network.normalise(example))[0]
+    truth = torch.as_tensor(made.class_clusters_[y])
+    seen = _variants(network, plain, test, truth)
+    facts = {
+        "route_layer": made.route_layer_,
+        "n_clusters": network.n_clusters,
+        "routed_right": float((seen.pop("cluster") == truth.numpy()).mean()),
+        "clusters": " ".join(map(str, made.class_clusters_.tolist())),
+        "cluster_names": "|".join(map(str, made.cluster_names_)),
+    }
+    fallback = seen.pop("fallback")
+    own = costs["shared_macs"] + costs["macs"][seen.pop("chosen")]
+    base_macs = costs["shared_macs"] + costs["macs"][-1]
+    macs = {
+        "base": whole,
+        "restricted": whole,
+        "SINF": float(np.where(fallback, base_macs, own).mean()),
+        "no router": base_macs,
+        "no fusion": float(np.where(fallback, base_macs, own).mean()),
+        "no threshold": float(own.mean()),
+        "oracle": float((costs["shared_macs"] + costs["macs"][truth.numpy()]).mean()),
+    }
+    macs["two clusters"] = macs["no threshold"] + float(
+        (costs["macs"][:-1].mean() * fallback).mean()
+    )
+    return {
+        variant: (
+            answers == y,
+            facts | {"macs": macs[variant] / whole, "fallback": float(fallback.mean())},
+        )
+        for variant, answers in seen.items()
+    }
+
+
+def _variants(network: SINFNetwork, plain: Any, test: base.Study, truth: Tensor) -> dict[str, Any]:
+    """One pass over the test images: the answers of every variant."""
+    fusionless, two = copy.copy(network), copy.copy(network)
+    fusionless.router_weight, two.fallback, two.top_k = 0.0, "topk", 2
+    found: dict[str, list[Tensor]] = {}
+    start = 0
+    with torch.inference_mode():
+        for raw in rivals.raw(test.X_test):
+            x = network.normalise(raw)
+            h = network.prefix(x)
+            route = network.route_features(h)
+            own = truth[start : start + len(x)]
+            start += len(x)
+            unsure = route.confidence < network.threshold
+            certain = replace(route, confidence=torch.full_like(route.confidence, 2.0))
+            logits = plain(x)
+            outside = network.class_clusters != own[:, None]
+            for variant, answers in {
+                "base": logits,
+                "SINF": network.process(h, route),
+                "no router": network.rest(h),  # everybody takes the base behind the sliced prefix
+                "no fusion": fusionless.process(h, route),
+                "no threshold": network.process(h, certain),
+                "two clusters": two.process(h, route),
+                "oracle": network.process(h, replace(certain, cluster=own)),
+                "restricted": logits.masked_fill(outside, -torch.inf),
+            }.items():
+                found.setdefault(variant, []).append(answers.argmax(1))
+            found.setdefault("cluster", []).append(route.cluster)
+            found.setdefault("chosen", []).append(route.cluster)
+            found.setdefault("fallback", []).append(unsure)
+    return {variant: torch.cat(parts).numpy() for variant, parts in found.items()}
+
+
+def _unrouted(
+    module: Any, held: base.Study, test: base.Study
+) -> dict[str, tuple[np.ndarray, dict]]:
+    """Answers of one network for all classes, alone, fused with a probe, and left at it."""
+    example = next(test.batches(test.X_test[:1]))
+    whole = count_macs(test.base.model.module(), example)[0]
+    found = {}
+    for variant, made in _controls(module, held).items():
+        parts = [made.module] if variant == "one" else [made.prefix, made.rest]
+        macs = count_macs(parts[0], example)[0]
+        if len(parts) > 1:
+            with torch.inference_mode():
+                h = parts[0](example)
+            stays = 1.0 if variant == "fused" else _stays(made, test)
+            macs += made.probe.weight.numel() + stays * count_macs(parts[1], h)[0]
+        right = rivals.right_answers(made, test)
+        found[variant] = right, {"macs": macs / whole}
+    if module is test.base.model.module():
+        # Once for all rows: with them, every row's answers can be told apart by class.
+        found["one"][1]["labels"] = " ".join(map(str, test.y_test.tolist()))
+    return found
+
+
+def _controls(module: Any, held: base.Study) -> dict[str, Any]:
+    """One network alone, fused with a probe where the router sits, and left early."""
+    own = base.frozen()["sinf"]
+    layer = own["route_layer"][held.base.network]
+    normalise = rivals.normaliser(held)
+    few = held.draw(range(len(held.class_names)), own["images"], 0)
+    fit = replace(held, X=held.X[few], y=held.y[few])
+    fused = rivals.tuned(normalise, module, layer, fit, held)
+    limit = own["max_accuracy_drop"]
+    return {
+        "one": rivals.Plain(normalise, module),
+        "fused": fused,
+        "exit": rivals.early_exit(fused, held, limit),
+    }
+
+
+def _stays(module: rivals.Probed, test: base.Study) -> float:
+    """Share of the test images that do not leave at the probe."""
+    with torch.inference_mode():
+        sure = [module.parts(x)[1].exp().amax(1) for x in rivals.raw(test.X_test)]
+    return float((torch.cat(sure) < module.threshold).double().mean())
+
+
+def take_times(
+    path: Path,
+    options: argparse.Namespace,
+    entries: Sequence[Entry],
+    held: base.Study,
+    test: base.Study,
+) -> None:
+    """Time everything in turns, in one run, in the same form."""
+    modules: dict[str, Any] = {}
+    keys = {}
+    for entry in entries:
+        made, _ = fitted(options, entry, held)
+        if entry.contestant == "SINF":
+            variants = {"SINF": made.network_}
+        else:
+            variants = _controls(getattr(made, "model_", made), held)
+        for variant, module in variants.items():
+            key = {**entry.key(), "variant": variant}
+            name = " | ".join(map(str, key.values()))
+            modules[name], keys[name] = module, key
+    batch = next(rivals.raw(test.X_test[: options.batch], options.batch))
+    latency = paired_latency(
+        {name: lambda module=module: module(batch) for name, module in modules.items()},
+        repeats=3 if options.quick else 21,
+    )
+    path.unlink(missing_ok=True)  # times of different runs do not belong in one table
+    table = Table(path, KEYS, TIMES, {**test.constants(), "batch": options.batch})
+    reference = next(iter(modules))  # the base
+    for name, key in keys.items():
+        low, high = latency.ratio_quartiles(name, reference)
+        table.add(
+            **test.key(),
+            **key,
+            ms=f"{latency.median[name] * 1e3:.2f}",
+            ratio=f"{latency.ratio(name, reference):.4f}",
+            ratio_low=f"{low:.4f}",
+            ratio_high=f"{high:.4f}",
+        )
+
+
+if __name__ == "__main__":
+    main()
