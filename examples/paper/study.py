@@ -368,7 +368,7 @@ def made_up_images(per_class: int, seed: int) -> ImageDataset:
     shared = patterns.normal(0, 30, (4, 3, 8, 8)).repeat(2, axis=0)
     pattern = (shared + patterns.normal(0, 20, (8, 3, 8, 8))).repeat(4, axis=2).repeat(4, axis=3)
     y = np.arange(8).repeat(per_class)
-    noise = np.random.default_rng(seed).normal(0, 45, (len(y), 3, 32, 32))
+    noise = np.random.default_rng(seed).normal(0, 130, (len(y), 3, 32, 32))
     X = (128 + pattern[y] + noise).clip(0, 255).astype(np.uint8)
     names = tuple(f"class {k}" for k in range(8))
     return ImageDataset(X, y.astype(np.int64), names, {k: "abcd"[k // 2] for k in range(8)})
