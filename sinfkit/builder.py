@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,9 @@ from .assembly import (
     routed_answers,
     slice_prefix,
 )
+from .budget import layer_seconds, shared_widths
 from .clusterer import SemanticClusterer
+from .costs import network_cost
 from .cuts import sides
 from .graph import CutPoint, observation_nodes, split
 from .network import Normalise, Route, SINFNetwork
@@ -135,7 +137,7 @@ class Builder:
     settings: Settings
     _statistics: Statistics | None = None
     _scores: dict[Any, Scored] = field(default_factory=dict)
-    _prefixes: dict[Any, nn.Module] = field(default_factory=dict)
+    _prefixes: dict[Any, tuple[nn.Module, dict[str, int]]] = field(default_factory=dict)
     _base_logits: Tensor | None = None
 
     def batches(self, index: np.ndarray) -> Iterable[Tensor]:
@@ -198,7 +200,7 @@ class Builder:
         codes = self.calibration.codes
         clusterer = clone(plan.clusterer)
         clusterer.classes_ = self.calibration.table.classes
-        prefix = self._prefix(plan.cut, plan.size.prefix_ratio)
+        prefix, _ = self._prefix(plan.cut, plan.size.prefix_ratio)
         features = pooled_output(
             prefix,
             progress(self.batches(self.index), "Routes", self.settings.verbose),
@@ -217,9 +219,6 @@ class Builder:
             plan.cut, prefix, route.predictor, subgraphs, clusterer.class_clusters_
         )
         return self._judged(replace(plan, clusterer=clusterer), network, subgraphs, time_it)
-
-    def _recipe(self, recipe: Recipe, low: float, high: float) -> Recipe:
-        return replace(recipe, min_ratio=low, max_ratio=high)
 
     def _score(self, groups: list[ChannelGroup], classes: np.ndarray, recipe: Recipe) -> Scored:
         """Filter scores for a set of classes; the same for every ratio."""
@@ -247,13 +246,14 @@ class Builder:
         """The same numbers for every network: what is built does not depend on what was tried."""
         return np.random.default_rng(self.calibration.seed)
 
-    def _prefix(self, cut: CutPoint, ratio: float) -> nn.Module:
-        """The part before the cut, sliced for all classes."""
+    def _prefix(self, cut: CutPoint, ratio: float) -> tuple[nn.Module, dict[str, int]]:
+        """The part before the cut, sliced for all classes, and how many channels it keeps."""
         calibration = self.calibration
         if (cut.name, ratio) not in self._prefixes:
             dense = split(calibration.graph, cut)[0]
             groups = sliceable(calibration.groups, sides(calibration.graph, cut)[0])
             prefix: nn.Module = dense
+            kept: dict[str, int] = {}
             if groups and ratio > 0:
                 recipe = replace(self.settings.prefix_recipe, max_ratio=ratio)
                 classes = np.arange(len(calibration.table.classes))
@@ -265,7 +265,8 @@ class Builder:
                 sample = self._rng().permutation(self.index)[:n_images]
                 samples = torch.cat(list(self.batches(sample)))
                 prefix = slice_prefix(calibration, cut, keep, samples, recipe.repair)
-            self._prefixes[cut.name, ratio] = prefix
+                kept = {name: len(channels) for name, channels in keep.items()}
+            self._prefixes[cut.name, ratio] = prefix, kept
         return self._prefixes[cut.name, ratio]
 
     def _subgraphs(
@@ -275,14 +276,19 @@ class Builder:
         calibration, size = self.calibration, plan.size
         groups = sliceable(calibration.groups, sides(calibration.graph, plan.cut)[1])
         output_group = next(g.name for g in calibration.groups if g.is_output)
-        recipe = self._recipe(self.settings.recipe, size.min_ratio, size.max_ratio)
+        recipe = replace(self.settings.recipe, min_ratio=size.min_ratio, max_ratio=size.max_ratio)
         dense, rest = split(calibration.graph, plan.cut)
         with torch.inference_mode():
             h = dense(calibration.example)
         n_images = affordable_images(rest, h, self.settings.repair_samples)
+        clusters = [
+            np.flatnonzero(class_clusters == c) for c in range(int(class_clusters.max()) + 1)
+        ]
+        widths = None
+        if recipe.schedule == "global":
+            widths = self._widths(plan, groups, output_group, clusters, recipe)
         rng, jobs = self._rng(), []
-        for c in range(int(class_clusters.max()) + 1):
-            classes = np.flatnonzero(class_clusters == c)
+        for classes in clusters:
             if len(classes) < 2:
                 jobs.append(delayed(_nothing)())
                 continue
@@ -290,13 +296,49 @@ class Builder:
             sample = rng.permutation(index)[:n_images]
             jobs.append(
                 delayed(self._subgraph)(
-                    plan.cut, groups, output_group, classes, (dense, prefix), recipe, sample
+                    plan.cut,
+                    groups,
+                    output_group,
+                    classes,
+                    (dense, prefix),
+                    recipe,
+                    widths,
+                    sample,
                 )
             )
         # Threads: the work is in torch, which releases the interpreter, and shares the weights.
         return Parallel(n_jobs=self.settings.n_jobs, prefer="threads")(
             progress(jobs, "Subgraphs", self.settings.verbose)
         )
+
+    def _widths(
+        self,
+        plan: Plan,
+        groups: list[ChannelGroup],
+        output_group: str,
+        clusters: Sequence[np.ndarray],
+        recipe: Recipe,
+    ) -> dict[str, int]:
+        """One width per layer for all clusters: prefix and subgraph keep to a budget."""
+        calibration = self.calibration
+        scored = [self._score(groups, own, recipe) for own in clusters if len(own) > 1]
+        if not scored:
+            return {}
+        _, kept = self._prefix(plan.cut, plan.size.prefix_ratio)
+        batch = next(iter(self.batches(self.index[: calibration.batcher.batch_size])))
+        seconds = None
+        if recipe.budget_unit == "latency":
+            seconds = layer_seconds(calibration.graph, batch)
+        cost = network_cost(
+            calibration.graph,
+            calibration.groups,
+            groups,
+            batch[:1],
+            recipe.budget_unit,
+            kept={**kept, output_group: max(map(len, clusters))},
+            seconds=seconds,
+        )
+        return shared_widths(groups, scored, cost, recipe)
 
     def _subgraph(
         self,
@@ -306,12 +348,13 @@ class Builder:
         classes: np.ndarray,
         prefixes: tuple[nn.Module, nn.Module],
         recipe: Recipe,
+        widths: Mapping[str, int] | None,
         sample: np.ndarray,
     ) -> Subgraph:
         """Score, choose, extract and repair one cluster's part."""
         outputs = self.calibration.table.outputs[classes]
         scored = self._score(groups, classes, recipe)
-        keep = choose_channels(groups, scored.groups, recipe)
+        keep = choose_channels(groups, scored.groups, recipe, widths)
         keep[output_group] = outputs
         return build_subgraph(
             self.calibration,

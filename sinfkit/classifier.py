@@ -448,6 +448,10 @@ n_features)
                     raise ValueError(
                         f"{name}.{parameter} must be None: SINFClassifier supplies it."
                     )
+        if pruner.schedule == "iterative":
+            raise ValueError(
+                "pruner.schedule='iterative' prunes one whole network; choose another schedule."
+            )
         clusterer, pruner = clone(clusterer), clone(pruner)
         for nested, defaults in ((clusterer, SemanticClusterer()), (pruner, DCSPruner())):
             for parameter in ("device", "random_state", "n_jobs", "verbose", "batch_size"):

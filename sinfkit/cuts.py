@@ -114,7 +114,9 @@ def expected_macs(
     inside, behind = sides(graph, cut)
     groups = calibration.groups
     early = replace(recipe, schedule="uniform", max_ratio=size.prefix_ratio)
-    late = replace(recipe, min_ratio=size.min_ratio, max_ratio=size.max_ratio)
+    # Widths under a budget depend on scores that are not known yet.
+    schedule = "linear" if recipe.schedule == "global" else recipe.schedule
+    late = replace(recipe, schedule=schedule, min_ratio=size.min_ratio, max_ratio=size.max_ratio)
     keep = first_channels(sliceable(groups, inside), early)
     keep |= first_channels(sliceable(groups, behind), late)
     smaller = slice_channels(graph, calibration.example, keep, groups=groups).model

@@ -60,7 +60,9 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
         Fraction of filters removed from the last layer (the paper's r_L); with ``"global"`` the
         largest fraction that any layer may lose.  Default: 0.5, and 0.9 with ``"global"``.
     budget : float, optional
-        With ``schedule="global"``: the fraction of the base's cost that may stay, in (0, 1].
+        With ``schedule="global"``: the fraction of the base's cost that may stay, in (0, 1].  In
+        `SINFClassifier` prefix and one subgraph together keep to it, and all clusters' subgraphs
+        have the same widths.
     budget_unit : {"macs", "params", "latency"}, default="macs"
         What the cost is: multiply-accumulates, parameters, or time, measured on this machine with
         `batch_size` samples (or all that there are) at a time.  Measured times are noisy.

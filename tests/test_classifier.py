@@ -240,6 +240,7 @@ def test_nested_estimators_are_checked(frozen, data):
         ({"pruner": DCSPruner(classes=[1])}, ValueError, "pruner.classes must be None"),
         ({"pruner": DCSPruner(first_layer="3")}, ValueError, "first_layer must be None"),
         ({"pruner": DCSPruner(max_ratio=2)}, ValueError, "max_ratio"),
+        ({"pruner": DCSPruner(schedule="iterative")}, ValueError, "pruner.schedule"),
         ({"fallback": "luck"}, ValueError, "fallback"),
         ({"top_k": 0}, ValueError, "top_k"),
         ({"prefix_ratio": 1.0}, ValueError, "prefix_ratio"),
@@ -402,3 +403,26 @@ def test_a_speed_can_be_asked_for(frozen, data):
         ).items()
     with pytest.raises(ValueError, match="target_speedup"):
         SINFClassifier(frozen, target_speedup=0.5).fit(X, y)
+
+
+@pytest.mark.parametrize("criterion", ["dcs", "obs"])
+def test_prefix_and_subgraph_keep_to_a_budget_together(frozen, data, criterion):
+    X, y, *_ = data
+    pruner = DCSPruner(criterion=criterion, schedule="global", budget=0.6, max_ratio=0.9)
+    clf = SINFClassifier(
+        frozen,
+        clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
+        pruner=pruner,
+        route_layer="0",
+        confidence_threshold=0.0,
+        random_state=0,
+    ).fit(X, y)
+    report = clf.report(X, y, repeats=0)
+    shared = clf.network_.router.weight.numel()
+    # Within one filter: the widest here is a convolution of 8 inputs on 8 x 8 pixels.
+    assert 0.5 < (report.macs - shared) / report.base_macs <= 0.6
+    widths = [[len(kept) for kept in support.values()] for support in clf.supports_]
+    assert widths[0] == widths[1] and sum(widths[0]) < 24 + 16
+    assert any(
+        not np.array_equal(clf.supports_[0][k], clf.supports_[1][k]) for k in clf.supports_[0]
+    )
