@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import joblib
 import numpy as np
 import torch
-from joblib import Memory
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_memory
 from torch import fx, nn
 from tqdm.auto import tqdm
 
@@ -28,7 +27,6 @@ from ._validation import (
     validate_y,
     warn_if_mismatched,
 )
-from .activations import Statistics, collect
 from .frozen import FrozenModel, as_frozen
 from .graph import output_layer, trace
 from .surgery import ChannelGroup, find_groups
@@ -91,6 +89,16 @@ class Calibration:
     batcher: Batcher
     example: torch.Tensor
     seed: int
+
+    @functools.cached_property
+    def key(self) -> tuple[str, ...]:
+        """Tells network, samples and batches apart from others, for caches."""
+        return (
+            self.frozen.digest,
+            joblib.hash(self.X),
+            str(self.batcher.device),
+            str(self.batcher.batch_size),
+        )
 
     @functools.cached_property
     def groups(self) -> list[ChannelGroup]:
@@ -293,48 +301,3 @@ def _train_default(
         verbose=verbose,
     )
     return FrozenModel(trained, mean.tolist(), std.tolist())
-
-
-def gather(
-    calibration: Calibration,
-    nodes: dict[str, str],
-    pool_size: int | dict[str, int],
-    memory: Any,
-    verbose: int,
-) -> Statistics:
-    """Collect the statistics of all samples in one pass, or find them in the cache."""
-    memory = check_memory(memory)
-    if isinstance(memory, Memory) and memory.location is None:
-        return _collect(calibration, nodes, pool_size, verbose)
-    cached = memory.cache(_collect_cached, ignore=["calibration", "verbose"])
-    key = (
-        calibration.frozen.digest,
-        calibration.X,
-        str(calibration.batcher.device),
-        calibration.batcher.batch_size,
-    )
-    return cached(key, calibration, nodes, pool_size, verbose)
-
-
-def _collect_cached(
-    key: tuple[Any, ...],
-    calibration: Calibration,
-    nodes: dict[str, str],
-    pool_size: int | dict[str, int],
-    verbose: int,
-) -> Statistics:
-    """`_collect` with a key that joblib can hash."""
-    return _collect(calibration, nodes, pool_size, verbose)
-
-
-def _collect(
-    calibration: Calibration,
-    nodes: dict[str, str],
-    pool_size: int | dict[str, int],
-    verbose: int,
-) -> Statistics:
-    """One pass over all samples."""
-    batcher = calibration.batcher
-    total = -(-len(calibration.X) // batcher.batch_size)
-    batches = progress(batcher(calibration.X), "Activations", verbose, total)
-    return collect(calibration.graph, batches, nodes, pool_size)

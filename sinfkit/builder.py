@@ -13,7 +13,8 @@ from joblib import Parallel, delayed
 from sklearn.base import clone
 from torch import Tensor, nn
 
-from ._base import Calibration, gather, progress
+from ._base import Calibration, progress
+from ._cached import gather, score
 from ._validation import Images
 from .activations import Statistics
 from .assembly import (
@@ -37,7 +38,7 @@ from .repair import affordable_images
 from .report import base_for_timing, branch_costs
 from .routing import choose_threshold, cluster_posterior, fit_route_predictor
 from .search import Outcome, Size
-from .subgraph import Recipe, Scored, choose_channels, score_classes, sliceable
+from .subgraph import Recipe, Scored, choose_channels, sliceable
 from .surgery import ChannelGroup
 
 
@@ -227,18 +228,14 @@ class Builder:
         if key not in self._scores:
             assert self._statistics is not None, "gather comes first"
             index = self.index[np.isin(calibration.codes[self.index], classes)]
-            layers = [layer for group in groups for layer in group.layers]
-            self._scores[key] = score_classes(
-                calibration.graph,
+            self._scores[key] = score(
+                calibration,
                 groups,
-                observation_nodes(calibration.graph, layers),
                 self._statistics,
                 index,
-                np.searchsorted(classes, calibration.codes[index]),
+                classes,
                 recipe,
-                outputs=calibration.table.outputs[classes].tolist(),
-                batches=self.batches,
-                seed=calibration.seed,
+                self.settings.memory,
             )
         return self._scores[key]
 

@@ -13,7 +13,8 @@ from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, fx, nn
 
-from ._base import TorchEstimator, all_or_nothing, gather
+from ._base import TorchEstimator, all_or_nothing
+from ._cached import gather
 from ._validation import hold_out, validate_X
 from .graph import CutPoint, cut_points, find_cut, layer_names, split
 from .probe import fit_probe

@@ -11,7 +11,8 @@ from sklearn.base import ClassifierMixin, ClassNamePrefixFeaturesOutMixin, Trans
 from sklearn.utils.validation import check_is_fitted
 from torch import fx
 
-from ._base import Calibration, TorchEstimator, all_or_nothing, gather
+from ._base import Calibration, TorchEstimator, all_or_nothing
+from ._cached import gather, score
 from ._validation import hold_out, validate_X
 from .activations import Statistics, pool
 from .budget import budgeted_widths
@@ -23,7 +24,6 @@ from .subgraph import (
     choose_channels,
     extract,
     make_recipe,
-    score_classes,
     sliceable,
     warn_about_whole,
 )
@@ -95,7 +95,7 @@ default="least_squares"
     n_jobs : int, optional
         Unused by this estimator so far; `SINFClassifier` works on clusters in parallel.
     memory : str, joblib.Memory or None
-        Where to cache the activations' statistics between fits.
+        Where to cache the activations' statistics and the filters' scores between fits.
     random_state : int, RandomState or None, default=None
     verbose : int, default=0
         Show progress bars.
@@ -274,18 +274,8 @@ n_features)
         """Score once, slice once, repair once."""
         graph, groups, outputs = calibration.graph, calibration.groups, calibration.table.outputs
         batches = functools.partial(calibration.batcher, calibration.X)
-        scored = score_classes(
-            graph,
-            chosen,
-            nodes,
-            statistics,
-            index,
-            calibration.codes[index],
-            recipe,
-            outputs=outputs.tolist(),
-            batches=batches,
-            seed=calibration.seed,
-        )
+        classes = np.arange(len(calibration.table.classes))
+        scored = score(calibration, chosen, statistics, index, classes, recipe, self.memory)
         others = {_output_group(groups): outputs}
         widths = None
         if recipe.schedule == "global":

@@ -75,17 +75,21 @@ def test_pipeline_memory_hits(trained, tmp_path):
     np.testing.assert_allclose(first.predict_proba(X), second.predict_proba(X), atol=1e-5)
 
 
-def test_own_memory_caches_the_statistics(trained, tmp_path):
+def test_own_memory_caches_statistics_and_scores(trained, tmp_path):
     frozen, X, y = trained
     a = DCSPruner(frozen, random_state=0, memory=str(tmp_path)).fit(X, y)
     n = len(list(tmp_path.rglob("output.pkl")))
-    assert n == 1
+    assert n == 2  # statistics and scores
     b = DCSPruner(frozen, random_state=0, memory=str(tmp_path), max_ratio=0.7).fit(X, y)
-    assert len(list(tmp_path.rglob("output.pkl"))) == n  # the same statistics serve
+    assert len(list(tmp_path.rglob("output.pkl"))) == n  # the same ones serve
     plain = DCSPruner(frozen, random_state=0, max_ratio=0.7).fit(X, y)
     for layer, kept in plain.support_.items():
         np.testing.assert_array_equal(kept, b.support_[layer])
     assert any(len(a.support_[k]) > len(b.support_[k]) for k in a.support_)
+    DCSPruner(frozen, random_state=0, memory=str(tmp_path), criterion="fdr").fit(X, y)
+    DCSPruner(frozen, random_state=0, memory=str(tmp_path), penalty=0.1).fit(X, y)
+    DCSPruner(frozen, random_state=0, memory=str(tmp_path), classes=[0, 1]).fit(X, y)
+    assert len(list(tmp_path.rglob("output.pkl"))) == n + 3  # other scores of the same statistics
 
 
 def test_grid_search_over_nested_parameters(trained):

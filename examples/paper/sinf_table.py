@@ -188,8 +188,10 @@ def fitted(options: argparse.Namespace, entry: Entry, held: base.Study) -> tuple
         return joblib.load(path)
     options.fitted.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    made = entry.estimator.fit(*data, **extra)
+    # Statistics and scores that several networks share are computed once.
+    made = entry.estimator.set_params(memory=str(options.fitted / "cache")).fit(*data, **extra)
     seconds = time.perf_counter() - start
+    made.set_params(memory=None)
     joblib.dump((made, seconds), path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)  # whole or not at all
     return made, seconds

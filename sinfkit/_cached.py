@@ -1,0 +1,146 @@
+"""Statistics and scores: computed once, and found again in the cache of the next fit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from joblib import Memory
+from sklearn.utils.validation import check_memory
+
+from ._base import Calibration, progress
+from .activations import Statistics, collect
+from .graph import observation_nodes
+from .scores import CRITERIA
+from .subgraph import Recipe, Scored, score_classes
+from .surgery import ChannelGroup
+
+
+def gather(
+    calibration: Calibration,
+    nodes: dict[str, str],
+    pool_size: int | dict[str, int],
+    memory: Any,
+    verbose: int,
+) -> Statistics:
+    """Collect the statistics of all samples in one pass, or find them in the cache."""
+    memory = check_memory(memory)
+    if isinstance(memory, Memory) and memory.location is None:
+        return _collect(calibration, nodes, pool_size, verbose)
+    cached = memory.cache(_collect_cached, ignore=["calibration", "verbose"])
+    return cached(calibration.key, calibration, nodes, pool_size, verbose)
+
+
+def _collect_cached(
+    key: tuple[Any, ...],
+    calibration: Calibration,
+    nodes: dict[str, str],
+    pool_size: int | dict[str, int],
+    verbose: int,
+) -> Statistics:
+    """`_collect` with a key that joblib can hash."""
+    return _collect(calibration, nodes, pool_size, verbose)
+
+
+def _collect(
+    calibration: Calibration,
+    nodes: dict[str, str],
+    pool_size: int | dict[str, int],
+    verbose: int,
+) -> Statistics:
+    """One pass over all samples."""
+    batcher = calibration.batcher
+    total = -(-len(calibration.X) // batcher.batch_size)
+    batches = progress(batcher(calibration.X), "Activations", verbose, total)
+    return collect(calibration.graph, batches, nodes, pool_size)
+
+
+def score(
+    calibration: Calibration,
+    groups: Sequence[ChannelGroup],
+    statistics: Statistics,
+    index: np.ndarray,
+    classes: np.ndarray,
+    recipe: Recipe,
+    memory: Any,
+) -> Scored:
+    """Score filters for a set of classes, or find the scores in the cache.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    groups : sequence of ChannelGroup
+        Those to score.
+    statistics : Statistics
+        Of `gather`, where the criterion needs activations.
+    index : int ndarray
+        The samples of these classes.
+    classes : int ndarray
+        Ascending positions in ``calibration.table.classes``.
+    recipe : Recipe
+        Its ratios and repair do not matter.
+    memory : str, joblib.Memory or None
+
+    Returns
+    -------
+    Scored
+    """
+    memory = check_memory(memory)
+    criterion = recipe.criterion
+    # A function of the user's may depend on what no cache can see.
+    known = CRITERIA.get(criterion.name)
+    if known is not criterion or (isinstance(memory, Memory) and memory.location is None):
+        return _score(calibration, groups, statistics, index, classes, recipe)
+    key = (
+        *calibration.key,
+        criterion.name,
+        sorted(recipe.options.items()),
+        recipe.pool_size,
+        calibration.seed,
+        [group.name for group in groups],
+        index,
+        calibration.table.outputs[classes],
+    )
+    cached = memory.cache(
+        _score_cached, ignore=["calibration", "groups", "statistics", "index", "classes", "recipe"]
+    )
+    return cached(key, calibration, groups, statistics, index, classes, recipe)
+
+
+def _score_cached(
+    key: tuple[Any, ...],
+    calibration: Calibration,
+    groups: Sequence[ChannelGroup],
+    statistics: Statistics,
+    index: np.ndarray,
+    classes: np.ndarray,
+    recipe: Recipe,
+) -> Scored:
+    """`_score` with a key that joblib can hash."""
+    return _score(calibration, groups, statistics, index, classes, recipe)
+
+
+def _score(
+    calibration: Calibration,
+    groups: Sequence[ChannelGroup],
+    statistics: Statistics,
+    index: np.ndarray,
+    classes: np.ndarray,
+    recipe: Recipe,
+) -> Scored:
+    """Score filters for a set of classes."""
+    layers = [layer for group in groups for layer in group.layers]
+    return score_classes(
+        calibration.graph,
+        groups,
+        observation_nodes(calibration.graph, layers),
+        statistics,
+        index,
+        np.searchsorted(classes, calibration.codes[index]),
+        recipe,
+        outputs=calibration.table.outputs[classes].tolist(),
+        batches=functools.partial(calibration.batcher, calibration.X),
+        seed=calibration.seed,
+    )
