@@ -1,4 +1,4 @@
-"""Table 1: which filter score keeps most of a cluster's accuracy, under which repair?
+"""Table 1: which filter score keeps most of a cluster's accuracy, under which repair.
 
 Every criterion ranks the same network's filters on a cluster's images; the same number of filters
 is sliced out of each layer; accuracy is measured among the cluster's classes::

@@ -1,4 +1,4 @@
-"""Table 2: how is DCS best defined, and does one penalty serve networks of different widths?
+"""Table 2: how DCS is best defined, and whether one penalty serves different widths.
 
 The probe's penalty and the scaling of its inputs together, then pooling, norm and variant one at a
 time, without repair. Run it once for each network; the figure sets them side by side::
@@ -213,10 +213,11 @@ def _section(found: Mapping[Key, list[np.ndarray]], label: str) -> str:
 
 _INTRODUCTION = f"""\
 Filters are removed by DCS in different definitions, without repair; accuracy among the cluster's
-classes, mean over two pairs of ratios (10 to 50 % and 30 to 70 % of the filters of the first and the
-last sliced layer). The rule ``columns`` multiplies the penalty by the layer's number of columns (filters
-times cells) over {COLUMNS}. An infinite penalty is the closed form: differences of class means. In brackets:
-95 % interval of the paired difference, hierarchical bootstrap over clusters and test images.
+classes, mean over two pairs of ratios (10 to 50 % and 30 to 70 % of the filters of the first and
+the last sliced layer). The rule ``columns`` multiplies the penalty by the layer's number of
+columns (filters times cells) over {COLUMNS}. An infinite penalty is the closed form: differences
+of class means. In brackets: 95 % interval of the paired difference, hierarchical bootstrap over
+clusters and test images.
 
 The paper leaves objective, penalty, scaling and norm open, and reports no such comparison.
 

@@ -1,6 +1,4 @@
-"""Rebuild every page of results, and its figures, from the CSV files beside them::
-
-    python pages.py
+"""Rebuild every page of results, and its figures, from the CSV files beside them.
 
 A table without a CSV file has no page. Pages that other scripts wrote stay, and are listed.
 """
@@ -16,7 +14,7 @@ import rst
 from study import HERE, RESULTS
 
 # Each has a function `page` from a folder to a `rst.Page`, or None without a CSV file.
-TABLES = ("criteria_table", "definition_table", "pruning", "sinf", "sharing_table")
+TABLES = ("criteria_table", "definition_table", "pruning_table", "sinf_page", "sharing_table")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def index(names: Sequence[str]) -> rst.Page:
     """The page that lists the others."""
     entries = "".join(f"   {name}\n" for name in names)
-    return rst.Page("index", "Results", f"{_INTRODUCTION}\n.. toctree::\n   :maxdepth: 1\n\n{entries}")
+    tree = f".. toctree::\n   :maxdepth: 1\n\n{entries}"
+    return rst.Page("index", "Results", f"{_INTRODUCTION}\n{tree}")
 
 
 _INTRODUCTION = """\

@@ -1,7 +1,7 @@
-"""Table 6: how much do semantically similar inputs share filters, layer by layer?
+"""Table 6: how much semantically similar inputs share filters, layer by layer.
 
-That they share many, above all early, is the reason for semantic subgraphs. Two measures of it, each
-an overlap of sets of filters (Jaccard: common over joint)::
+That they share many is the reason for semantic subgraphs. Two measures of it, each an overlap of
+sets of filters (Jaccard: common over joint)::
 
     python sharing_table.py --weights vgg16.pt --data ~/images --held-out
     python sharing_table.py --quick
@@ -202,7 +202,9 @@ def dcs_overlaps(
                 # A filter set that tells nothing apart scores 0, and its choice is random.
                 warnings.simplefilter("ignore", UserWarning)
                 found = discriminative_capability(
-                    torch.as_tensor(features[mine]), torch.as_tensor(y[mine]), **base.frozen()["dcs"]
+                    torch.as_tensor(features[mine]),
+                    torch.as_tensor(y[mine]),
+                    **base.frozen()["dcs"],
                 )
             scores.append(found.score.numpy())
         return _best_half(np.stack(scores))
@@ -343,11 +345,12 @@ def _interval(found: Estimate) -> str:
 
 _INTRODUCTION = """\
 The paper starts from the observation that semantically similar inputs activate many of the same
-filters, and that layers come to differ between clusters with depth. Here each set is half of a layer's filters that fire at all; chance is the mean overlap of two random halves. For
-``activation`` a set is what a class activates most, relative to the mean of all classes, on images of the
-split; for ``dcs`` it is what scores highest for a cluster, on calibration images. "Other images" compares
-sets from two halves of the images, so it shows how much of a difference is noise. In brackets: 95 %
-interval over clusters.
+filters, and that layers come to differ between clusters with depth. Here each set is half of a
+layer's filters that fire at all; chance is the mean overlap of two random halves. For
+``activation`` a set is what a class activates most, relative to the mean of all classes, on
+images of the split; for ``dcs`` it is what scores highest for a cluster, on calibration images.
+"Other images" compares sets from two halves of the images, so it shows how much of a difference
+is noise. In brackets: 95 % interval over clusters.
 
 ``python examples/paper/sharing_table.py --weights WEIGHTS --data FOLDER --split report``
 """

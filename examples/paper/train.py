@@ -1,4 +1,6 @@
-"""Train a base network for the tables, on all images but every tenth of each class::
+"""Train a base network for the tables, on all images but every tenth of each class.
+
+For example::
 
     python train.py --network vgg16 --width 0.5 --epochs 14 --data ~/images --out vgg16_half.pt
 
