@@ -59,7 +59,8 @@ def static_least_squares(
     example : Tensor of shape (n, ...)
         An input of both networks. Only its shape is looked at.
     alpha : float, default=0.01
-        Ridge penalty, relative to the mean variance of the kept inputs.
+        Ridge penalty, relative to the mean variance of the kept inputs. With thousands of images
+        anything from 1e-4 to 0.03 does as well; with a hundred, less than 0.01 fits noise.
 
     Returns
     -------
