@@ -278,26 +278,22 @@ def obs(data: LayerData) -> Tensor:
     return removal_costs(consumers, len(_need(data, "weight")), data.n_groups)
 
 
-@_register("dcs_obs", needs=("features", "y", "weight", "consumers", "consumer_features"))
+@_register("dcs_obs", needs=("y", "weight", "consumers", "consumer_features"))
 def dcs_obs(data: LayerData, *, penalty: float = 1.0, power: float = 1.0) -> Tensor:
     """What the layers behind lose for good, each of their outputs counted by its own DCS.
 
     A loss of an output counts in proportion to that output's DCS to the `power`. Outputs that are
     not observed (those of the network itself) count alike. Filters whose readers are not known are
-    ranked by their own DCS.
+    ranked by L1 norm.
     """
-    consumers, observed = _need(data, "consumers"), _need(data, "consumer_features")
-    if not consumers:
-        return dcs(data, penalty=penalty)
-    importance = {}
+    y, observed = _need(data, "y"), _need(data, "consumer_features")
+    consumers, importance = _need(data, "consumers"), {}
     for consumer in consumers:
         if consumer.name in observed:
-            x = observed[consumer.name].reshape(len(_need(data, "y")), consumer.n_outputs, -1)
-            found = discriminative_capability(x, _need(data, "y"), penalty=penalty)
+            x = observed[consumer.name].reshape(len(y), consumer.n_outputs, -1)
+            found = discriminative_capability(x, y, penalty=penalty)
             importance[consumer.name] = found.score.cpu().pow(power)
-    return removal_costs(
-        weigh_outputs(consumers, importance), len(_need(data, "weight")), data.n_groups
-    )
+    return obs(replace(data, consumers=tuple(weigh_outputs(consumers, importance))))
 
 
 @_register("dcs_plus_obs", needs=("features", "y", "weight", "consumers"))

@@ -403,11 +403,11 @@ def test_dcs_plus_obs_is_between_its_parts():
     torch.testing.assert_close(alone, dcs)
 
 
-def test_where_no_reader_is_known_dcs_decides():
+def test_where_no_reader_is_known():
     data = LayerData(**{**layer_data().__dict__, "consumers": ()})
-    dcs = CRITERIA["dcs"].function(data)
-    for name in ("dcs_obs", "dcs_plus_obs"):
-        torch.testing.assert_close(CRITERIA[name].function(data), dcs)
+    for name, alone in (("dcs_obs", "obs"), ("dcs_plus_obs", "dcs")):
+        scores = (CRITERIA[criterion].function(data) for criterion in (name, alone))
+        torch.testing.assert_close(*scores)
 
 
 @pytest.mark.filterwarnings("ignore:The model answers")  # it is not trained

@@ -38,6 +38,7 @@ def record(
         "map_range": torch.rand(n_filters, generator=generator),
         "couplings": tuple(torch.rand(2, n_filters, generator=generator)),
         "consumers": (reader(torch.randn(5, n_filters, generator=generator)),),
+        "consumer_features": {"next": torch.rand(n, 5 * 4, generator=generator)},
         "n_classes": k,
         "generator": generator,
     }
@@ -310,6 +311,7 @@ def network_with_idle_filters() -> nn.Module:
 
 
 MAY_KEEP_IDLE = {"random", "l1", "l2", "fpgm", "taylor", "taylor_squared", "obs"}
+MAY_KEEP_IDLE |= {"dcs_obs", "dcs_plus_obs"}
 
 
 @untrained
