@@ -297,7 +297,7 @@ def dcs_obs(data: LayerData, *, penalty: float = 1.0, power: float = 1.0) -> Ten
 
 
 @_register("dcs_plus_obs", needs=("features", "y", "weight", "consumers"))
-def dcs_plus_obs(data: LayerData, *, penalty: float = 1.0, share: float = 0.5) -> Tensor:
+def dcs_plus_obs(data: LayerData, *, penalty: float = 1.0, share: float = 0.75) -> Tensor:
     """DCS, and what a filter adds to what the layers behind lose for good; `share` is that of DCS.
 
     Both are divided by their sum over the layer. A filter that discriminates stays, and so does one

@@ -397,7 +397,7 @@ def test_dcs_plus_obs_is_between_its_parts():
     data = layer_data()
     dcs, both = (CRITERIA[name].function(data) for name in ("dcs", "dcs_plus_obs"))
     lost = marginal_costs(CRITERIA["obs"].function(data))
-    torch.testing.assert_close(both, 0.5 * dcs + 0.5 * lost / lost.sum())
+    torch.testing.assert_close(both, 0.75 * dcs + 0.25 * lost / lost.sum())
     assert float(both.sum()) == pytest.approx(1.0)
     alone = CRITERIA["dcs_plus_obs"].function(data, share=1.0)
     torch.testing.assert_close(alone, dcs)
