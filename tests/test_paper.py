@@ -350,7 +350,8 @@ def test_sharing_by_hand(paper):
     means = np.array([[5, 4, 1, 1], [4, 5, 1, 1], [1, 1, 5, 4], [1, 1, 4, 5]], dtype=float)
     features = means[y] * np.array([1.0, 1.0, 100.0, 1.0])  # a filter that is always on
     partition = {"p": np.array([0, 1]), "q": np.array([2, 3])}
-    found = list(table.activation_overlaps(features, y, partition))
+    wanted = ("same", "other", "itself")
+    found = list(table.activation_overlaps(features, y, partition, wanted))
     assert {(name, pair): value for name, pair, value in found} == {
         ("p", "same"): 1.0,
         ("p", "other"): 0.0,

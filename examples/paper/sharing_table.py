@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,15 @@ def measure(study: base.Study, table: Table, options: argparse.Namespace) -> Non
         own = {"measure": what, "layer": layer, "clusters": kind, "draw": number}
         return {**study.key(), **own, **more}
 
+    def pairs(what: str, kind: str) -> list[str]:
+        return [pair for (own, pair), _, _ in LINES[what] if own == kind]
+
     def is_done(what: str, layer: str, kind: str, number: int) -> bool:
-        pairs = {pair for (k, pair), _, _ in LINES[what] if k == kind}
         return all(
             key(what, layer, kind, number, cluster=cluster, overlap_with=pair) in table
-            for cluster in partitions[kind, number]
-            for pair in pairs
+            for cluster, classes in partitions[kind, number].items()
+            for pair in pairs(what, kind)
+            if len(classes) > 1 or pair != "same"
         )
 
     plan = [entry for entry in plan if not is_done(*entry)]
@@ -127,17 +130,16 @@ def measure(study: base.Study, table: Table, options: argparse.Namespace) -> Non
     for what, layer, kind, number in tqdm(plan, unit=" partitions", mininterval=2):
         features = seen[what][layer].numpy()
         live = features.std(0) > 0
-        found = overlaps[what](features[:, live], labels[what], partitions[kind, number])
-        n_live = int(live.sum())
+        partition, n_live = partitions[kind, number], int(live.sum())
+        found = overlaps[what](features[:, live], labels[what], partition, pairs(what, kind))
         for cluster, pair, overlap in found:
-            if any(wanted == (kind, pair) for wanted, _, _ in LINES[what]):
-                table.add(
-                    **key(what, layer, kind, number, cluster=cluster, overlap_with=pair),
-                    depth=layers.index(layer) + 1,
-                    overlap=f"{overlap:.5f}",
-                    chance=f"{expected_overlap(n_live, n_live // 2):.5f}",
-                    filters=n_live,
-                )
+            table.add(
+                **key(what, layer, kind, number, cluster=cluster, overlap_with=pair),
+                depth=layers.index(layer) + 1,
+                overlap=f"{overlap:.5f}",
+                chance=f"{expected_overlap(n_live, n_live // 2):.5f}",
+                filters=n_live,
+            )
 
 
 def shuffled(partition: Partition, seed: int) -> Partition:
@@ -148,7 +150,7 @@ def shuffled(partition: Partition, seed: int) -> Partition:
 
 
 def activation_overlaps(
-    features: np.ndarray, y: np.ndarray, partition: Partition
+    features: np.ndarray, y: np.ndarray, partition: Partition, wanted: Collection[str]
 ) -> Iterator[tuple[str, str, float]]:
     """Of each cluster the mean overlap of its classes: with each other, others, and themselves."""
     classes = np.concatenate(list(partition.values()))
@@ -161,11 +163,11 @@ def activation_overlaps(
         inside = np.zeros(len(classes), dtype=bool)
         inside[start : start + len(own)] = True
         start += len(own)
-        if len(own) > 1:
-            pairs = whole[np.ix_(inside, inside)]
-            yield name, "same", float(pairs[np.triu_indices(len(own), 1)].mean())
-        yield name, "other", float(whole[np.ix_(inside, ~inside)].mean())
-        yield name, "itself", float(itself[inside].mean())
+        pairs = whole[np.ix_(inside, inside)][np.triu_indices(len(own), 1)]
+        found = {"same": pairs, "other": whole[np.ix_(inside, ~inside)], "itself": itself[inside]}
+        for pair in wanted:
+            if found[pair].size:
+                yield name, pair, float(found[pair].mean())
 
 
 def preferred(features: np.ndarray, y: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -189,7 +191,7 @@ def preferred(features: np.ndarray, y: np.ndarray, classes: np.ndarray) -> np.nd
 
 
 def dcs_overlaps(
-    features: np.ndarray, y: np.ndarray, partition: Partition
+    features: np.ndarray, y: np.ndarray, partition: Partition, wanted: Collection[str]
 ) -> Iterator[tuple[str, str, float]]:
     """Of each cluster the mean overlap of its best filters with other clusters' and its own."""
     half = _every_second(y)
@@ -209,11 +211,14 @@ def dcs_overlaps(
             scores.append(found.score.numpy())
         return _best_half(np.stack(scores))
 
-    whole = _overlaps(best(np.ones(len(y), dtype=bool)))
-    itself = _overlaps(best(half == 0), best(half == 1)).diagonal()
-    for i, name in enumerate(partition):
-        yield name, "other", float(np.delete(whole[i], i).mean())
-        yield name, "itself", float(itself[i])
+    if "other" in wanted:
+        whole = _overlaps(best(np.ones(len(y), dtype=bool)))
+        for i, name in enumerate(partition):
+            yield name, "other", float(np.delete(whole[i], i).mean())
+    if "itself" in wanted:
+        itself = _overlaps(best(half == 0), best(half == 1)).diagonal()
+        for i, name in enumerate(partition):
+            yield name, "itself", float(itself[i])
 
 
 def _every_second(y: np.ndarray) -> np.ndarray:
