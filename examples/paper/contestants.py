@@ -98,22 +98,23 @@ class Probed(nn.Module):
         return early
 
 
-def probe_behind(module: nn.Module, layer: str, fit: Study, held: Study) -> RoutePredictor:
+def probe_behind(module: nn.Module, layer: str, study: Study) -> RoutePredictor:
     """A probe on fine classes behind a layer of a network, as the router's."""
     whole = trace(module)
     prefix = split(whole, find_cut(whole, layer))[0]
 
-    def features(study: Study, X: np.ndarray) -> Tensor:
-        return pooled_output(prefix, study.batches(X), POOL)
-
     return fit_route_predictor(
-        features(fit, fit.X), fit.y, features(held, held.X_test), held.y_test, pool_size=POOL
+        pooled_output(prefix, study.batches(study.X), POOL),
+        study.y,
+        pooled_output(prefix, study.batches(study.X_test), POOL),
+        study.y_test,
+        pool_size=POOL,
     ).predictor
 
 
-def tuned(normalise: nn.Module, module: nn.Module, layer: str, fit: Study, held: Study) -> Probed:
+def tuned(normalise: nn.Module, module: nn.Module, layer: str, held: Study) -> Probed:
     """A network fused with its own probe; the weight has the lowest held-out log loss."""
-    probe = probe_behind(module, layer, fit, held)
+    probe = probe_behind(module, layer, held)
     made = Probed(normalise, module, layer, probe, 0.0)
     late, early = [], []
     with torch.inference_mode():

@@ -173,25 +173,33 @@ def _complete(table: Table, study: base.Study, entry: Entry) -> bool:
 
 
 def fitted(options: argparse.Namespace, entry: Entry, held: base.Study) -> tuple[Any, float]:
-    """The fitted estimator and the seconds that it took, stored from one run to the next."""
-    if entry.estimator is None:
-        return held.base.model.module(), 0.0
-    own = base.frozen()["sinf"]
+    """A routed network or a network's controls, and the seconds that the fit took.
+
+    Returns
+    -------
+    made : SINFClassifier or dict of str to Module
+    seconds : float
+    """
+    own = base.frozen()["sinf_quick" if options.quick else "sinf"]
     rows = held.draw(range(len(held.class_names)), own["images"], entry.seed)
     data = held.X[rows], held.y[rows]
-    extra = {}
-    if isinstance(entry.estimator, SINFClassifier):
-        extra = {"X_val": held.X_test, "y_val": held.y_test}
-    key = joblib.hash((__version__, entry.estimator, data, extra))
+    routed = entry.contestant == "SINF"
+    extra = {"X_val": held.X_test, "y_val": held.y_test} if routed else {}
+    key = joblib.hash((__version__, held.base.model, entry.estimator, data, extra))
     path = options.fitted / f"{held.base.label}_{key[:16]}.joblib"
     if path.exists():
         return joblib.load(path)
     options.fitted.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    # Statistics and scores that several networks share are computed once.
-    made = entry.estimator.set_params(memory=str(options.fitted / "cache")).fit(*data, **extra)
+    made = entry.estimator
+    if made is not None:
+        # Statistics and scores that several networks share are computed once.
+        made.set_params(memory=str(options.fitted / "cache")).fit(*data, **extra)
+        made.set_params(memory=None)
     seconds = time.perf_counter() - start
-    made.set_params(memory=None)
+    if not routed:
+        module = held.base.model.module() if made is None else made.model_
+        made = _controls(module, replace(held, X=data[0], y=data[1]))
     joblib.dump((made, seconds), path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)  # whole or not at all
     return made, seconds
@@ -206,7 +214,10 @@ def measure(
     if entry.contestant == "SINF":
         found = _routed(made, test)
     else:
-        found = _unrouted(getattr(made, "model_", made), held, test)
+        found = _unrouted(made, test)
+        if entry.contestant == "base":
+            # Once for all rows: with them, every row's answers can be told apart by class.
+            found["one"][1]["labels"] = " ".join(map(str, test.y_test.tolist()))
     for variant, (right, numbers) in found.items():
         row = {**dict.fromkeys(VALUES, ""), **numbers, "fit_seconds": f"{seconds:.1f}"}
         row |= {"images": len(right), "right": int(right.sum()), "answers": to_hex(right)}
@@ -222,15 +233,15 @@ def _routed(made: SINFClassifier, test: base.Study) -> dict[str, tuple[np.ndarra
     whole = count_macs(plain, network.normalise(example))[0]
     truth = torch.as_tensor(made.class_clusters_[y])
     seen = _variants(network, plain, test, truth)
+    chosen, fallback = seen.pop("cluster"), seen.pop("fallback")
     facts = {
         "route_layer": made.route_layer_,
         "n_clusters": network.n_clusters,
-        "routed_right": float((seen.pop("cluster") == truth.numpy()).mean()),
+        "routed_right": float((chosen == truth.numpy()).mean()),
         "clusters": " ".join(map(str, made.class_clusters_.tolist())),
         "cluster_names": "|".join(map(str, made.cluster_names_)),
     }
-    fallback = seen.pop("fallback")
-    own = costs["shared_macs"] + costs["macs"][seen.pop("chosen")]
+    own = costs["shared_macs"] + costs["macs"][chosen]
     base_macs = costs["shared_macs"] + costs["macs"][-1]
     macs = {
         "base": whole,
@@ -282,47 +293,43 @@ def _variants(network: SINFNetwork, plain: Any, test: base.Study, truth: Tensor)
             }.items():
                 found.setdefault(variant, []).append(answers.argmax(1))
             found.setdefault("cluster", []).append(route.cluster)
-            found.setdefault("chosen", []).append(route.cluster)
             found.setdefault("fallback", []).append(unsure)
     return {variant: torch.cat(parts).numpy() for variant, parts in found.items()}
 
 
 def _unrouted(
-    module: Any, held: base.Study, test: base.Study
-) -> dict[str, tuple[np.ndarray, dict]]:
+    controls: dict[str, Any], test: base.Study
+) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
     """Answers of one network for all classes, alone, fused with a probe, and left at it."""
     example = next(test.batches(test.X_test[:1]))
     whole = count_macs(test.base.model.module(), example)[0]
     found = {}
-    for variant, made in _controls(module, held).items():
-        parts = [made.module] if variant == "one" else [made.prefix, made.rest]
-        macs = count_macs(parts[0], example)[0]
-        if len(parts) > 1:
+    for variant, made in controls.items():
+        if variant == "one":
+            macs = count_macs(made.module, example)[0]
+        else:
             with torch.inference_mode():
-                h = parts[0](example)
+                h = made.prefix(example)
             stays = 1.0 if variant == "fused" else _stays(made, test)
-            macs += made.probe.weight.numel() + stays * count_macs(parts[1], h)[0]
-        right = rivals.right_answers(made, test)
-        found[variant] = right, {"macs": macs / whole}
-    if module is test.base.model.module():
-        # Once for all rows: with them, every row's answers can be told apart by class.
-        found["one"][1]["labels"] = " ".join(map(str, test.y_test.tolist()))
+            macs = count_macs(made.prefix, example)[0] + made.probe.weight.numel()
+            macs += stays * count_macs(made.rest, h)[0]
+        found[variant] = rivals.right_answers(made, test), {"macs": macs / whole}
     return found
 
 
 def _controls(module: Any, held: base.Study) -> dict[str, Any]:
-    """One network alone, fused with a probe where the router sits, and left early."""
+    """One network alone, fused with a probe where the router sits, and left early.
+
+    The probe is fitted on the study's own images and tuned on its test images.
+    """
     own = base.frozen()["sinf"]
     layer = own["route_layer"][held.base.network]
     normalise = rivals.normaliser(held)
-    few = held.draw(range(len(held.class_names)), own["images"], 0)
-    fit = replace(held, X=held.X[few], y=held.y[few])
-    fused = rivals.tuned(normalise, module, layer, fit, held)
-    limit = own["max_accuracy_drop"]
+    fused = rivals.tuned(normalise, module, layer, held)
     return {
         "one": rivals.Plain(normalise, module),
         "fused": fused,
-        "exit": rivals.early_exit(fused, held, limit),
+        "exit": rivals.early_exit(fused, held, own["max_accuracy_drop"]),
     }
 
 
@@ -345,10 +352,7 @@ def take_times(
     keys = {}
     for entry in entries:
         made, _ = fitted(options, entry, held)
-        if entry.contestant == "SINF":
-            variants = {"SINF": made.network_}
-        else:
-            variants = _controls(getattr(made, "model_", made), held)
+        variants = {"SINF": made.network_} if entry.contestant == "SINF" else made
         for variant, module in variants.items():
             key = {**entry.key(), "variant": variant}
             name = " | ".join(map(str, key.values()))

@@ -1,0 +1,107 @@
+"""Tables 4 and 5: routed networks beside their controls."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+PAPER = Path(__file__).parent.parent / "examples" / "paper"
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """Import a script by name; its neighbours are found too."""
+    sys.path.insert(0, str(PAPER))
+    yield importlib.import_module
+    sys.path.remove(str(PAPER))
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(PAPER)):
+            del sys.modules[name]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_quick_table_its_resume_and_its_pages(paper, tmp_path):
+    script, pages = paper("sinf_table"), paper("sinf_page")
+    arguments = ["--quick", "--threads", "1", "--kinds", "given", "--out", str(tmp_path)]
+    script.main(arguments)
+    path = tmp_path / "sinf_vgg16-0.125_choose.csv"
+    rows = rows_of(path)
+    variants = {row["variant"] for row in rows if row["contestant"] == "SINF"}
+    assert variants == {"base", "restricted", *pages.SWITCHES}
+    assert {row["contestant"] for row in rows} == {"base", "SINF", "one network"}
+    by = {tuple(row[k] for k in pages.IDENTITY): row for row in rows}
+    assert len(by) == len(rows)
+    for key, row in by.items():
+        assert 0 < float(row["macs"]) < 1.2 and int(row["images"]) == 96
+        if row["variant"] == "SINF":
+            own = {variant: by[(*key[:4], variant)] for variant in variants}
+            assert own["base"]["right"] == by["base", "", "", "0", "one"]["right"]
+            assert int(own["oracle"]["right"]) >= int(own["no threshold"]["right"])
+            assert int(own["restricted"]["right"]) >= int(own["base"]["right"])
+            assert float(own["no threshold"]["macs"]) <= float(row["macs"]) + 1e-9
+    found = pages.Results(path)
+    assert {name for name in found.times} <= {pages._identity(row) for row in rows}
+    assert found.time(found.base) == 1.0
+    before = path.read_bytes()
+    script.main(arguments)
+    assert path.read_bytes() == before  # everything was found again
+    text = pages.page(tmp_path).text()
+    assert "fused with a probe (b)" in text and "restricted" in pages.cluster_page(tmp_path).text()
+    assert (tmp_path / "sinf_vgg16-0.125_choose.png").stat().st_size > 10_000
+
+
+def test_the_control_is_interpolated_to_the_time_of_the_contestant(paper, tmp_path):
+    record, pages = paper("record"), paper("sinf_page")
+    columns = ("contestant", "kind", "size", "seed", "variant")
+    path = tmp_path / "sinf_x_report.csv"
+    table = record.Table(path, columns, ("images", "answers", "macs"))
+    times = record.Table(tmp_path / "sinf_x_report_time.csv", columns, ("ratio",))
+    for contestant, size, ratio, right in (
+        ("base", "", 1.0, [1, 1, 1, 1]),
+        ("one network", "a", 0.6, [1, 1, 0, 0]),
+        ("one network", "b", 0.2, [0, 1, 0, 0]),
+        ("SINF", "c", 0.5, [1, 0, 0, 0]),
+        ("SINF", "d", 0.1, [0, 0, 0, 0]),
+    ):
+        variant = "SINF" if contestant == "SINF" else "one"
+        key = {"contestant": contestant, "kind": "", "size": size, "seed": 0, "variant": variant}
+        answers = record.to_hex(np.array(right))
+        table.add(**key, images=4, answers=answers, macs=ratio)
+        times.add(**key, ratio=ratio)
+    found = pages.Results(path)
+    between, outside = found.of("SINF", "SINF")
+    np.testing.assert_allclose(found.at_equal_time(between, "one"), [0.75, 1, 0, 0])
+    assert found.at_equal_time(outside, "one") is None
+    ahead = found.gain(between, found.at_equal_time(between, "one"))
+    assert ahead.mean[0] == pytest.approx(-0.1875)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_probed_network_leaves_early_where_it_is_sure(paper):
+    rivals, study = paper("contestants"), paper("study")
+    quick = study.open_study(study.parser("").parse_args(["--quick", "--threads", "1"]))
+    module, normalise = quick.base.model.module(), rivals.normaliser(quick)
+    fused = rivals.tuned(normalise, module, "features.24", quick)
+    x = next(rivals.raw(quick.X_test))
+    with torch.inference_mode():
+        h, early = fused.parts(x)
+        expected = fused.rest(h) + fused.weight * early
+        torch.testing.assert_close(fused(x), expected)
+        plain = rivals.Plain(normalise, module)(x)
+        torch.testing.assert_close(fused.rest(h), plain, rtol=1e-3, atol=1e-3)
+        exiting = rivals.early_exit(fused, quick, 0.0)
+        assert exiting.threshold <= 1.0 < fused.threshold
+        stays = early.exp().amax(1) < exiting.threshold
+        mixed = torch.where(stays[:, None], expected, early)
+        torch.testing.assert_close(exiting(x), mixed, rtol=1e-4, atol=1e-4)
