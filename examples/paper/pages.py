@@ -46,7 +46,7 @@ def index(names: Sequence[str]) -> rst.Page:
 
 _INTRODUCTION = """\
 What was measured, by scripts that anyone can run: ``examples/paper/`` holds one for each table,
-which writes the CSV file beside these pages; ``examples/paper/pages.py`` writes the pages from them.
+which writes the CSV file beside these pages. ``examples/paper/pages.py`` makes the pages of them.
 Each row says with what seed, versions and hardware it was measured.
 
 Figures marked "paper, CIFAR-100" are those of arXiv 2310.01259, on other images than ours.
