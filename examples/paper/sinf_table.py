@@ -281,6 +281,7 @@ def _variants(network: SINFNetwork, plain: Any, test: base.Study, truth: Tensor)
             certain = replace(route, confidence=torch.full_like(route.confidence, 2.0))
             logits = plain(x)
             outside = network.class_clusters != own[:, None]
+            oracle = network.process(h, replace(certain, cluster=own))
             for variant, answers in {
                 "base": logits,
                 "SINF": network.process(h, route),
@@ -288,7 +289,7 @@ def _variants(network: SINFNetwork, plain: Any, test: base.Study, truth: Tensor)
                 "no fusion": fusionless.process(h, route),
                 "no threshold": network.process(h, certain),
                 "two clusters": two.process(h, route),
-                "oracle": network.process(h, replace(certain, cluster=own)),
+                "oracle": oracle.masked_fill(outside, 0.0),
                 "restricted": logits.masked_fill(outside, -torch.inf),
             }.items():
                 found.setdefault(variant, []).append(answers.argmax(1))
