@@ -14,7 +14,14 @@ import rst
 from study import HERE, RESULTS
 
 # Each has a function `page` from a folder to a `rst.Page`, or None without a CSV file.
-TABLES = ("criteria_table", "definition_table", "pruning_table", "sinf_page", "sharing_table")
+TABLES = (
+    "criteria_table",
+    "definition_table",
+    "pruning_table",
+    "sinf_page",
+    "clusters_page",
+    "sharing_table",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
