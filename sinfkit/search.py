@@ -122,7 +122,8 @@ def climb(
 
     Notes
     -----
-    From `start` one step at a time, up while that is better, else down: a bolder size does less
+    From `start` one step at a time, up while that is better, else (or where that stays outside the
+    limit, by noise) down: a bolder size does less
     work, but sends more samples to the base, so that the cost has a minimum.  Towards a limit that
     has not been met yet, the way goes on over steps that are no better, which noise can make.
 
@@ -143,6 +144,6 @@ def climb(
             elif goal.reached(found) or step == goal.away:
                 break
             rung += step
-        if best != start:
+        if best != start and (goal.reached(found) or step != goal.away):
             break
     return best, found

@@ -64,3 +64,15 @@ def test_for_a_speed_the_first_rung_that_reaches_it_is_taken():
     for start in range(4):
         assert climb(evaluate, 4, start, Goal(0.01, speedup=2.0))[0] == 2
     assert climb(evaluate, 4, 1, Goal(0.01, speedup=9.0))[0] == 3
+
+
+def test_a_step_away_that_noise_makes_better_does_not_hide_the_way_to_the_limit():
+    drops = [0.0, 0.0, 0.02, 0.05, 0.049, 0.06]  # at 4 a little better than at 3, by chance
+    seen = []
+
+    def evaluate(i):
+        seen.append(i)
+        return Outcome(drops[i], 1 - i / 10)
+
+    assert climb(evaluate, 6, 3, Goal(0.01))[0] == 1
+    assert len(seen) == len(set(seen)), "each rung is built once"
