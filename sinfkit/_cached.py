@@ -101,6 +101,7 @@ def score(
         calibration.seed,
         [group.name for group in groups],
         index,
+        calibration.codes[index],
         calibration.table.outputs[classes],
     )
     cached = memory.cache(

@@ -90,6 +90,12 @@ def test_own_memory_caches_statistics_and_scores(trained, tmp_path):
     DCSPruner(frozen, random_state=0, memory=str(tmp_path), penalty=0.1).fit(X, y)
     DCSPruner(frozen, random_state=0, memory=str(tmp_path), classes=[0, 1]).fit(X, y)
     assert len(list(tmp_path.rglob("output.pkl"))) == n + 3  # other scores of the same statistics
+    other = np.random.default_rng(0).permutation(y)
+    keywords = {"random_state": 0, "repair": "none"}
+    cached = DCSPruner(frozen, memory=str(tmp_path), **keywords).fit(X, other)
+    fresh = DCSPruner(frozen, **keywords).fit(X, other)
+    for layer, score in fresh.scores_.items():
+        np.testing.assert_array_equal(cached.scores_[layer], score)
 
 
 def test_grid_search_over_nested_parameters(trained):
