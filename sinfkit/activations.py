@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from ._tracing import copy_sharing_weights
 from .graph import channel_axis, with_capture
 
 
@@ -230,7 +231,9 @@ def taylor_scores(
         value.register_hook(add)
         totals.setdefault(key, numbers.new_zeros(numbers.shape[axes[key]], dtype=torch.float64))
 
-    watched = with_capture(gm, wanted, attend)
+    # Copied, since the call below puts the constants in the modules' places for its time, and other
+    # threads may be using the same modules.
+    watched = copy_sharing_weights(with_capture(gm, wanted, attend))
     constants = {name: p.detach() for name, p in watched.named_parameters()}
 
     def attribute(batch: Tensor, labels: Tensor) -> int:

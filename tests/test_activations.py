@@ -3,7 +3,9 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -492,3 +494,23 @@ def test_on_a_gpu() -> None:
     for name in nodes:
         torch.testing.assert_close(on_gpu[0].pooled[name], on_cpu[0].pooled[name])
         torch.testing.assert_close(on_gpu[1][name], on_cpu[1][name])
+
+
+def test_taylor_scores_leave_the_network_alone_while_threads_share_it():
+    gm = trace(small_cnn())
+    before = list(gm.parameters())
+    nodes = observation_nodes(gm, ["0"])
+    x, y = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    expected = taylor_scores(gm, [(x, y)], nodes)["0"]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool_of_threads:
+            jobs = [pool_of_threads.submit(taylor_scores, gm, [(x, y)], nodes) for _ in range(40)]
+            found = [job.result()["0"] for job in jobs]
+    finally:
+        sys.setswitchinterval(interval)
+    for score in found:
+        torch.testing.assert_close(score, expected)
+    after = list(gm.parameters())
+    assert len(after) == len(before) and all(a is b for a, b in zip(after, before, strict=True))
