@@ -18,12 +18,14 @@ from ._tracing import copy_sharing_weights
 from .costs import CostModel, network_cost
 from .profiling import _synchronise, paired_latency
 from .schedules import marginal_losses, widths_within
+from .scores import CRITERIA
 from .subgraph import Recipe, Scored, choose_channels
 from .surgery import ChannelGroup, slice_channels
 
 __all__ = ["Budgeted", "budgeted_widths", "layer_seconds", "shared_widths", "tighten"]
 
-_CUMULATIVE = frozenset({"obs"})  # criteria whose scores add up what was lost before
+# Criteria whose scores add up what was lost before.
+_CUMULATIVE = (CRITERIA["obs"], CRITERIA["dcs_obs"])
 _REPEATS = 15  # rounds of a measurement
 _BISECTIONS = 5
 
@@ -93,7 +95,7 @@ def shared_widths(
 def _losses(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.float64]:
     """Comparable losses of one group, from scores of one set of classes."""
     try:
-        if recipe.criterion.name in _CUMULATIVE:
+        if recipe.criterion in _CUMULATIVE:
             scores = scored.layers[group.name]
             # A group whose readers are unknown was ranked by L1 norm, in shares that add up to 1.
             if abs(scores.sum() - 1) > 1e-9:

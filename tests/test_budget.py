@@ -70,6 +70,14 @@ def test_optimal_brain_surgeon_scores_are_losses_as_they_are(network):
     obs = shared_widths(chosen, [Scored(scores, shares)], cost, recipe("obs", 0.9))
     other = shared_widths(chosen, [Scored(scores, shares)], cost, recipe("l1", 0.9))
     assert obs["0"] < other["0"]
+    joined = shared_widths(chosen, [Scored(scores, shares)], cost, recipe("dcs_obs", 0.9))
+    assert joined == obs
+
+    def mine(data):
+        raise AssertionError("the scores are there")
+
+    mine.__name__ = "obs"  # a name says nothing about a function of the user's
+    assert shared_widths(chosen, [Scored(scores, shares)], cost, recipe(mine, 0.9)) == other
     # ranked by L1 norm for want of readers: shares, whose differences mean nothing
     blind = {g.name: np.full(g.n_channels, 1 / g.n_channels) for g in chosen}
     assert shared_widths(chosen, [Scored(blind, blind)], cost, recipe("obs", 0.6)) == shared_widths(
