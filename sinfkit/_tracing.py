@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
+from ._calls import caller_level
 from ._ops import called_module, holds_layers, is_identity, is_layer, is_shape_query, out_of_place
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -111,7 +112,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
             f"Layers inside {', '.join(opaque)} stay whole: torch.fx cannot look into "
             f"{'these modules' if len(opaque) > 1 else 'this module'}.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=caller_level(),
         )
     return gm
 

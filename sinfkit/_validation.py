@@ -12,6 +12,7 @@ import torch
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d, validate_data
 
+from ._calls import caller_level
 from .frozen import FrozenModel
 
 Images = np.ndarray | torch.Tensor
@@ -253,7 +254,7 @@ def warn_if_mismatched(accuracy: float, n_classes: int, n_samples: int) -> None:
             f"than chance ({chance:.1%}): its outputs and the labels seem mismatched. Check "
             "model_classes, and the normalisation (mean, std) of FrozenModel.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=caller_level(),
         )
 
 
@@ -332,7 +333,7 @@ def hold_out(
             "A class has a single calibration sample, so that none can be held out: the same "
             "samples fit and validate. Give at least two samples of each class.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=caller_level(),
         )
         everything = np.arange(len(codes))
         return everything, everything

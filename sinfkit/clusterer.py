@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ._base import TorchEstimator, all_or_nothing
 from ._cached import gather
+from ._calls import caller_level
 from ._validation import hold_out, validate_X
 from .graph import CutPoint, cut_points, find_cut, layer_names, split
 from .probe import fit_probe
@@ -225,7 +226,7 @@ n_features)
                 f"n_clusters={n_clusters} is more than the {n_classes} classes; each class is a "
                 "cluster of its own.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=caller_level(),
             )
             n_clusters = n_classes
         limit = self.max_cluster_size or math.ceil(1.5 * n_classes / n_clusters)

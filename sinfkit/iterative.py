@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ._calls import caller_level
 from .activations import Statistics, collect
 from .graph import observation_nodes
 from .repair import repair
@@ -172,7 +173,7 @@ def prune_in_rounds(
             f"max_accuracy_drop={recipe.max_accuracy_drop:g} on the held-out samples, or no filter "
             "scores far below its layer's mean.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=caller_level(),
         )
     return Pruned(model, support, scores, errors)
 

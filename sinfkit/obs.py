@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ._calls import caller_level
 from ._channels import ChannelGroup
 from ._ridge import double
 from .graph import batch_norm_behind, layer_names
@@ -137,7 +138,7 @@ def gather_consumers(
             f"Criterion 'obs' leaves out what {', '.join(wide)} would lose: more than "
             f"{MAX_INPUTS} inputs.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=caller_level(),
         )
     inverses: dict[str, dict[int, tuple[Tensor, float]]] = {name: {} for name in moments}
     gains = norm_gains(graph)

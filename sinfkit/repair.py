@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ._calls import caller_level
 from ._lockstep import Lockstep
 from ._ridge import double, fit_ridge
 from ._sites import Site, find_site, sample, sample_patches
@@ -213,7 +214,7 @@ default="least_squares"
             f"Layers that are used more than once stay as they were sliced: "
             f"{', '.join(dict.fromkeys(skipped))}.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=caller_level(),
         )
     return errors
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ._calls import caller_level
 from ._inputs import Inputs, kept_inputs
 from ._lockstep import twins
 from ._ops import called_layer
@@ -154,7 +155,7 @@ def static_least_squares(
             "Layers without moments (called more than once, too wide, or behind something that "
             f"mixes channels) stay as they were sliced: {', '.join(dict.fromkeys(skipped))}.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=caller_level(),
         )
     return errors
 
