@@ -176,7 +176,7 @@ class Builder:
             for part, recipe in zip(
                 sides(graph, cut), (settings.prefix_recipe, settings.recipe), strict=True
             ):
-                if "features" in recipe.criterion.needs:
+                if recipe.criterion.needs & {"features", "consumer_features"}:
                     for group in sliceable(self.calibration.groups, part):
                         layers |= dict.fromkeys(group.layers)
         nodes = observation_nodes(graph, layers)
@@ -247,8 +247,9 @@ class Builder:
         """The part before the cut, sliced for all classes, and how many channels it keeps."""
         calibration = self.calibration
         if (cut.name, ratio) not in self._prefixes:
-            dense = split(calibration.graph, cut)[0]
             groups = sliceable(calibration.groups, sides(calibration.graph, cut)[0])
+            # One object, by which a prefix that is left whole is told from a sliced one.
+            dense = self._prefix(cut, 0.0)[0] if ratio > 0 else split(calibration.graph, cut)[0]
             prefix: nn.Module = dense
             kept: dict[str, int] = {}
             if groups and ratio > 0:
@@ -274,7 +275,7 @@ class Builder:
         groups = sliceable(calibration.groups, sides(calibration.graph, plan.cut)[1])
         output_group = next(g.name for g in calibration.groups if g.is_output)
         recipe = replace(self.settings.recipe, min_ratio=size.min_ratio, max_ratio=size.max_ratio)
-        dense, rest = split(calibration.graph, plan.cut)
+        dense, rest = self._prefix(plan.cut, 0.0)[0], split(calibration.graph, plan.cut)[1]
         with torch.inference_mode():
             h = dense(calibration.example)
         n_images = affordable_images(rest, h, self.settings.repair_samples)

@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from ._base import Calibration, TorchEstimator, all_or_nothing
+from ._calls import caller_level
 from ._validation import hold_out, validate_X, validate_y
 from .builder import Builder, Built, Held, Plan, Settings
 from .clusterer import SemanticClusterer
@@ -27,9 +28,8 @@ from .search import LADDER, Goal, Outcome, Size, climb
 from .subgraph import make_recipe, warn_about_whole
 
 _ROUTE_SAMPLES = 5_000
-_FIRST_RUNG = (
-    3  # of the ladder: half to four fifths of the subgraphs' filters, 30 % of the prefix's
-)
+# Of the ladder: half to four fifths of the subgraphs' filters go, and 30 % of the prefix's.
+_FIRST_RUNG = 3
 _CLUSTERS = (2, 5, 10, 20)  # tried where no clusterer is given
 
 
@@ -81,7 +81,8 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         Accuracy (0.01 is one point) that the automatic choices may give away on held-out samples.
     target_speedup : float, optional
         Search for the most accurate network that is so many times as fast as the base, measured on
-        a batch of held-out samples, instead of the fastest within `max_accuracy_drop`.
+        a batch of held-out samples, instead of the fastest within `max_accuracy_drop`, which still
+        sets ``confidence_threshold="auto"``.  A warning says so where no network is.
     fallback : {"base", "topk", "none"}, default="base"
         What runs below the threshold: the rest of the base network, the subgraphs of the `top_k`
         most likely clusters, or the one subgraph all the same.
@@ -275,7 +276,7 @@ n_features)
         statistics = builder.gather([plan.cut for plan in plans])
         self._check_base(statistics.logits, calibration)
         built = self._search(builder, plans, sizes)
-        self._warn_of_loss(built)
+        self._warn_of_miss(built)
         self._take(built, pruner)
         return self
 
@@ -328,7 +329,7 @@ n_features)
 
             return group_classes
 
-        few = rng.permutation(builder.index)[:_ROUTE_SAMPLES]
+        few = _some_of_each(calibration.codes, builder.index, _ROUTE_SAMPLES, rng)
         candidates = try_cuts(
             calibration,
             cuts,
@@ -417,8 +418,17 @@ n_features)
         self.clusterer_, self.pruner_ = clusterer, pruner
         self._link()
 
-    def _warn_of_loss(self, built: Built) -> None:
-        """Warn where the held-out loss is beyond the limit, and beyond the noise."""
+    def _warn_of_miss(self, built: Built) -> None:
+        """Warn where a speed is not reached, or the held-out loss is beyond limit and noise."""
+        speedup = built.outcome.speedup
+        if self.target_speedup is not None and speedup < self.target_speedup:
+            warnings.warn(
+                f"No network that was tried is {self.target_speedup:g} times as fast as the base; "
+                f"the one that is kept is {speedup:.2f} times as fast. A larger max_accuracy_drop "
+                "sends fewer samples through the base.",
+                UserWarning,
+                stacklevel=caller_level(),
+            )
         automatic = self.confidence_threshold == "auto" and self.fallback != "none"
         if not automatic or built.network.n_clusters == 1 or self.target_speedup is not None:
             return
@@ -430,7 +440,7 @@ n_features)
                 "confidence threshold. A smaller prefix_ratio or pruner.max_ratio, or more "
                 "repair_samples, keep more.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=caller_level(),
             )
 
     def _components(self) -> tuple[SemanticClusterer, DCSPruner]:
@@ -644,3 +654,12 @@ n_features)
 def _shown(name: str, value: Any) -> str:
     """A result in a few characters."""
     return f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def _some_of_each(
+    codes: np.ndarray, index: np.ndarray, n: int, rng: np.random.Generator
+) -> np.ndarray:
+    """At most `n` of the samples `index`, drawn by chance, but one of each class in any case."""
+    order = rng.permutation(index)
+    first = np.unique(codes[order], return_index=True)[1]
+    return np.concatenate((order[first], np.delete(order, first)[: max(n - len(first), 0)]))

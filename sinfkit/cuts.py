@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ._base import Calibration
+from ._calls import caller_level
 from .activations import collect
 from .graph import CutPoint, layer_names, split
 from .profiling import count_macs
@@ -95,7 +96,7 @@ def rank_candidates(
             "best accuracy for the time it saves. Fewer clusters, or clusters by confusion, route "
             "better.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=caller_level(),
         )
     return early + [c for c in ranked if c not in early]
 
@@ -116,7 +117,8 @@ def expected_macs(
     early = replace(recipe, schedule="uniform", max_ratio=size.prefix_ratio)
     # Widths under a budget depend on scores that are not known yet.
     schedule = "linear" if recipe.schedule == "global" else recipe.schedule
-    late = replace(recipe, schedule=schedule, min_ratio=size.min_ratio, max_ratio=size.max_ratio)
+    low = min(size.min_ratio, size.max_ratio)  # without effect in a budget, so it may be larger
+    late = replace(recipe, schedule=schedule, min_ratio=low, max_ratio=size.max_ratio)
     keep = first_channels(sliceable(groups, inside), early)
     keep |= first_channels(sliceable(groups, behind), late)
     smaller = slice_channels(graph, calibration.example, keep, groups=groups).model

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ._calls import caller_level
 from .activations import Statistics, taylor_scores
 from .costs import UNITS
 from .data_flow import gather_couplings
@@ -189,7 +190,7 @@ def warn_about_whole(groups: Sequence[ChannelGroup], within: Iterable[str] | Non
         warnings.warn(
             "Some layers cannot be sliced and stay whole: " + "; ".join(reasons) + ".",
             UserWarning,
-            stacklevel=4,
+            stacklevel=caller_level(),
         )
 
 
@@ -398,7 +399,9 @@ def score_classes(
     if "consumer_features" in needs:
         pooled = statistics.pooled
         for group in groups:
-            observed = {name: pooled[name][rows] for name in group.consumers if name in pooled}
+            # Of these groups only: what else was observed must not matter.
+            names = set(group.consumers).intersection(layers, pooled)
+            observed = {name: pooled[name][rows] for name in names}
             collected[group.name]["consumer_features"] = observed
     if needs & _PER_GROUP:
         layers = [group.name for group in groups]

@@ -16,6 +16,7 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
+from sinfkit.classifier import _some_of_each
 from sinfkit.profiling import count_parameters
 
 
@@ -426,3 +427,68 @@ def test_prefix_and_subgraph_keep_to_a_budget_together(frozen, data, criterion):
     assert any(
         not np.array_equal(clf.supports_[0][k], clf.supports_[1][k]) for k in clf.supports_[0]
     )
+
+
+def test_a_speed_out_of_reach_is_told(frozen, data):
+    X, y, *_ = data
+    clf = SINFClassifier(
+        frozen,
+        clusterer=SemanticClusterer(n_clusters=2),
+        pruner=DCSPruner(),
+        route_layer="3",
+        target_speedup=1e6,
+        random_state=0,
+    )
+    with pytest.warns(UserWarning, match="No network that was tried is 1e\\+06 times as fast"):
+        clf.fit(X, y)
+
+
+def test_outputs_of_readers_count_by_their_dcs_in_subgraphs_too(frozen, data):
+    X, y, *_ = data
+    keywords = {
+        "clusterer": SemanticClusterer(n_clusters=2, max_cluster_size=3),
+        "route_layer": "3",
+        "prefix_ratio": 0.0,
+        "confidence_threshold": 0.5,
+        "random_state": 0,
+    }
+    plain, joined = (
+        SINFClassifier(frozen, pruner=DCSPruner(criterion=name), **keywords).fit(X, y)
+        for name in ("obs", "dcs_obs")
+    )
+    for one, other in zip(plain.scores_, joined.scores_, strict=True):
+        assert np.abs(one["7"] - other["7"]).max() > 1e-3  # its reader is observed
+        np.testing.assert_allclose(one["10"], other["10"])  # the network's outputs are not
+    # A prefix that is left whole gives the first layer behind it what it has always had.
+    assert [errors["7"] for errors in plain.repair_errors_] == [0.0, 0.0]
+
+
+def test_ratios_that_a_budget_ignores_are_no_obstacle(frozen, data):
+    X, y, *_ = data
+    pruner = DCSPruner(criterion="l1", schedule="global", budget=0.99, max_ratio=0.05)
+    clusterer = SemanticClusterer(n_clusters=2)
+    clf = SINFClassifier(frozen, clusterer=clusterer, pruner=pruner, random_state=0).fit(X, y)
+    assert all(row["max_ratio"] == 0.05 for row in clf.search_results_)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 60))
+def test_a_few_samples_hold_some_of_each_class(seed, n):
+    rng = np.random.default_rng(seed)
+    codes = rng.permutation(np.repeat(np.arange(5), [1, 2, 3, 10, 20]))
+    index = np.flatnonzero(rng.random(36) < 0.8)
+    found = _some_of_each(codes, index, n, rng)
+    assert set(codes[found]) == set(codes[index]) and set(found) <= set(index)
+    assert len(found) == len(set(found)) == min(len(index), max(n, len(set(codes[index]))))
+
+
+def test_warnings_point_at_the_call_of_fit(frozen, data):
+    X, y, *_ = data
+    with pytest.warns(UserWarning, match="No layer predicts the cluster") as caught:
+        SINFClassifier(
+            frozen,
+            clusterer=SemanticClusterer(n_clusters=5),
+            pruner=DCSPruner(),
+            route_accuracy=1.0,
+        ).fit(X, y)
+    assert {warning.filename for warning in caught} == {__file__}
