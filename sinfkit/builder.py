@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed
 from sklearn.base import clone
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ._base import Calibration, progress
 from ._cached import gather, score
@@ -138,7 +138,7 @@ class Builder:
     settings: Settings
     _statistics: Statistics | None = None
     _scores: dict[Any, Scored] = field(default_factory=dict)
-    _prefixes: dict[Any, tuple[nn.Module, dict[str, int]]] = field(default_factory=dict)
+    _prefixes: dict[Any, tuple[fx.GraphModule, dict[str, int]]] = field(default_factory=dict)
     _base_logits: Tensor | None = None
 
     def batches(self, index: np.ndarray) -> Iterable[Tensor]:
@@ -243,14 +243,14 @@ class Builder:
         """The same numbers for every network: what is built does not depend on what was tried."""
         return np.random.default_rng(self.calibration.seed)
 
-    def _prefix(self, cut: CutPoint, ratio: float) -> tuple[nn.Module, dict[str, int]]:
+    def _prefix(self, cut: CutPoint, ratio: float) -> tuple[fx.GraphModule, dict[str, int]]:
         """The part before the cut, sliced for all classes, and how many channels it keeps."""
         calibration = self.calibration
         if (cut.name, ratio) not in self._prefixes:
             groups = sliceable(calibration.groups, sides(calibration.graph, cut)[0])
             # One object, by which a prefix that is left whole is told from a sliced one.
             dense = self._prefix(cut, 0.0)[0] if ratio > 0 else split(calibration.graph, cut)[0]
-            prefix: nn.Module = dense
+            prefix = dense
             kept: dict[str, int] = {}
             if groups and ratio > 0:
                 recipe = replace(self.settings.prefix_recipe, max_ratio=ratio)
