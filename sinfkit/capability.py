@@ -46,7 +46,7 @@ def discriminative_capability(
     features: Tensor,
     y: Tensor,
     *,
-    penalty: float = 1.0,
+    penalty: float = 3.0,
     variant: str = "norm",
     norm: str = "fro",
     scaling: str = "root",
@@ -62,7 +62,7 @@ def discriminative_capability(
         computation is in double precision, on the tensor's device.
     y : Tensor of shape (n_samples,)
         Class of each sample, integers. Only which samples share a class matters.
-    penalty : float, default=1.0
+    penalty : float, default=3.0
         Weight :math:`\lambda` of the probe's squared norm. ``float("inf")`` gives the limit of
         :math:`2 \lambda W^*`, which needs no solver: :math:`p_c (\bar f_c - \bar f)` for class c of
         frequency :math:`p_c` and mean :math:`\bar f_c`.

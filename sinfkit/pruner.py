@@ -78,7 +78,7 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
     repair : {"least_squares", "static_least_squares", "match", "mean", "none"}, \
 default="least_squares"
         Closed-form repair after slicing, see `sinfkit.repair`.
-    penalty : float, default=1.0
+    penalty : float, default=3.0
         Ridge penalty of the DCS probe.
     pool_size : int, default=1
         Activations are averaged to ``pool_size x pool_size`` before they are scored.
@@ -170,7 +170,7 @@ default="least_squares"
         first_layer: str | None = None,
         classes: Any = None,
         repair: str = "least_squares",
-        penalty: float = 1.0,
+        penalty: float = 3.0,
         pool_size: int = 1,
         repair_samples: int = 4000,
         model_classes: Any = None,

@@ -195,7 +195,7 @@ def _weight(data: LayerData, *, folded: bool = False) -> Tensor:
 def dcs(
     data: LayerData,
     *,
-    penalty: float = 1.0,
+    penalty: float = 3.0,
     variant: str = "norm",
     norm: str = "fro",
     scaling: str = "root",
@@ -218,7 +218,7 @@ def dcs_closed_form(data: LayerData) -> Tensor:
 
 
 @_register("dcs_shuffled", needs=("features", "y", "generator"))
-def dcs_shuffled(data: LayerData, *, penalty: float = 1.0) -> Tensor:
+def dcs_shuffled(data: LayerData, *, penalty: float = 3.0) -> Tensor:
     """DCS with shuffled labels, a control: what is left is the size of the signals."""
     y = _need(data, "y")
     order = torch.randperm(len(y), generator=data.generator).to(y.device)
@@ -279,7 +279,7 @@ def obs(data: LayerData) -> Tensor:
 
 
 @_register("dcs_obs", needs=("y", "weight", "consumers", "consumer_features"))
-def dcs_obs(data: LayerData, *, penalty: float = 1.0, power: float = 1.0) -> Tensor:
+def dcs_obs(data: LayerData, *, penalty: float = 3.0, power: float = 1.0) -> Tensor:
     """What the layers behind lose for good, each of their outputs counted by its own DCS.
 
     A loss of an output counts in proportion to that output's DCS to the `power`. Outputs that are
@@ -297,7 +297,7 @@ def dcs_obs(data: LayerData, *, penalty: float = 1.0, power: float = 1.0) -> Ten
 
 
 @_register("dcs_plus_obs", needs=("features", "y", "weight", "consumers"))
-def dcs_plus_obs(data: LayerData, *, penalty: float = 1.0, share: float = 0.75) -> Tensor:
+def dcs_plus_obs(data: LayerData, *, penalty: float = 3.0, share: float = 0.75) -> Tensor:
     """DCS, and what a filter adds to what the layers behind lose for good; `share` is that of DCS.
 
     Both are divided by their sum over the layer. A filter that discriminates stays, and so does one

@@ -113,7 +113,12 @@ def entries_of(options: argparse.Namespace, study: base.Study) -> Iterator[Entry
 
     def sinf(clusterer: SemanticClusterer, size: Sequence[float], seed: int) -> SINFClassifier:
         prefix, low, high = size
-        pruner = DCSPruner(min_ratio=low, max_ratio=high, repair_samples=own["repair_samples"])
+        pruner = DCSPruner(
+            min_ratio=low,
+            max_ratio=high,
+            penalty=own["penalty"],
+            repair_samples=own["repair_samples"],
+        )
         return SINFClassifier(
             study.base.model,
             clusterer=clusterer,
@@ -140,6 +145,7 @@ def entries_of(options: argparse.Namespace, study: base.Study) -> Iterator[Entry
             schedule="global",
             budget=budget,
             max_ratio=own["max_ratio"],
+            penalty=own["penalty"],
             repair_samples=own["control_repair_samples"],
             random_state=0,
         )
