@@ -32,7 +32,7 @@ from sinfkit.scores import LayerData
 NAME = "definition"
 FACTORS = ("penalty", "rule", "scaling", "pool", "norm", "variant")
 KEYS = ("network", "width", "base_seed", "split", "cluster", "resample", *FACTORS, *RATIOS)
-PENALTIES = (0.01, 0.1, 1.0, 10.0, float("inf"))
+PENALTIES = (0.01, 0.1, 1.0, 3.0, 10.0, float("inf"))
 SCALINGS = ("layer", "root", "column")
 COLUMNS = 256  # the width at which both rules for the penalty agree
 

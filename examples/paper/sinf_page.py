@@ -99,8 +99,14 @@ def draw(path: Path) -> Path | None:
     figure, axes = figures.panels(2 if timed else 1, width=4.2, height=3.8)
     for axis, use_time in zip(axes, (True, False) if timed else (False,), strict=True):
         axis.axhline(base, color="0.3", linestyle="--", linewidth=1)
-        axis.annotate("base", (0, base), xytext=(2, 3), textcoords="offset points", color="0.3")
-        labels = []
+        axis.annotate(
+            "base",
+            (0, base),
+            xycoords=axis.get_yaxis_transform(),
+            xytext=(4, 3),
+            textcoords="offset points",
+            color="0.3",
+        )
         for (name, rows), colour in zip(series.items(), figures.COLOURS, strict=False):
             points = []
             for row in rows:
@@ -110,9 +116,10 @@ def draw(path: Path) -> Path | None:
             if points:
                 points.sort()
                 x, y = np.transpose(points)
-                style = "o-" if len(points) > 1 else "D"
-                axis.plot(x, y, style, color=colour, label=name)
-                labels.append((x[-1], y[-1], name, colour))
+                # (b) lies on (a) where the probe has no weight: a smaller, broken line on top.
+                style = "D" if len(points) < 2 else "s--" if name == CONTROLS["fused"] else "o-"
+                size = 2.5 if style == "s--" else None
+                axis.plot(x, y, style, color=colour, label=name, markersize=size)
         axis.set(xlabel=f"{'time' if use_time else 'multiplications'} saved (%)")
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend(fontsize=7, loc="lower left")
