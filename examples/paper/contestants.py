@@ -11,7 +11,7 @@ import torch
 from study import Study
 from torch import Tensor, nn
 
-from sinfkit.assembly import ROUTER_WEIGHTS, pooled_output
+from sinfkit.assembly import ROUTER_WEIGHTS, TEMPERATURES, pooled_output
 from sinfkit.graph import find_cut, split, trace
 from sinfkit.network import Normalise
 from sinfkit.profiling import fold_batch_norm
@@ -113,9 +113,12 @@ def probe_behind(module: nn.Module, layer: str, study: Study) -> RoutePredictor:
 
 
 def tuned(normalise: nn.Module, module: nn.Module, layer: str, held: Study) -> Probed:
-    """A network fused with its own probe; the weight has the lowest held-out log loss."""
-    probe = probe_behind(module, layer, held)
-    made = Probed(normalise, module, layer, probe, 0.0)
+    """A network fused with its own probe, as a subgraph is with the router.
+
+    Its temperature and the probe's weight have the lowest held-out log loss. For answers alone, a
+    temperature is a factor on the weight.
+    """
+    made = Probed(normalise, module, layer, probe_behind(module, layer, held), 0.0)
     late, early = [], []
     with torch.inference_mode():
         for x in raw(held.X_test):
@@ -125,7 +128,8 @@ def tuned(normalise: nn.Module, module: nn.Module, layer: str, held: Study) -> P
     logits, posterior = torch.cat(late), torch.cat(early)
     y = torch.as_tensor(held.y_test)[:, None]
     losses = {
-        w: float(-torch.log_softmax(logits + w * posterior, 1).gather(1, y).mean())
+        t * w: float(-torch.log_softmax(logits / t + w * posterior, 1).gather(1, y).mean())
+        for t in TEMPERATURES
         for w in ROUTER_WEIGHTS
     }
     made.weight = min(losses, key=lambda w: losses[w])
@@ -133,12 +137,15 @@ def tuned(normalise: nn.Module, module: nn.Module, layer: str, held: Study) -> P
 
 
 def early_exit(made: Probed, held: Study, max_drop: float) -> Probed:
-    """The same network, left at the probe by as many held-out samples as the loss allows."""
+    """The same network, left at the probe by as many held-out samples as the loss allows.
+
+    Those that stay have the network's own answer, without the probe's.
+    """
     answers, sure, leaves = [], [], []
     with torch.inference_mode():
         for x in raw(held.X_test):
             h, log_p = made.parts(x)
-            answers.append((made.rest(h) + made.weight * log_p).argmax(1))
+            answers.append(made.rest(h).argmax(1))
             confidence, early = log_p.exp().max(1)
             sure.append(confidence)
             leaves.append(early)
@@ -149,7 +156,7 @@ def early_exit(made: Probed, held: Study, max_drop: float) -> Probed:
     within = (loss <= max_drop).nonzero()[:, 0]
     threshold = float(torch.cat(sure)[order[within[-1]]]) if len(within) else 1.0
     exiting = copy.copy(made)
-    exiting.threshold = min(threshold, 1.0)
+    exiting.threshold, exiting.weight = min(threshold, 1.0), 0.0
     return exiting
 
 
