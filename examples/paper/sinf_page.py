@@ -322,8 +322,8 @@ _INTRODUCTION = """\
 SINF (the routed network, fallback included) beside networks without routes. Controls at equal
 repair: (a) one network pruned for all classes by structured optimal brain surgeon under a global
 budget; (b) the same fused with a probe like the router's, at the same layer; (c) the base fused
-with such a probe; (d) the base left early where the probe is sure enough. Weights and thresholds
-were chosen on the choosing images. All are timed in the same form: batch-norm folded,
+with such a probe; (d) the base left early where the probe is sure enough. Weights, temperatures and
+thresholds were chosen on the choosing images. All are timed in the same form: batch-norm folded,
 channels_last, float32, normalisation, routing and fallback inside the time.
 
 Paper, CIFAR-100 (time saved / points lost): VGG16 29 % / 3.75, VGG19 35 % / 0.17, ResNet50
