@@ -274,7 +274,7 @@ def cluster_page(folder: Path) -> rst.Page | None:
             continue
         network, split = path.stem.removeprefix(f"{NAME}_").rsplit("_", 1)
         body.append(rst.section(f"{network}, {split} images"))
-        body.append(rst.split_note(split))
+        body.append(rst.split_note(split) + "\n")
         for row in _one_per_kind(rows):
             body.append(_by_cluster(found, row))
     if not body:
