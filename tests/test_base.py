@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from helpers import blobs, small_cnn
@@ -45,23 +44,6 @@ def test_a_second_fit_leaves_nothing_of_the_first():
     counter = Counter().fit(5)
     assert counter.fit(1) is counter
     assert counter.count_ == 1 and not hasattr(counter, "many_")
-
-
-def test_the_pass_over_the_samples_is_cached_by_network_and_samples(tmp_path, monkeypatch):
-    X, y = blobs(per_class=10)
-    passes = []
-    collect = __import__("sinfkit._base", fromlist=["collect"]).collect
-    monkeypatch.setattr("sinfkit._base.collect", lambda *args: passes.append(1) or collect(*args))
-    frozen = FrozenModel(small_cnn())
-    first = DCSPruner(frozen, memory=str(tmp_path), random_state=0).fit(X, y)
-    again = DCSPruner(frozen, memory=str(tmp_path), max_ratio=0.7, random_state=0).fit(X, y)
-    assert len(passes) == 1
-    for layer, scores in first.scores_.items():
-        np.testing.assert_array_equal(scores, again.scores_[layer])
-    DCSPruner(frozen, memory=str(tmp_path), random_state=0).fit(X[1:], y[1:])
-    DCSPruner(FrozenModel(small_cnn(seed=1)), memory=str(tmp_path)).fit(X, y)
-    DCSPruner(frozen, random_state=0).fit(X, y)  # without a cache
-    assert len(passes) == 4
 
 
 def test_progress_is_silent_unless_asked_for(capsys):

@@ -21,17 +21,6 @@ PAPER = Path(__file__).parent.parent / "examples" / "paper"
 
 
 @pytest.fixture(scope="module")
-def paper():
-    """Import a script by name; its neighbours are found too."""
-    sys.path.insert(0, str(PAPER))
-    yield importlib.import_module
-    sys.path.remove(str(PAPER))
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "")).startswith(str(PAPER)):
-            del sys.modules[name]
-
-
-@pytest.fixture(scope="module")
 def quick(paper):
     """A made-up study, its network trained in seconds and shared by all tests."""
     study = paper("study")

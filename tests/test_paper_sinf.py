@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-PAPER = Path(__file__).parent.parent / "examples" / "paper"
-
-
-@pytest.fixture(scope="module")
-def paper():
-    """Import a script by name; its neighbours are found too."""
-    sys.path.insert(0, str(PAPER))
-    yield importlib.import_module
-    sys.path.remove(str(PAPER))
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "")).startswith(str(PAPER)):
-            del sys.modules[name]
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -260,7 +260,9 @@ def draw(path: Path) -> Path | None:
         whole = 100 * int(found.whole["right"]) / int(found.whole["images"])
         axis.axhline(whole, color="0.3", linestyle=":", linewidth=1)
         axis.set_xlabel(title)
-        axis.invert_xaxis()
+        # From the whole network on, so that a single budget has its place too.
+        low, high = sorted(axis.get_xlim())
+        axis.set_xlim(max(high, 102), min(low, 90))
         axis.margins(x=0.05)
     axes[0].set_ylabel("accuracy, all classes (%)")
     where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
