@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=os.environ.get("SINFKIT_DATA"))
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--first-layer")
+    parser.add_argument("--penalty", type=float, default=DCSPruner().penalty, help="of DCS")
     parser.add_argument("--calibration", type=int, default=500, help="images per class")
     parser.add_argument("--half", choices=("even", "odd"), default="odd", help="of val, by file")
     parser.add_argument("--seeds", type=int, default=5, help="of the random criterion")
@@ -65,6 +66,7 @@ def main() -> None:
                 classes=classes,
                 first_layer=options.first_layer,
                 repair="none",
+                penalty=options.penalty,
                 repair_samples=64,
                 memory=cache,
             )

@@ -147,6 +147,10 @@ def parse() -> argparse.Namespace:
         "--clusters", choices=("confusion", "activation", "given"), default="confusion"
     )
     parser.add_argument("--n-clusters", type=int, default=10)
+    parser.add_argument("--penalty", type=float, default=DCSPruner().penalty, help="of DCS")
+    parser.add_argument(
+        "--route-accuracy", type=float, help="take the earliest cut that has it, as the paper does"
+    )
     parser.add_argument("--route-layer", help='a cut of the network, or "auto"')
     parser.add_argument(
         "--size", type=float, nargs=3, default=SIZES[0], help="prefix, first, last ratio"
@@ -239,9 +243,13 @@ def classifier(
         study.model,
         clusterer=clusterer,
         pruner=DCSPruner(
-            min_ratio=min_ratio, max_ratio=max_ratio, repair_samples=options.repair_samples
+            min_ratio=min_ratio,
+            max_ratio=max_ratio,
+            penalty=options.penalty,
+            repair_samples=options.repair_samples,
         ),
         route_layer=options.route_layer,
+        route_accuracy=options.route_accuracy,
         prefix_ratio=prefix_ratio,
         max_accuracy_drop=options.max_drop,
         random_state=options.seed,

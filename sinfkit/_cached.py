@@ -26,31 +26,26 @@ def gather(
     verbose: int,
 ) -> Statistics:
     """Collect the statistics of all samples in one pass, or find them in the cache."""
-    memory = check_memory(memory)
-    if isinstance(memory, Memory) and memory.location is None:
-        return _collect(calibration, nodes, pool_size, verbose)
-    cached = memory.cache(_collect_cached, ignore=["calibration", "verbose"])
+    if not _stores(memory):
+        return _collect(None, calibration, nodes, pool_size, verbose)
+    cached = check_memory(memory).cache(_collect, ignore=["calibration", "verbose"])
     return cached(calibration.key, calibration, nodes, pool_size, verbose)
 
 
-def _collect_cached(
-    key: tuple[Any, ...],
-    calibration: Calibration,
-    nodes: dict[str, str],
-    pool_size: int | dict[str, int],
-    verbose: int,
-) -> Statistics:
-    """`_collect` with a key that joblib can hash."""
-    return _collect(calibration, nodes, pool_size, verbose)
+def _stores(memory: Any) -> bool:
+    """Whether a cache keeps anything; if not, keys, for which samples are hashed, are spared."""
+    memory = check_memory(memory)
+    return not (isinstance(memory, Memory) and memory.location is None)
 
 
 def _collect(
+    key: tuple[Any, ...] | None,
     calibration: Calibration,
     nodes: dict[str, str],
     pool_size: int | dict[str, int],
     verbose: int,
 ) -> Statistics:
-    """One pass over all samples."""
+    """One pass over all samples; `key` stands, in a cache, for what cannot be hashed."""
     batcher = calibration.batcher
     total = -(-len(calibration.X) // batcher.batch_size)
     batches = progress(batcher(calibration.X), "Activations", verbose, total)
@@ -87,12 +82,10 @@ def score(
     -------
     Scored
     """
-    memory = check_memory(memory)
     criterion = recipe.criterion
     # A function of the user's may depend on what no cache can see.
-    known = CRITERIA.get(criterion.name)
-    if known is not criterion or (isinstance(memory, Memory) and memory.location is None):
-        return _score(calibration, groups, statistics, index, classes, recipe)
+    if CRITERIA.get(criterion.name) is not criterion or not _stores(memory):
+        return _score(None, calibration, groups, statistics, index, classes, recipe)
     key = (
         *calibration.key,
         criterion.name,
@@ -104,26 +97,14 @@ def score(
         calibration.codes[index],
         calibration.table.outputs[classes],
     )
-    cached = memory.cache(
-        _score_cached, ignore=["calibration", "groups", "statistics", "index", "classes", "recipe"]
+    cached = check_memory(memory).cache(
+        _score, ignore=["calibration", "groups", "statistics", "index", "classes", "recipe"]
     )
     return cached(key, calibration, groups, statistics, index, classes, recipe)
 
 
-def _score_cached(
-    key: tuple[Any, ...],
-    calibration: Calibration,
-    groups: Sequence[ChannelGroup],
-    statistics: Statistics,
-    index: np.ndarray,
-    classes: np.ndarray,
-    recipe: Recipe,
-) -> Scored:
-    """`_score` with a key that joblib can hash."""
-    return _score(calibration, groups, statistics, index, classes, recipe)
-
-
 def _score(
+    key: tuple[Any, ...] | None,
     calibration: Calibration,
     groups: Sequence[ChannelGroup],
     statistics: Statistics,
@@ -131,7 +112,7 @@ def _score(
     classes: np.ndarray,
     recipe: Recipe,
 ) -> Scored:
-    """Score filters for a set of classes."""
+    """Score filters for a set of classes; `key` stands, in a cache, for what cannot be hashed."""
     layers = [layer for group in groups for layer in group.layers]
     return score_classes(
         calibration.graph,

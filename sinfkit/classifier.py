@@ -54,8 +54,8 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         How the subgraphs are cut out.  Leave its `model`, `model_classes`, `classes` and
         `first_layer` at None.  None: ``DCSPruner()``, whose ratios are searched, together with
         `prefix_ratio`, for the fastest network within `max_accuracy_drop` (or for
-        `target_speedup`); several networks are built for that, so a search takes about five times
-        as long as a fit with a pruner given.
+        `target_speedup`).  Several networks are built for that (`search_results_` lists them), so a
+        search takes longer than a fit with a pruner given.
     route_layer : str, default="auto"
         The cut behind which the route predictor sits, see `sinfkit.graph.cut_points`.  ``"auto"``
         takes the one with the fewest multiplications of those that are expected to keep the

@@ -25,8 +25,7 @@ class Size:
     max_ratio: float
 
 
-# Prefix and subgraphs grow smaller together: one step costs either about as much accuracy. The
-# prefix serves all classes and so bears less; a cluster's subgraph bears 80 % at its end.
+# Our choice: prefix and subgraphs shrink together, the prefix, which serves all classes, less.
 LADDER = tuple(
     Size(prefix, low, high)
     for prefix, low, high in (
@@ -123,9 +122,9 @@ def climb(
     Notes
     -----
     From `start` one step at a time, up while that is better, else (or where that stays outside the
-    limit, by noise) down: a bolder size does less
-    work, but sends more samples to the base, so that the cost has a minimum.  Towards a limit that
-    has not been met yet, the way goes on over steps that are no better, which noise can make.
+    limit, by noise) down: a bolder size does less work, but sends more samples to the base, so that
+    the cost has a minimum.  Towards a limit that has not been met yet, the way goes on over steps
+    that are no better, which noise can make.
 
     Examples
     --------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -90,3 +93,42 @@ def test_a_probed_network_leaves_early_where_it_is_sure(paper):
         stays = early.exp().amax(1) < exiting.threshold
         mixed = torch.where(stays[:, None], fused.rest(h), early)
         torch.testing.assert_close(exiting(x), mixed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_variant_switches_off_its_own_part(paper):
+    """On images so noisy that the variants differ."""
+    script, study = paper("sinf_table"), paper("study")
+    quick = study.open_study(study.parser("").parse_args(["--quick", "--threads", "1"]))
+    noise = np.random.default_rng(0).normal(0, 90, quick.X_test.shape)
+    noisy = replace(quick, X_test=(quick.X_test + noise).clip(0, 255).astype(np.uint8))
+    clf = SINFClassifier(
+        quick.base.model,
+        clusterer=SemanticClusterer(n_clusters=3),
+        pruner=DCSPruner(min_ratio=0.5, max_ratio=0.8, repair_samples=64),
+        route_layer="features.14",
+        confidence_threshold=0.9,
+        router_weight=20.0,
+        random_state=0,
+    ).fit(quick.X, quick.y)
+    network, X, clusters = clf.network_, noisy.X_test, clf.class_clusters_
+    truth = torch.as_tensor(clusters[noisy.y_test])
+    found = script._variants(network, quick.base.model.module(), noisy, truth)
+    answers = {name: found[name] for name in ("SINF", "no fusion", "no threshold", "two clusters")}
+    assert len({tuple(a) for a in answers.values()}) == 4, "all four differ on these images"
+    np.testing.assert_array_equal(found["SINF"], clf.predict(X))
+    np.testing.assert_array_equal(found["cluster"], clf.predict_cluster(X))
+    unsure = network.route(torch.as_tensor(X).float() / 255).confidence < 0.9
+    np.testing.assert_array_equal(found["fallback"], unsure.numpy())
+    np.testing.assert_array_equal(found["no router"][unsure], found["SINF"][unsure])
+    for variant in ("oracle", "restricted"):
+        np.testing.assert_array_equal(clusters[found[variant]], truth.numpy())
+    for change, variant in (
+        ({"threshold": 0.0}, "no threshold"),
+        ({"router_weight": 0.0}, "no fusion"),
+        ({"fallback": "topk", "top_k": 2}, "two clusters"),
+    ):
+        before = {name: getattr(network, name) for name in change}
+        network.__dict__.update(change)
+        np.testing.assert_array_equal(found[variant], clf.predict(X), err_msg=variant)
+        network.__dict__.update(before)

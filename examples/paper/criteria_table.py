@@ -20,7 +20,7 @@ import figures
 import numpy as np
 import rst
 import study as base
-from record import Table, from_hex, read
+from record import Table, files, from_hex, read
 from stats import Estimate, estimate
 from suffix import REPAIRS, Case
 from sweep import RATIOS, UNPRUNED, VALUES, sweep
@@ -201,26 +201,20 @@ def draw(path: Path) -> Path | None:
         axis.margins(x=0.05)
         ends.append((axis, labels))
     axes[0].set_ylabel("accuracy within the cluster (%)")
-    figure.draw_without_rendering()
-    for axis, labels in ends:
-        figures.label_lines(axis, labels)
-    target = path.with_suffix(".png")
-    figures.save(figure, target)
-    return target
+    return figures.finish(figure, ends, path.with_suffix(".png"))
 
 
 def page(folder: Path) -> rst.Page | None:
     """The page of this table, from all its files in a folder."""
     body = []
-    for path in sorted(folder.glob(f"{NAME}_*.csv")):
+    for path, label, split in files(folder, NAME):
         rows = read(path)
         image = draw(path)
         if image is None:
             continue
-        label = path.stem.removeprefix(f"{NAME}_").rsplit("_", 1)
-        body.append(rst.section(f"{label[0]}, {label[1]} images"))
+        body.append(rst.section(f"{label}, {split} images"))
         body.append(
-            f"{rst.split_note(label[1])} {rst.units(rows, 'cluster', 'resample')}; random criteria "
+            f"{rst.split_note(split)} {rst.units(rows, 'cluster', 'resample')}; random criteria "
             f"with several seeds. {rst.provenance(rows)}"
         )
         body.append(rst.figure(image.name, "Accuracy against filters removed, by criterion."))

@@ -165,12 +165,7 @@ def draw(folder: Path, split: str) -> Path | None:
         axis.set_xticks(range(len(PENALTIES)), [*(f"{p:g}" for p in PENALTIES[:-1]), "closed form"])
         ends.append((axis, labels))
     axes[0].set_ylabel("accuracy within the cluster (%)")
-    figure.draw_without_rendering()
-    for axis, labels in ends:
-        figures.label_lines(axis, labels)
-    target = folder / f"{NAME}_{split}.png"
-    figures.save(figure, target)
-    return target
+    return figures.finish(figure, ends, folder / f"{NAME}_{split}.png")
 
 
 def page(folder: Path) -> rst.Page | None:

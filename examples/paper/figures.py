@@ -73,8 +73,19 @@ def label_lines(axis: Any, labels: Sequence[tuple[float, float, str, str]]) -> N
         )
 
 
-def save(figure: Any, path: Path) -> None:
+def finish(
+    figure: Any, labels: Sequence[tuple[Any, Sequence[tuple[float, float, str, str]]]], path: Path
+) -> Path:
+    """Label the lines of each axis, once the layout is final, and write the figure; see `save`."""
+    figure.draw_without_rendering()
+    for axis, own in labels:
+        label_lines(axis, own)
+    return save(figure, path)
+
+
+def save(figure: Any, path: Path) -> Path:
     """Write a figure as PNG and let go of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
+    return path

@@ -25,7 +25,7 @@ import rst
 import study as base
 import torch
 from pruned import Contestant, Found, label, needs
-from record import Table, read, to_hex
+from record import Table, files, read, to_hex
 from shipped import IMPORTANCES, SCOPES, Shipped
 from stats import estimate
 from suffix import answers
@@ -275,22 +275,17 @@ def draw(path: Path) -> Path | None:
         ],
         loc="lower left",
     )
-    figure.draw_without_rendering()
-    figures.label_lines(axes[0], labels)
-    target = path.with_suffix(".png")
-    figures.save(figure, target)
-    return target
+    return figures.finish(figure, [(axes[0], labels)], path.with_suffix(".png"))
 
 
 def page(folder: Path) -> rst.Page | None:
     """The page of this table, from all its files in a folder."""
     body = []
-    for path in sorted(folder.glob(f"{NAME}_*.csv")):
+    for path, network, split in files(folder, NAME):
         rows = read(path)
         image = draw(path)
         if image is None:
             continue
-        network, split = path.stem.removeprefix(f"{NAME}_").rsplit("_", 1)
         found = Found(rows)
         whole = int(found.whole["right"]) / int(found.whole["images"])
         body.append(rst.section(f"{network}, {split} images"))

@@ -105,6 +105,17 @@ def _drop_unfinished_line(path: Path) -> None:
             os.truncate(path, whole)
 
 
+def files(folder: Path, name: str) -> Iterator[tuple[Path, str, str]]:
+    """The files of a table in a folder, sorted: ``(path, label of the network, split)``.
+
+    What else a table writes (times, say) has a name behind the split and is passed over.
+    """
+    for path in sorted(folder.glob(f"{name}_*.csv")):
+        label, split = path.stem.removeprefix(f"{name}_").rsplit("_", 1)
+        if split in ("choose", "report"):
+            yield path, label, split
+
+
 def read(paths: Path | Sequence[Path]) -> list[dict[str, str]]:
     """All rows of some files; an unfinished last line is left out."""
     return [row for path in ([paths] if isinstance(paths, Path) else paths) for row in _rows(path)]

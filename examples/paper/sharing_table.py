@@ -31,7 +31,7 @@ import numpy as np
 import rst
 import study as base
 import torch
-from record import Table, read
+from record import Table, files, read
 from scipy.stats import hypergeom
 from stats import Estimate, estimate
 from tqdm.auto import tqdm
@@ -300,22 +300,16 @@ def draw(path: Path) -> Path:
         axis.xaxis.get_major_locator().set_params(integer=True)
         ends.append((axis, labels))
     axes[0].set_ylabel("overlap of two sets (Jaccard)")
-    figure.draw_without_rendering()
-    for axis, labels in ends:
-        figures.label_lines(axis, labels)
-    target = path.with_suffix(".png")
-    figures.save(figure, target)
-    return target
+    return figures.finish(figure, ends, path.with_suffix(".png"))
 
 
 def page(folder: Path) -> rst.Page | None:
     """The page of this table, from all its files in a folder."""
     body = []
-    for path in sorted(folder.glob(f"{NAME}_*.csv")):
+    for path, label, split in files(folder, NAME):
         rows = read(path)
         if not rows:
             continue
-        label, split = path.stem.removeprefix(f"{NAME}_").rsplit("_", 1)
         body.append(rst.section(f"{label}, {split} images"))
         given = [row for row in rows if row["clusters"] == "given"]
         body.append(f"{rst.units(given, 'cluster')}. {rst.provenance(rows)}")

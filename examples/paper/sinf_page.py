@@ -9,7 +9,7 @@ from typing import Any
 import figures
 import numpy as np
 import rst
-from record import from_hex, read
+from record import files, from_hex, read
 from stats import Estimate, estimate
 
 NAME = "sinf"
@@ -123,9 +123,7 @@ def draw(path: Path) -> Path | None:
         axis.set(xlabel=f"{'time' if use_time else 'multiplications'} saved (%)")
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend(fontsize=7, loc="lower left")
-    target = path.with_suffix(".png")
-    figures.save(figure, target)
-    return target
+    return figures.save(figure, path.with_suffix(".png"))
 
 
 def _series(found: Results) -> dict[str, list[Mapping[str, str]]]:
@@ -149,11 +147,10 @@ def _series(found: Results) -> dict[str, list[Mapping[str, str]]]:
 def page(folder: Path) -> rst.Page | None:
     """Table 4, from all its files in a folder."""
     body = []
-    for path in _files(folder):
+    for path, network, split in files(folder, NAME):
         found, image = Results(path), draw(path)
         if image is None:
             continue
-        network, split = path.stem.removeprefix(f"{NAME}_").rsplit("_", 1)
         body.append(rst.section(f"{network}, {split} images"))
         timed = ""
         if found.time_rows:
@@ -169,11 +166,6 @@ def page(folder: Path) -> rst.Page | None:
         body.append(rst.figure(image.name, "Accuracy against time and multiplications saved."))
         body += [_main(found), _verdict(found), _switches(found), _kinds(found)]
     return rst.Page(NAME, "Routed inference", "\n".join([_INTRODUCTION, *body])) if body else None
-
-
-def _files(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob(f"{NAME}_*.csv"))
-    return [path for path in paths if not path.stem.endswith("_time")]
 
 
 def _main(found: Results) -> str:
@@ -267,12 +259,11 @@ def _kinds(found: Results) -> str:
 def cluster_page(folder: Path) -> rst.Page | None:
     """Table 5: accuracy cluster by cluster."""
     body = []
-    for path in _files(folder):
+    for path, network, split in files(folder, NAME):
         found = Results(path)
         rows = [r for r in found.of("SINF", "SINF") if r["kind"].split()[0] != "random"]
         if not rows or not found.base["labels"]:
             continue
-        network, split = path.stem.removeprefix(f"{NAME}_").rsplit("_", 1)
         body.append(rst.section(f"{network}, {split} images"))
         body.append(rst.split_note(split) + "\n")
         for row in _one_per_kind(rows):
@@ -307,14 +298,14 @@ def _by_cluster(found: Results, row: Mapping[str, str]) -> str:
         differences.append((right[2] - right[1])[inside])
     total = ["all", str(len(clusters)), str(len(y)), *(rst.percent(r.mean()) for r in right)]
     text = rst.list_table(
-        ["cluster", "classes", "images", "base", "base, restricted", "subgraph", "SINF"],
+        ["cluster", "classes", "images", "base", "base, restricted", "subgraph, fused", "SINF"],
         [*cells, total],
         f"Accuracy (%), {row['kind']} clusters, ratios {row['size']}",
     )
     ahead = estimate(differences)
     return text + (
-        "\nSubgraph with the true cluster minus the restricted base, mean over clusters: "
-        f"{rst.points(ahead)} points (95 % interval over clusters and images).\n"
+        "\nSubgraph with the true cluster, fused with the router, minus the restricted base, mean "
+        f"over clusters: {rst.points(ahead)} points (95 % interval over clusters and images).\n"
     )
 
 
@@ -335,7 +326,8 @@ same with ``--time``
 _CLUSTERS = """\
 Part of what a subgraph gains comes from answering with its cluster's classes only. So the base with
 the same restriction stands beside it: ``base, restricted`` and ``subgraph`` know the true cluster,
-``base`` and ``SINF`` do not.
+``base`` and ``SINF`` do not. The subgraph's answer is fused with the router's, as in SINF; the
+base's is not, so that a gain may be the router's.
 
 Paper, CIFAR-100 (cluster's accuracy over that of the base): VGG16 +5.73, VGG19 +8.38, ResNet50
 +6.36.
