@@ -433,7 +433,7 @@ class Builder:
         posterior = cluster_posterior(held.log_posterior, clusters, network.n_clusters)
         route = Route(held.log_posterior, posterior, held.cluster, held.confidence)
         runs = np.bincount(
-            network.branches(route)[1].numpy(), minlength=network.n_clusters + 1
+            network.branches(route)[1].numpy(), minlength=network.n_clusters + 2
         ) / len(codes)
         raw = self.calibration.batcher.load(self.calibration.X[:1])
         costs = branch_costs(network, raw)

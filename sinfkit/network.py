@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,12 @@ class Normalise(nn.Module):
         return (x - self.mean.view(shape)) / self.std.view(shape)
 
 
+def own_classes(class_clusters: Tensor, n_clusters: int) -> Tensor:
+    """Which classes belong to each cluster: bool, of shape (n_clusters, n_classes)."""
+    clusters = torch.arange(n_clusters, device=class_clusters.device)
+    return class_clusters == clusters[:, None]
+
+
 class SINFNetwork(nn.Module):
     """Prefix, route predictor, feature router and one subgraph per cluster in one module.
 
@@ -68,12 +75,12 @@ class SINFNetwork(nn.Module):
         The layers that every sample passes.
     router : RoutePredictor
     subgraphs : sequence of nn.Module or None
-        For each cluster, prefix output to the logits of the cluster's classes in ascending order.
-        None for a cluster of one class: the router's answer stands.
+        For each cluster, prefix output to the logits of the classes that it answers, in ascending
+        order.  None where there is nothing to tell apart: the router's answer stands.
     rest : nn.Module or None
         The base network behind the prefix; needed for ``fallback="base"``.
     class_clusters : int Tensor of shape (n_classes,)
-        Cluster of each class.
+        Cluster of each class, which decides about routes.
     outputs : int Tensor of shape (n_classes,)
         Column of `rest`'s output for each class.
     temperatures : Tensor of shape (n_clusters,)
@@ -86,11 +93,17 @@ class SINFNetwork(nn.Module):
         What they take: the rest of the base network; the `top_k` most likely clusters' subgraphs
         together; or their cluster's subgraph all the same.
     top_k : int
+    answered : bool Tensor of shape (n_clusters, n_classes), optional
+        Which classes each subgraph answers.  Default: those of its cluster.
+    exit_threshold : float, default=2.0
+        Samples of which the route predictor gives one class at least this probability leave there,
+        with its answer; above 1 none does.
     """
 
     class_clusters: Tensor
     outputs: Tensor
     temperatures: Tensor
+    answered: Tensor
 
     def __init__(
         self,
@@ -107,6 +120,8 @@ class SINFNetwork(nn.Module):
         threshold: float,
         fallback: str,
         top_k: int,
+        answered: Tensor | None = None,
+        exit_threshold: float = 2.0,
     ) -> None:
         super().__init__()
         if fallback not in FALLBACKS:
@@ -124,13 +139,17 @@ class SINFNetwork(nn.Module):
         self.register_buffer("class_clusters", class_clusters)
         self.register_buffer("outputs", outputs)
         self.register_buffer("temperatures", temperatures)
+        if answered is None:
+            answered = own_classes(class_clusters, self.n_clusters)
+        self.register_buffer("answered", answered)
         self.router_weight = router_weight
         self.threshold = threshold
+        self.exit_threshold = exit_threshold
         self.fallback = fallback
         self.top_k = top_k
 
     def subgraph(self, cluster: int) -> nn.Module | None:
-        """Return the subgraph of a cluster; None for a cluster of one class."""
+        """Return the subgraph of a cluster; None where the router's answer stands."""
         key = str(cluster)
         return self.subgraphs[key] if key in self.subgraphs else None
 
@@ -176,12 +195,14 @@ class SINFNetwork(nn.Module):
         Tensor of shape (n_samples, n_classes)
         """
         rows, branch = self.branches(route)
-        probabilities = route.log_posterior.exp()
+        probabilities = route.log_posterior.exp()  # what stands for samples that leave
         logits, fallback = self._run(h, rows, branch)
+        if len(branch) == 0:
+            return probabilities
         routed = branch < self.n_clusters
-        if fallback is not None:
+        if self.fallback == "base" or self.exit_threshold <= 1:
             rows, branch, logits = rows[routed], branch[routed], logits[routed]
-        members = self.class_clusters == branch[:, None]
+        members = self.answered[branch]
         fused = fuse(
             route.log_posterior[rows],
             logits / self.temperatures[branch][:, None],
@@ -189,16 +210,24 @@ class SINFNetwork(nn.Module):
             self.router_weight,
         )
         if self.fallback == "topk":
-            # A row may run several clusters: each writes its own classes.
-            pair, column = members.nonzero(as_tuple=True)
-            probabilities[rows[pair], column] = fused[pair, column]
-        elif fallback is None:
-            return fused
-        else:
-            probabilities[rows] = fused
+            return self._mix(route, rows, branch, members, fused)
+        probabilities[rows] = fused
+        if fallback is not None:
             below, answers = fallback
             probabilities[below] = answers
         return probabilities
+
+    def _mix(
+        self, route: Route, rows: Tensor, branch: Tensor, members: Tensor, fused: Tensor
+    ) -> Tensor:
+        """Join the answers of all subgraphs that a sample ran, each weighed by its cluster."""
+        router = route.log_posterior.exp()
+        weight = route.posterior[rows, branch][:, None] * members
+        total = torch.zeros_like(router).index_add_(0, rows, weight)
+        answers = torch.zeros_like(router).index_add_(0, rows, weight * fused)
+        mixed = torch.where(total > 0, answers / total.clamp_min(1e-30), router)
+        # Subgraphs that share some of their classes need not agree on their total.
+        return mixed / mixed.sum(1, keepdim=True)
 
     def branch_logits(self, h: Tensor, branch: Tensor) -> Tensor:
         """Logits of one given subgraph per sample.
@@ -213,7 +242,7 @@ class SINFNetwork(nn.Module):
         Returns
         -------
         Tensor of shape (n_samples, n_classes)
-            Without temperature; 0 in the columns of other clusters' classes.
+            Without temperature; 0 in the columns of classes that the subgraph does not answer.
         """
         return self._run(h, torch.arange(len(branch), device=branch.device), branch)[0]
 
@@ -224,18 +253,23 @@ class SINFNetwork(nn.Module):
         -------
         rows, branch : int Tensors of shape (n_runs,)
             Sample and branch of each run, in the order of the samples.  Branch `n_clusters` is the
-            base network.
+            base network, branch ``n_clusters + 1`` the way out behind the route predictor.
         """
         rows = torch.arange(len(route.cluster), device=route.cluster.device)
         unsure = route.confidence < self.threshold
+        branch = route.cluster
         if self.fallback == "base":
-            return rows, torch.where(unsure, self.n_clusters, route.cluster)
+            branch = torch.where(unsure, self.n_clusters, branch)
+        leaves: Tensor | None = None
+        if self.exit_threshold <= 1:
+            leaves = route.log_posterior.amax(1) >= math.log(max(self.exit_threshold, 1e-30))
+            branch = torch.where(leaves, self.n_clusters + 1, branch)
         k = min(self.top_k, self.n_clusters)
-        if self.fallback == "none" or k < 2:
-            return rows, route.cluster
+        if self.fallback != "topk" or k < 2:
+            return rows, branch
         likely = route.posterior.topk(k, dim=1).indices
-        likely[:, 0] = route.cluster
-        wanted = unsure[:, None].expand_as(likely).clone()
+        likely[:, 0] = branch
+        wanted = (unsure if leaves is None else unsure & ~leaves)[:, None].expand_as(likely).clone()
         wanted[:, 0] = True
         row, rank = wanted.nonzero(as_tuple=True)
         return row, likely[row, rank]
@@ -254,9 +288,11 @@ class SINFNetwork(nn.Module):
         """
         order = torch.argsort(branch, stable=True)
         # The one place where the host must know: how many rows each branch has.
-        counts = torch.bincount(branch, minlength=self.n_clusters + 1).tolist()
+        counts = torch.bincount(branch, minlength=self.n_clusters + 2).tolist()
         logits: Tensor | None = None
         fallback = None
+        # Those that leave come last, and nothing of them is copied.
+        counts, order = counts[:-1], order[: len(order) - counts[-1]]
         groups = h[rows[order]].split(counts)
         for c, (group, index) in enumerate(zip(groups, order.split(counts), strict=True)):
             if len(index) == 0:
@@ -269,8 +305,10 @@ class SINFNetwork(nn.Module):
                 out = subgraph(group)
                 if logits is None:
                     logits = out.new_zeros(len(branch), len(self.class_clusters))
-                columns = (self.class_clusters == c).nonzero()[:, 0]
-                logits[index[:, None], columns] = out
+                if out.shape[1] == logits.shape[1]:
+                    logits[index] = out
+                else:
+                    logits[index[:, None], self.answered[c].nonzero()[:, 0]] = out
         if logits is None:
             logits = h.new_zeros(len(branch), len(self.class_clusters))
         return logits, fallback

@@ -241,13 +241,14 @@ def branch_costs(network: SINFNetwork, example: Tensor) -> dict[str, Any]:
     -------
     dict
         ``shared_macs``, ``shared_parameters``: prefix and router; ``macs``, ``parameters``: arrays
-        of shape (n_clusters + 1,), the last entry for the base network's rest.
+        of shape (n_clusters + 2,), one entry for each branch of `SINFNetwork.branches`: behind
+        the clusters' the base network's rest, and nothing for what leaves at the route predictor.
     """
     x = network.normalise(example)
     with torch.inference_mode():
         h = network.prefix(x)
     n = network.n_clusters
-    macs, parameters = np.zeros(n + 1), np.zeros(n + 1)
+    macs, parameters = np.zeros(n + 2), np.zeros(n + 2)
     for c in range(n + 1):
         branch = network.rest if c == n else network.subgraph(c)
         if branch is not None:
@@ -278,7 +279,7 @@ def _observe(
 ) -> _Seen:
     """One pass: base, SINF, SINF with the true route, the true cluster's subgraph."""
     columns: list[list[Tensor]] = [[] for _ in range(6)]
-    runs = np.zeros(network.n_clusters + 1)
+    runs = np.zeros(network.n_clusters + 2)
     start = 0
     with torch.inference_mode():
         for raw in batcher.raw(X):

@@ -11,14 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sinfkit.network import Normalise, SINFNetwork
+from sinfkit.network import Normalise, SINFNetwork, own_classes
 from sinfkit.routing import RoutePredictor
 
 CLUSTERS = torch.tensor([0, 1, 0, 2, 1, 2, 3])  # cluster 3 has one class: no subgraph
 K, M, WIDTH = 7, 4, 6
 
 
-def make_network(fallback="base", threshold=0.45, top_k=2, seed=0, dtype=torch.float32):
+def make_network(
+    fallback="base",
+    threshold=0.45,
+    top_k=2,
+    seed=0,
+    dtype=torch.float32,
+    answered=None,
+    exit_threshold=2.0,
+):
     generator = torch.Generator().manual_seed(seed)
 
     def linear(n_in, n_out):
@@ -28,7 +36,9 @@ def make_network(fallback="base", threshold=0.45, top_k=2, seed=0, dtype=torch.f
             layer.bias.copy_(torch.randn(n_out, generator=generator))
         return layer
 
-    sizes = [int((CLUSTERS == c).sum()) for c in range(M)]
+    if answered is None:
+        answered = own_classes(CLUSTERS, M)
+    sizes = answered.sum(1).tolist()
     network = SINFNetwork(
         Normalise(torch.full((WIDTH,), 0.1, dtype=dtype), torch.full((WIDTH,), 2.0, dtype=dtype)),
         nn.Sequential(linear(WIDTH, WIDTH), nn.ReLU()),
@@ -48,6 +58,8 @@ def make_network(fallback="base", threshold=0.45, top_k=2, seed=0, dtype=torch.f
         threshold=threshold,
         fallback=fallback,
         top_k=top_k,
+        answered=answered,
+        exit_threshold=exit_threshold,
     )
     return network.eval().requires_grad_(False)
 
@@ -62,26 +74,39 @@ def by_hand(network, x):
         mass = torch.stack([p[c == CLUSTERS].sum() for c in range(M)])
         unsure = float(mass.max()) < network.threshold
         answer = p.clone()
+        if float(p.max()) >= network.exit_threshold:
+            rows.append(answer)
+            continue
         run = [int(mass.argmax())]
         if unsure and network.fallback == "topk":
             run = mass.topk(network.top_k).indices.tolist()
         if unsure and network.fallback == "base":
             rows.append(torch.softmax(network.rest(h)[0, network.outputs], 0))
             continue
+        votes, weight = torch.zeros_like(p), torch.zeros_like(p)
         for c in run:
+            inside = network.answered[c].nonzero()[:, 0]
+            within = p[inside]
             if str(c) in network.subgraphs:
-                inside = (c == CLUSTERS).nonzero()[:, 0]
                 z = network.subgraphs[str(c)](h)[0] / network.temperatures[c]
                 joint = torch.softmax(z + network.router_weight * log_r[inside], 0)
-                answer[inside] = mass[c] * joint
-        rows.append(answer)
+                within = within.sum() * joint
+            votes[inside] += mass[c] * within
+            weight[inside] += mass[c]
+        answer = torch.where(weight > 0, votes / weight, answer)
+        rows.append(answer / answer.sum())
     return torch.stack(rows)
 
 
 @pytest.mark.parametrize("fallback", ["base", "topk", "none"])
 @pytest.mark.parametrize("threshold", [0.0, 0.45, 1.1])
-def test_equals_the_definition(fallback, threshold):
-    network = make_network(fallback, threshold)
+@pytest.mark.parametrize("answered", [None, "all", "some"])
+@pytest.mark.parametrize("exit_threshold", [2.0, 0.4, 0.0])
+def test_equals_the_definition(fallback, threshold, answered, exit_threshold):
+    if answered is not None:
+        foreign = torch.rand(M, K, generator=torch.Generator().manual_seed(4)) < 0.4
+        answered = own_classes(CLUSTERS, M) | (foreign if answered == "some" else True)
+    network = make_network(fallback, threshold, answered=answered, exit_threshold=exit_threshold)
     x = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(network(x), by_hand(network, x), atol=1e-6, rtol=1e-5)
 
@@ -119,6 +144,21 @@ def test_only_the_wanted_branches_run():
     expected = {str(c): int(n) for c, n in enumerate(torch.bincount(route.cluster)) if n}
     expected.pop("3", None)
     assert seen == expected
+
+
+def test_what_leaves_at_the_router_runs_nothing_behind_it():
+    network = make_network("base", threshold=0.9, exit_threshold=0.3)
+    x = torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(2))
+    route = network.route(x)
+    leaves = route.log_posterior.exp().amax(1) >= 0.3
+    assert 0 < int(leaves.sum()) < 30
+    rows = []
+    for module in [*network.subgraphs.values(), network.rest]:
+        module.register_forward_hook(lambda m, inputs, out: rows.append(len(inputs[0])))
+    out = network(x)
+    in_cluster_of_one = (route.cluster == 3) & (route.confidence >= 0.9)
+    assert sum(rows) == int((~leaves & ~in_cluster_of_one).sum())
+    torch.testing.assert_close(out[leaves], route.log_posterior.exp()[leaves])
 
 
 def test_a_given_route_replaces_the_predicted_one():

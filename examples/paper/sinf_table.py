@@ -248,7 +248,7 @@ def _routed(made: SINFClassifier, test: base.Study) -> dict[str, tuple[np.ndarra
         "cluster_names": "|".join(map(str, made.cluster_names_)),
     }
     own = costs["shared_macs"] + costs["macs"][chosen]
-    base_macs = costs["shared_macs"] + costs["macs"][-1]
+    base_macs = costs["shared_macs"] + costs["macs"][network.n_clusters]
     macs = {
         "base": whole,
         "restricted": whole,
@@ -259,7 +259,7 @@ def _routed(made: SINFClassifier, test: base.Study) -> dict[str, tuple[np.ndarra
         "oracle": float((costs["shared_macs"] + costs["macs"][truth.numpy()]).mean()),
     }
     macs["two clusters"] = macs["no threshold"] + float(
-        (costs["macs"][:-1].mean() * fallback).mean()
+        (costs["macs"][: network.n_clusters].mean() * fallback).mean()
     )
     return {
         variant: (
