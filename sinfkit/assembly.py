@@ -30,16 +30,15 @@ def slice_prefix(
     samples: Tensor,
     method: str,
 ) -> fx.GraphModule:
-    """Slice what lies before the cut, for all classes, and refit it to the dense prefix's output.
+    """Slice what lies before the cut, for all classes, and refit it to the dense prefix.
 
     Parameters
     ----------
     calibration : Calibration
     cut : CutPoint
     keep : mapping of str to int ndarray
-        Channels kept, by group; of groups wholly before the cut.  The last layer's channels cross
-        it, so they are not among them and keep their meaning for every subgraph and for the base's
-        rest.
+        Channels kept, by group.  Those of the last layer cross the cut: where they are among them,
+        every subgraph has to do with the same ones, and the base's rest does not fit any more.
     samples : Tensor of shape (n, ...)
         Normalised samples for the check and the repair.
     method : str
@@ -74,7 +73,7 @@ class Subgraph:
     Attributes
     ----------
     module : nn.Module
-        From the prefix's output to the cluster's logits.
+        From the prefix's output to the logits of the classes that it answers.
     scores : dict of str to ndarray
     support : dict of str to ndarray
     repair_error : dict of str to float
@@ -104,11 +103,12 @@ def build_subgraph(
     calibration : Calibration
     cut : CutPoint
     keep : mapping of str to int ndarray
-        Channels kept, by group; of groups wholly behind the cut, and the output layer's.
+        Channels kept, by group; of groups behind the cut, of those that cross it, and the output
+        layer's.
     scored : Scored
         What they were chosen by.
     outputs : int ndarray
-        The network's outputs for the cluster's classes.
+        The network's outputs for the classes that the subgraph answers.
     prefixes : (dense, sliced)
         The sliced one feeds the subgraph; the dense one gives the repair's targets.
     method : str
@@ -183,7 +183,7 @@ def observe(network: SINFNetwork, batches: Iterable[Tensor]) -> HeldOut:
 
 
 def choose_weight(
-    held: HeldOut, codes: np.ndarray, class_clusters: Tensor, weights: Sequence[float]
+    held: HeldOut, codes: np.ndarray, answered: Tensor, weights: Sequence[float]
 ) -> tuple[float, Tensor]:
     """Choose the router's weight and one temperature per subgraph by held-out log loss.
 
@@ -191,7 +191,8 @@ def choose_weight(
     ----------
     held : HeldOut
     codes : int ndarray of shape (n_samples,)
-    class_clusters : int Tensor of shape (n_classes,)
+    answered : bool Tensor of shape (n_clusters, n_classes)
+        The classes that each subgraph answers.
     weights : sequence of float
         Candidates.
 
@@ -199,32 +200,26 @@ def choose_weight(
     -------
     weight : float
     temperatures : Tensor of shape (n_clusters,)
-        Fitted on the samples that were routed to the right cluster; 1 where there are fewer than
-        ten of them.
+        Fitted on the samples whose class is among those that their subgraph answers; 1 where there
+        are fewer than ten of them.
     """
     y = torch.as_tensor(codes)
-    n_clusters = int(class_clusters.max()) + 1
-    right = class_clusters[y] == held.cluster
-    members = class_clusters == held.cluster[:, None]
+    members = answered[held.cluster]
+    open_ = members.gather(1, y[:, None])[:, 0]
     best: tuple[float, float, Tensor] | None = None
     for weight in weights:
-        temperatures = torch.ones(n_clusters, dtype=held.logits.dtype)
+        temperatures = torch.ones(len(answered), dtype=held.logits.dtype)
         losses = []
         for t in TEMPERATURES:
             joint = held.logits / t + weight * held.log_posterior
             log_p = torch.log_softmax(joint.masked_fill(~members, -torch.inf), 1)
             losses.append(-log_p.gather(1, y[:, None])[:, 0])
         table = torch.stack(losses)
-        for c in range(n_clusters):
-            rows = right & (held.cluster == c)
+        for c in range(len(answered)):
+            rows = open_ & (held.cluster == c)
             if int(rows.sum()) >= 10:
                 temperatures[c] = TEMPERATURES[int(table[:, rows].mean(1).argmin())]
-        fused = fuse(
-            held.log_posterior,
-            held.logits / temperatures[held.cluster][:, None],
-            members,
-            weight,
-        )
+        fused = _fused(held, answered, temperatures, weight)
         loss = float(-fused.gather(1, y[:, None]).clamp_min(1e-12).log().mean())
         if best is None or loss < best[0]:
             best = (loss, weight, temperatures)
@@ -233,9 +228,13 @@ def choose_weight(
 
 
 def routed_answers(
-    held: HeldOut, class_clusters: Tensor, temperatures: Tensor, weight: float
+    held: HeldOut, answered: Tensor, temperatures: Tensor, weight: float
 ) -> np.ndarray:
     """Predicted classes where every sample takes its own cluster's subgraph."""
-    members = class_clusters == held.cluster[:, None]
+    return _fused(held, answered, temperatures, weight).argmax(1).numpy()
+
+
+def _fused(held: HeldOut, answered: Tensor, temperatures: Tensor, weight: float) -> Tensor:
+    """Probabilities where every sample takes its own cluster's subgraph."""
     logits = held.logits / temperatures[held.cluster][:, None]
-    return fuse(held.log_posterior, logits, members, weight).argmax(1).numpy()
+    return fuse(held.log_posterior, logits, answered[held.cluster], weight)

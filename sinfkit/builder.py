@@ -29,17 +29,26 @@ from .assembly import (
 )
 from .budget import layer_seconds, shared_widths
 from .clusterer import SemanticClusterer
-from .costs import network_cost
+from .costs import CostModel, network_cost
 from .cuts import sides
 from .graph import CutPoint, observation_nodes, split
-from .network import Normalise, Route, SINFNetwork
+from .network import Normalise, Route, SINFNetwork, own_classes
 from .profiling import count_macs, fold_batch_norm, paired_latency
 from .repair import affordable_images
 from .report import base_for_timing, branch_costs
-from .routing import choose_threshold, cluster_posterior, fit_route_predictor
+from .routing import (
+    RouteFit,
+    choose_exit,
+    choose_threshold,
+    cluster_posterior,
+    fit_route_predictor,
+)
 from .search import Outcome, Size
 from .subgraph import Recipe, Scored, choose_channels, sliceable
 from .surgery import ChannelGroup
+
+ANSWERS = ("all", "cluster")
+_FEW_ROUTED = 64  # samples, too few to repair a subgraph with
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,9 @@ class Settings:
     recipe, prefix_recipe : Recipe
         For the subgraphs and for the prefix; a plan's size replaces their ratios.
     repair_samples : int
+    answers : str
+        One of `ANSWERS`.
+    exit_threshold : float, "auto" or None
     router_weight, confidence_threshold : float or "auto"
     fallback : str
     top_k : int
@@ -63,6 +75,8 @@ class Settings:
     recipe: Recipe
     prefix_recipe: Recipe
     repair_samples: int
+    answers: str
+    exit_threshold: float | str | None
     router_weight: float | str
     confidence_threshold: float | str
     fallback: str
@@ -103,8 +117,9 @@ class Built:
     subgraphs : list of Subgraph or None
         None for a cluster of one class.
     route_accuracy : float
-    fallback_share : float
-        Share of held-out samples below the confidence threshold.
+    fallback_share, exit_share : float
+        Shares of held-out samples below the confidence threshold, and of those that leave at the
+        route predictor.
     lost : ndarray of shape (n_held_out,)
         Of each held-out sample: 1 where only the base is right, -1 where only this network is.
     outcome : Outcome
@@ -115,8 +130,27 @@ class Built:
     subgraphs: list[Subgraph | None]
     route_accuracy: float
     fallback_share: float
+    exit_share: float
     lost: np.ndarray
     outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What lies before the cut.
+
+    Attributes
+    ----------
+    module : GraphModule
+    keep : dict of str to int ndarray
+        Channels kept, by group, of the groups that it has to do with.
+    widths : dict of str to int
+        Channels that stay in each group behind the cut, where one budget decides about both sides.
+    """
+
+    module: fx.GraphModule
+    keep: dict[str, np.ndarray] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -138,7 +172,8 @@ class Builder:
     settings: Settings
     _statistics: Statistics | None = None
     _scores: dict[Any, Scored] = field(default_factory=dict)
-    _prefixes: dict[Any, tuple[fx.GraphModule, dict[str, int]]] = field(default_factory=dict)
+    _prefixes: dict[Any, Prefix] = field(default_factory=dict)
+    _seconds: dict[str, float] | None = None
     _base_logits: Tensor | None = None
 
     def batches(self, index: np.ndarray) -> Iterable[Tensor]:
@@ -168,14 +203,16 @@ class Builder:
         """Accuracy to keep on the held-out samples."""
         return float(self.base_right.mean()) - self.settings.max_accuracy_drop
 
-    def gather(self, cuts: Sequence[CutPoint]) -> Statistics:
-        """Collect, in one pass, what the criteria ask for with any of the cuts."""
+    def gather(self, plans: Sequence[Plan]) -> Statistics:
+        """Collect, in one pass, what the criteria ask for in any of the plans."""
         graph, settings = self.calibration.graph, self.settings
         layers: dict[str, None] = {}
-        for cut in cuts:
-            for part, recipe in zip(
-                sides(graph, cut), (settings.prefix_recipe, settings.recipe), strict=True
-            ):
+        for plan in plans:
+            inside, behind = sides(graph, plan.cut)
+            parts = [(behind, settings.recipe)]
+            shared = plan.size.prefix_ratio is None
+            parts.append((inside + behind if shared else inside, settings.prefix_recipe))
+            for part, recipe in parts:
                 if recipe.criterion.needs & {"features", "consumer_features"}:
                     for group in sliceable(self.calibration.groups, part):
                         layers |= dict.fromkeys(group.layers)
@@ -201,23 +238,24 @@ class Builder:
         codes = self.calibration.codes
         clusterer = clone(plan.clusterer)
         clusterer.classes_ = self.calibration.table.classes
-        prefix, _ = self._prefix(plan.cut, plan.size.prefix_ratio)
+        prefix = self._prefix(plan.cut, plan.size)
         features = pooled_output(
-            prefix,
+            prefix.module,
             progress(self.batches(self.index), "Routes", self.settings.verbose),
             clusterer.pool_size,
         )
         route = fit_route_predictor(
             features,
             codes[self.index],
-            pooled_output(prefix, self.held_batches(), clusterer.pool_size),
+            pooled_output(prefix.module, self.held_batches(), clusterer.pool_size),
             self.held.codes,
             pool_size=clusterer.pool_size,
         )
         clusterer._group(features, codes[self.index], route, self.calibration.seed)
-        subgraphs = self._subgraphs(plan, prefix, clusterer.class_clusters_)
+        routed = self._routed(features, route, clusterer.class_clusters_)
+        subgraphs = self._subgraphs(plan, prefix, clusterer.class_clusters_, routed)
         network = self._network(
-            plan.cut, prefix, route.predictor, subgraphs, clusterer.class_clusters_
+            plan.cut, prefix.module, route.predictor, subgraphs, clusterer.class_clusters_
         )
         return self._judged(replace(plan, clusterer=clusterer), network, subgraphs, time_it)
 
@@ -243,39 +281,104 @@ class Builder:
         """The same numbers for every network: what is built does not depend on what was tried."""
         return np.random.default_rng(self.calibration.seed)
 
-    def _prefix(self, cut: CutPoint, ratio: float) -> tuple[fx.GraphModule, dict[str, int]]:
-        """The part before the cut, sliced for all classes, and how many channels it keeps."""
-        calibration = self.calibration
-        if (cut.name, ratio) not in self._prefixes:
-            groups = sliceable(calibration.groups, sides(calibration.graph, cut)[0])
-            # One object, by which a prefix that is left whole is told from a sliced one.
-            dense = self._prefix(cut, 0.0)[0] if ratio > 0 else split(calibration.graph, cut)[0]
-            prefix = dense
-            kept: dict[str, int] = {}
-            if groups and ratio > 0:
-                recipe = replace(self.settings.prefix_recipe, max_ratio=ratio)
-                classes = np.arange(len(calibration.table.classes))
-                scored = self._score(groups, classes, recipe)
-                keep = choose_channels(groups, scored.groups, recipe)
-                n_images = affordable_images(
-                    dense, calibration.example, self.settings.repair_samples
-                )
-                sample = self._rng().permutation(self.index)[:n_images]
-                samples = torch.cat(list(self.batches(sample)))
-                prefix = slice_prefix(calibration, cut, keep, samples, recipe.repair)
-                kept = {name: len(channels) for name, channels in keep.items()}
-            self._prefixes[cut.name, ratio] = prefix, kept
-        return self._prefixes[cut.name, ratio]
+    def _prefix(self, cut: CutPoint, size: Size) -> Prefix:
+        """The part before the cut, sliced for all classes."""
+        shared = size.prefix_ratio is None
+        key = (cut.name, size.prefix_ratio, size.budget if shared else None)
+        if key not in self._prefixes:
+            self._prefixes[key] = self._sliced_prefix(cut, size)
+        return self._prefixes[key]
+
+    def _dense_prefix(self, cut: CutPoint) -> fx.GraphModule:
+        """The part before the cut as it is: one object, by which a whole prefix is told."""
+        return self._prefix(cut, Size(0.0, 0.0, 0.0)).module
+
+    def _sliced_prefix(self, cut: CutPoint, size: Size) -> Prefix:
+        """Choose, slice and repair what lies before the cut."""
+        calibration, recipe = self.calibration, self.settings.prefix_recipe
+        if size.prefix_ratio == 0:
+            return Prefix(split(calibration.graph, cut)[0])
+        inside, behind = sides(calibration.graph, cut)
+        groups, widths = sliceable(calibration.groups, inside), None
+        everything = np.arange(len(calibration.table.classes))
+        if size.prefix_ratio is not None:
+            recipe = replace(recipe, max_ratio=size.prefix_ratio)
+        else:
+            late = {group.name for group in sliceable(calibration.groups, behind)}
+            both = sliceable(calibration.groups, [*inside, *behind])
+            if self.settings.fallback == "base":
+                # Behind the prefix the dense rest must find the channels that it was trained with.
+                early = {group.name for group in groups}
+                both = [group for group in both if group.name in early | late]
+            widths = self._shared_widths(cut, both, size)
+            groups = [group for group in both if group.name not in late]
+        dense = self._dense_prefix(cut)
+        if not groups:
+            return Prefix(dense, {}, widths or {})
+        # Scored with those behind the cut, where they are: one pass serves both, for every cut.
+        scored = self._score(both if widths is not None else groups, everything, recipe)
+        keep = choose_channels(groups, scored.groups, recipe, widths)
+        n_images = affordable_images(dense, calibration.example, self.settings.repair_samples)
+        sample = self._rng().permutation(self.index)[:n_images]
+        samples = torch.cat(list(self.batches(sample)))
+        module = slice_prefix(calibration, cut, keep, samples, recipe.repair)
+        return Prefix(module, keep, widths or {})
+
+    def _shared_widths(
+        self, cut: CutPoint, groups: list[ChannelGroup], size: Size
+    ) -> dict[str, int]:
+        """Widths on both sides of the cut under one budget, by what all classes would lose."""
+        calibration, settings = self.calibration, self.settings
+        everything = np.arange(len(calibration.table.classes))
+        scored = self._score(groups, everything, settings.prefix_recipe)
+        recipe = replace(settings.prefix_recipe, max_ratio=size.max_ratio)
+        return shared_widths(groups, [scored], self._cost(groups, {}), recipe, size.budget)
+
+    def _cost(self, groups: list[ChannelGroup], kept: Mapping[str, int]) -> CostModel:
+        """What widths of some groups cost, in the recipe's unit."""
+        calibration, unit = self.calibration, self.settings.recipe.budget_unit
+        batch = next(iter(self.batches(self.index[: calibration.batcher.batch_size])))
+        if unit == "latency" and self._seconds is None:
+            self._seconds = layer_seconds(calibration.graph, batch)
+        return network_cost(
+            calibration.graph,
+            calibration.groups,
+            groups,
+            batch[:1],
+            unit,
+            kept=kept,
+            seconds=self._seconds,
+        )
+
+    def _routed(
+        self, features: Tensor, route: RouteFit, class_clusters: np.ndarray
+    ) -> list[np.ndarray]:
+        """The calibration samples that each cluster's subgraph is made for."""
+        clusters = torch.as_tensor(class_clusters)
+        n_clusters = int(class_clusters.max()) + 1
+        own = class_clusters[self.calibration.codes[self.index]]
+        if self.settings.answers == "cluster":
+            return [self.index[own == c] for c in range(n_clusters)]
+        # Whatever is sent there, rightly or not: that is what it will have to answer.
+        predictor = route.predictor
+        log_posterior = torch.log_softmax(features @ predictor.weight.T + predictor.bias, 1)
+        sent = cluster_posterior(log_posterior, clusters, n_clusters).argmax(1).numpy()
+        few = np.bincount(sent, minlength=n_clusters) < _FEW_ROUTED
+        return [self.index[(sent == c) | ((own == c) & few[c])] for c in range(n_clusters)]
 
     def _subgraphs(
-        self, plan: Plan, prefix: nn.Module, class_clusters: np.ndarray
+        self,
+        plan: Plan,
+        prefix: Prefix,
+        class_clusters: np.ndarray,
+        routed: Sequence[np.ndarray],
     ) -> list[Subgraph | None]:
         """One subgraph per cluster, built side by side where `n_jobs` says so."""
         calibration, size = self.calibration, plan.size
-        groups = sliceable(calibration.groups, sides(calibration.graph, plan.cut)[1])
-        output_group = next(g.name for g in calibration.groups if g.is_output)
+        behind = sides(calibration.graph, plan.cut)[1]
+        groups = sliceable(calibration.groups, behind)
         recipe = replace(self.settings.recipe, min_ratio=size.min_ratio, max_ratio=size.max_ratio)
-        dense, rest = self._prefix(plan.cut, 0.0)[0], split(calibration.graph, plan.cut)[1]
+        dense, rest = self._dense_prefix(plan.cut), split(calibration.graph, plan.cut)[1]
         with torch.inference_mode():
             h = dense(calibration.example)
         n_images = affordable_images(rest, h, self.settings.repair_samples)
@@ -284,24 +387,16 @@ class Builder:
         ]
         widths = None
         if recipe.schedule == "global":
-            widths = self._widths(plan, groups, output_group, clusters, recipe)
+            widths = prefix.widths or self._widths(groups, prefix, clusters, recipe, size)
         rng, jobs = self._rng(), []
-        for classes in clusters:
+        for classes, index in zip(clusters, routed, strict=True):
             if len(classes) < 2:
                 jobs.append(delayed(_nothing)())
                 continue
-            index = self.index[np.isin(calibration.codes[self.index], classes)]
             sample = rng.permutation(index)[:n_images]
             jobs.append(
                 delayed(self._subgraph)(
-                    plan.cut,
-                    groups,
-                    output_group,
-                    classes,
-                    (dense, prefix),
-                    recipe,
-                    widths,
-                    sample,
+                    plan.cut, groups, classes, (dense, prefix), recipe, widths, sample
                 )
             )
         # Threads: the work is in torch, which releases the interpreter, and shares the weights.
@@ -311,56 +406,58 @@ class Builder:
 
     def _widths(
         self,
-        plan: Plan,
         groups: list[ChannelGroup],
-        output_group: str,
+        prefix: Prefix,
         clusters: Sequence[np.ndarray],
         recipe: Recipe,
+        size: Size,
     ) -> dict[str, int]:
-        """One width per layer for all clusters: prefix and subgraph keep to a budget."""
-        calibration = self.calibration
+        """One width per layer for all clusters: with the given prefix they keep to a budget."""
         scored = [self._score(groups, own, recipe) for own in clusters if len(own) > 1]
         if not scored:
             return {}
-        _, kept = self._prefix(plan.cut, plan.size.prefix_ratio)
-        batch = next(iter(self.batches(self.index[: calibration.batcher.batch_size])))
-        seconds = None
-        if recipe.budget_unit == "latency":
-            seconds = layer_seconds(calibration.graph, batch)
-        cost = network_cost(
-            calibration.graph,
-            calibration.groups,
-            groups,
-            batch[:1],
-            recipe.budget_unit,
-            kept={**kept, output_group: max(map(len, clusters))},
-            seconds=seconds,
-        )
-        return shared_widths(groups, scored, cost, recipe)
+        kept = {name: len(channels) for name, channels in prefix.keep.items()}
+        kept[self._output_group] = max(len(self._answered_by(own)) for own in clusters)
+        return shared_widths(groups, scored, self._cost(groups, kept), recipe, size.budget)
+
+    @property
+    def _output_group(self) -> str:
+        return next(group.name for group in self.calibration.groups if group.is_output)
+
+    def _answered_by(self, classes: np.ndarray) -> np.ndarray:
+        """The classes that the subgraph of a cluster answers."""
+        if self.settings.answers == "cluster":
+            return classes
+        return np.arange(len(self.calibration.table.classes))
 
     def _subgraph(
         self,
         cut: CutPoint,
         groups: list[ChannelGroup],
-        output_group: str,
         classes: np.ndarray,
-        prefixes: tuple[nn.Module, nn.Module],
+        prefixes: tuple[nn.Module, Prefix],
         recipe: Recipe,
         widths: Mapping[str, int] | None,
         sample: np.ndarray,
     ) -> Subgraph:
         """Score, choose, extract and repair one cluster's part."""
-        outputs = self.calibration.table.outputs[classes]
+        dense, prefix = prefixes
+        outputs = self.calibration.table.outputs[self._answered_by(classes)]
         scored = self._score(groups, classes, recipe)
         keep = choose_channels(groups, scored.groups, recipe, widths)
-        keep[output_group] = outputs
+        behind = set(sides(self.calibration.graph, cut)[1])
+        for group in self.calibration.groups:
+            # What crosses the cut has lost the same channels for every cluster.
+            if group.name in prefix.keep and behind.intersection((*group.layers, *group.consumers)):
+                keep[group.name] = prefix.keep[group.name]
+        keep[self._output_group] = outputs
         return build_subgraph(
             self.calibration,
             cut,
             keep,
             scored,
             outputs,
-            prefixes,
+            (dense, prefix.module),
             recipe.repair,
             self.batches,
             sample,
@@ -396,6 +493,8 @@ class Builder:
             threshold=0.0,
             fallback=settings.fallback,
             top_k=settings.top_k,
+            answered=own_classes(torch.as_tensor(class_clusters), len(subgraphs))
+            | (settings.answers == "all"),
         )
         # A copy: what folding left as it was is the frozen model's own.
         network = copy.deepcopy(network).eval().requires_grad_(False)
@@ -407,15 +506,16 @@ class Builder:
     def _judged(
         self, plan: Plan, network: SINFNetwork, subgraphs: list[Subgraph | None], time_it: bool
     ) -> Built:
-        """Choose router weight, temperatures and threshold, and count what the choice gives."""
+        """Choose router weight, temperatures and thresholds, and count what the choice gives."""
         settings, codes = self.settings, self.held.codes
         held = observe(network, self.held_batches())
         clusters = network.class_clusters.cpu()
         automatic = settings.router_weight == "auto"
         weights = ROUTER_WEIGHTS if automatic else (float(settings.router_weight),)
-        network.router_weight, temperatures = choose_weight(held, codes, clusters, weights)
+        answered = network.answered.cpu()
+        network.router_weight, temperatures = choose_weight(held, codes, answered, weights)
         network.temperatures.copy_(temperatures)
-        routed = routed_answers(held, clusters, temperatures, network.router_weight) == codes
+        routed = routed_answers(held, answered, temperatures, network.router_weight) == codes
         right = routed
         if settings.fallback == "none" or network.n_clusters == 1:
             if settings.confidence_threshold != "auto":
@@ -430,6 +530,13 @@ class Builder:
             else:
                 network.threshold = float(settings.confidence_threshold)
             right = np.where(held.confidence.numpy() < network.threshold, fallback, routed)
+        sure, early = (part.numpy() for part in held.log_posterior.exp().max(1))
+        if settings.exit_threshold == "auto":
+            network.exit_threshold = choose_exit(sure, early == codes, right, target=self.target)
+        elif settings.exit_threshold is not None:
+            network.exit_threshold = float(settings.exit_threshold)
+        leaves = sure >= network.exit_threshold
+        right = np.where(leaves, early == codes, right)
         posterior = cluster_posterior(held.log_posterior, clusters, network.n_clusters)
         route = Route(held.log_posterior, posterior, held.cluster, held.confidence)
         runs = np.bincount(
@@ -445,7 +552,8 @@ class Builder:
             network,
             subgraphs,
             float((held.cluster == clusters[torch.as_tensor(codes)]).double().mean()),
-            float(np.mean(held.confidence.numpy() < network.threshold)),
+            float(np.mean((held.confidence.numpy() < network.threshold) & ~leaves)),
+            float(np.mean(leaves)),
             lost,
             Outcome(float(lost.mean()), cost, self._speedup(network) if time_it else float("nan")),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,23 @@ from torch import nn
 from ._base import Calibration, TorchEstimator, all_or_nothing
 from ._calls import caller_level
 from ._validation import hold_out, validate_X, validate_y
-from .builder import Builder, Built, Held, Plan, Settings
+from .builder import ANSWERS, Builder, Built, Held, Plan, Settings
 from .clusterer import SemanticClusterer
 from .cuts import rank_candidates, try_cuts, usable_cuts
 from .graph import cut_points, find_cut
 from .network import FALLBACKS, SINFNetwork
 from .pruner import DCSPruner
 from .report import SINFReport, make_report
+from .schedules import OutOfReachError
 from .search import LADDER, Goal, Outcome, Size, climb
 from .subgraph import make_recipe, warn_about_whole
 
 _ROUTE_SAMPLES = 5_000
-# Of the ladder: half to four fifths of the subgraphs' filters go, and 30 % of the prefix's.
+# Of the ladder: two fifths of the multiplications stay.
 _FIRST_RUNG = 3
+_PREFIX_RATIO = 0.3
+_AUTOMATIC = ("prefix_ratio", "exit_threshold", "confidence_threshold", "router_weight")
+_OPTIONAL = ("route_accuracy", "target_speedup", "exit_threshold")
 _CLUSTERS = (2, 5, 10, 20)  # tried where no clusterer is given
 
 
@@ -52,10 +56,10 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         of which the best on held-out samples is kept.
     pruner : DCSPruner, optional
         How the subgraphs are cut out.  Leave its `model`, `model_classes`, `classes` and
-        `first_layer` at None.  None: ``DCSPruner()``, whose ratios are searched, together with
-        `prefix_ratio`, for the fastest network within `max_accuracy_drop` (or for
-        `target_speedup`).  Several networks are built for that (`search_results_` lists them), so a
-        search takes longer than a fit with a pruner given.
+        `first_layer` at None.  None: ``DCSPruner(schedule="global")``, whose budget is searched for
+        the fastest network within `max_accuracy_drop` (or for `target_speedup`).  Several networks
+        are built for that (`search_results_` lists them), so a search takes longer than a fit with
+        a pruner given.
     route_layer : str, default="auto"
         The cut behind which the route predictor sits, see `sinfkit.graph.cut_points`.  ``"auto"``
         takes the one with the fewest multiplications of those that are expected to keep the
@@ -65,13 +69,23 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         reaches it, as the paper does with 0.75, if there is one.
     prefix_ratio : float or "auto", default="auto"
         Fraction of filters removed from each layer before the route predictor, for all classes.  0
-        leaves the prefix whole.  Its last layer keeps its channels and is refitted to the dense
-        output, so that the base's rest still works behind it.  ``"auto"``: searched, or 0.3 where
-        a pruner is given.
+        leaves the prefix whole.  Its last layer keeps its channels then and is refitted to the
+        dense output.  ``"auto"``: with a pruner of ``schedule="global"``, and in a search, prefix
+        and subgraph share the budget, and layers before and behind the predictor lose what
+        `prefix_criterion` finds cheapest for what it saves; with another schedule 0.3.
     prefix_criterion : str or callable, default="obs"
         Which of the prefix's filters go; as `DCSPruner.criterion`.  All classes need the prefix,
         and its output is rebuilt by least squares: what counts there is not what tells classes
         apart, but what the other filters cannot make up for.
+    answers : {"all", "cluster"}, default="all"
+        Which classes a subgraph answers: ``"cluster"`` those of its cluster, repaired on samples of
+        these (the paper's form: an input on the wrong route is lost); ``"all"`` every class,
+        repaired on the samples that are routed to it, rightly or not.
+    exit_threshold : float, "auto" or None, default="auto"
+        Samples of which the route predictor gives one class at least this probability leave there,
+        with its answer.  ``"auto"`` takes the smallest with which the held-out accuracy stays
+        within `max_accuracy_drop` of the base's (or as it is without exits, where that is more than
+        is allowed).  None: no sample leaves.
     confidence_threshold : float or "auto", default="auto"
         Samples whose route confidence is below it take the fallback.  ``"auto"`` takes the smallest
         with which the held-out accuracy stays within `max_accuracy_drop` of the base's; where none
@@ -83,9 +97,10 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         Search for the most accurate network that is so many times as fast as the base, measured on
         a batch of held-out samples, instead of the fastest within `max_accuracy_drop`, which still
         sets ``confidence_threshold="auto"``.  A warning says so where no network is.
-    fallback : {"base", "topk", "none"}, default="base"
-        What runs below the threshold: the rest of the base network, the subgraphs of the `top_k`
-        most likely clusters, or the one subgraph all the same.
+    fallback : {"none", "base", "topk"}, default="none"
+        What runs below the confidence threshold: the one subgraph all the same, the rest of the
+        base network, or the subgraphs of the `top_k` most likely clusters.  With ``"base"`` the
+        prefix's last layer keeps all of its channels, so that the base's rest works behind it.
     top_k : int, default=2
     router_weight : float or "auto", default="auto"
         Exponent of the router's posterior in the product with the subgraph's, see
@@ -118,12 +133,13 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         Cluster of each of `classes_`.
     cluster_names_ : ndarray of shape (n_clusters,)
     route_layer_ : str
-    prefix_ratio_ : float
+    prefix_ratio_ : float or None
+        None where prefix and subgraphs share a budget.
     search_results_ : list of dict
-        What was tried, in order: route layer, number of clusters, ratios, accuracy lost on held-out
-        samples, multiplications relative to the base, share on the fallback, and the measured
-        speed-up where `target_speedup` asks for it.
-    confidence_threshold_ : float
+        What was tried, in order: route layer, number of clusters, size, accuracy lost on held-out
+        samples, multiplications relative to the base, shares on the fallback and of exits, and the
+        measured speed-up where `target_speedup` asks for it.
+    confidence_threshold_, exit_threshold_ : float
     router_weight_ : float
     temperatures_ : ndarray of shape (n_clusters,)
     route_accuracy_ : float
@@ -144,7 +160,8 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
     -----
     Stated by the paper (arXiv 2310.01259): the four parts, the cluster's own filters and outputs,
     the confidence threshold, 75 % route accuracy.  Our choices: what runs below the threshold, the
-    predictor on fine classes, the fusion of its posterior, the sliced prefix, the repair.
+    predictor on fine classes, the fusion of its posterior, subgraphs that answer all classes, exits
+    at the predictor, the sliced prefix, the repair.
 
     Examples
     --------
@@ -171,10 +188,12 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         route_accuracy: float | None = None,
         prefix_ratio: float | str = "auto",
         prefix_criterion: str | Callable[..., Any] = "obs",
+        answers: str = "all",
+        exit_threshold: float | str | None = "auto",
         confidence_threshold: float | str = "auto",
         max_accuracy_drop: float = 0.01,
         target_speedup: float | None = None,
-        fallback: str = "base",
+        fallback: str = "none",
         top_k: int = 2,
         router_weight: float | str = "auto",
         validation_fraction: float = 0.2,
@@ -193,6 +212,8 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         self.route_accuracy = route_accuracy
         self.prefix_ratio = prefix_ratio
         self.prefix_criterion = prefix_criterion
+        self.answers = answers
+        self.exit_threshold = exit_threshold
         self.confidence_threshold = confidence_threshold
         self.max_accuracy_drop = max_accuracy_drop
         self.target_speedup = target_speedup
@@ -259,6 +280,8 @@ n_features)
                 recipe,
                 prefix_recipe,
                 int(pruner.repair_samples),
+                self.answers,
+                self.exit_threshold,
                 self.router_weight,
                 self.confidence_threshold,
                 self.fallback,
@@ -273,7 +296,7 @@ n_features)
         warn_about_whole(calibration.groups)
         plans = self._plans(builder, clusterer, sizes, rng)
         self.search_results_ = []
-        statistics = builder.gather([plan.cut for plan in plans])
+        statistics = builder.gather(plans)
         self._check_base(statistics.logits, calibration)
         built = self._search(builder, plans, sizes)
         self._warn_of_miss(built)
@@ -283,12 +306,16 @@ n_features)
     def _sizes(self, pruner: DCSPruner) -> list[Size]:
         """What to choose from: one size where the user has said it, else a ladder."""
         auto = isinstance(self.prefix_ratio, str)
-        given = LADDER[_FIRST_RUNG].prefix_ratio if auto else float(self.prefix_ratio)
-        if self.pruner is not None:
-            return [Size(given, pruner.min_ratio, pruner._recipe().max_ratio)]
-        if auto:
-            return list(LADDER)
-        return [Size(given, size.min_ratio, size.max_ratio) for size in LADDER]
+        if self.pruner is None:
+            return [
+                size if auto else replace(size, prefix_ratio=float(self.prefix_ratio))
+                for size in LADDER
+            ]
+        recipe = pruner._recipe()
+        given: float | None = None
+        if not auto or recipe.schedule != "global":
+            given = _PREFIX_RATIO if auto else float(self.prefix_ratio)
+        return [Size(given, pruner.min_ratio, recipe.max_ratio, recipe.budget)]
 
     def _plans(
         self,
@@ -341,6 +368,8 @@ n_features)
             pool_size=clusterer.pool_size,
             size=size,
             fallback=self.fallback,
+            answers=self.answers,
+            exits=self.exit_threshold is not None,
             target=builder.target,
         )
         ranked = rank_candidates(candidates, self.route_accuracy, builder.target)
@@ -358,11 +387,18 @@ n_features)
         """
         goal = Goal(self.max_accuracy_drop, self.target_speedup)
         best: Built | None = None
+        missed: list[OutOfReachError] = []
 
         def evaluate(plan: Plan, rung: int) -> Outcome:
             nonlocal best
             trial = Plan(plan.cut, plan.clusterer, sizes[rung])
-            built = builder.build(trial, time_it=self.target_speedup is not None)
+            try:
+                built = builder.build(trial, time_it=self.target_speedup is not None)
+            except OutOfReachError as error:
+                if len(sizes) == 1:
+                    raise
+                missed.append(error)
+                return Outcome(drop=1.0, cost=math.inf, speedup=0.0)
             self._note(built)
             if best is None or goal.better(built.outcome, best.outcome):
                 best = built  # the others' weights are let go
@@ -376,7 +412,8 @@ n_features)
                 if not goal.better(outcome, found):
                     break
                 rung, found = step, outcome
-        assert best is not None
+        if best is None:
+            raise missed[0]
         return best
 
     def _note(self, built: Built) -> None:
@@ -389,6 +426,7 @@ n_features)
             "accuracy_drop": outcome.drop,
             "relative_macs": outcome.cost,
             "fallback_share": built.fallback_share,
+            "exit_share": built.exit_share,
         }
         if not math.isnan(outcome.speedup):
             row["speedup"] = outcome.speedup
@@ -404,6 +442,7 @@ n_features)
         self.route_accuracy_ = clusterer.route_accuracy_ = built.route_accuracy
         self.router_weight_ = network.router_weight
         self.confidence_threshold_ = network.threshold
+        self.exit_threshold_ = network.exit_threshold
         self.route_layer_ = clusterer.layer_ = plan.cut.name
         self.prefix_ratio_ = plan.size.prefix_ratio
         self.class_clusters_ = clusterer.class_clusters_
@@ -414,7 +453,9 @@ n_features)
         self.repair_errors_ = [{} if s is None else s.repair_error for s in subgraphs]
         clusterer.n_features_in_, clusterer.input_shape_ = self.n_features_in_, self.input_shape_
         clusterer.base_model_, clusterer.device_ = self.base_model_, self.device_
-        pruner.set_params(min_ratio=plan.size.min_ratio, max_ratio=plan.size.max_ratio)
+        pruner.set_params(
+            min_ratio=plan.size.min_ratio, max_ratio=plan.size.max_ratio, budget=plan.size.budget
+        )
         self.clusterer_, self.pruner_ = clusterer, pruner
         self._link()
 
@@ -429,16 +470,15 @@ n_features)
                 UserWarning,
                 stacklevel=caller_level(),
             )
-        automatic = self.confidence_threshold == "auto" and self.fallback != "none"
-        if not automatic or built.network.n_clusters == 1 or self.target_speedup is not None:
+        if self.target_speedup is not None or self.confidence_threshold != "auto":
             return
         lost = built.lost
         if lost.mean() - lost.std() / len(lost) ** 0.5 > self.max_accuracy_drop:
             warnings.warn(
                 f"On held-out samples the routed network loses {lost.mean():.1%} of accuracy, "
-                f"more than max_accuracy_drop={self.max_accuracy_drop}, whatever the "
-                "confidence threshold. A smaller prefix_ratio or pruner.max_ratio, or more "
-                "repair_samples, keep more.",
+                f"more than max_accuracy_drop={self.max_accuracy_drop}, whatever the thresholds. "
+                "A larger budget of the pruner (smaller ratios), or more repair_samples, keep "
+                "more; fallback='base' lets unsure samples through the whole network.",
                 UserWarning,
                 stacklevel=caller_level(),
             )
@@ -446,7 +486,10 @@ n_features)
     def _components(self) -> tuple[SemanticClusterer, DCSPruner]:
         """Clone the nested estimators, with this one's device, seed, jobs and verbosity."""
         clusterer = SemanticClusterer() if self.clusterer is None else self.clusterer
-        pruner = DCSPruner() if self.pruner is None else self.pruner
+        pruner = self.pruner
+        if pruner is None:
+            middle = LADDER[_FIRST_RUNG]
+            pruner = DCSPruner(schedule="global", budget=middle.budget, max_ratio=middle.max_ratio)
         for name, nested, kind, outer in (
             ("clusterer", clusterer, SemanticClusterer, ("model", "model_classes")),
             ("pruner", pruner, DCSPruner, ("model", "model_classes", "classes", "first_layer")),
@@ -476,19 +519,22 @@ n_features)
             raise ValueError(f"fallback must be one of {FALLBACKS}, got {self.fallback!r}.")
         if not isinstance(self.top_k, (int, np.integer)) or self.top_k < 1:
             raise ValueError(f"top_k must be a positive integer, got {self.top_k!r}.")
+        if self.answers not in ANSWERS:
+            raise ValueError(f"answers must be one of {ANSWERS}, got {self.answers!r}.")
         for name, low, high, closed in (
             ("prefix_ratio", 0.0, 1.0, False),
             ("route_accuracy", 0.0, 1.0, True),
             ("max_accuracy_drop", 0.0, 1.0, True),
             ("target_speedup", 1.0, np.inf, False),
             ("confidence_threshold", 0.0, 1.0, True),
+            ("exit_threshold", 0.0, 1.0, True),
             ("router_weight", 0.0, np.inf, False),
         ):
             value = getattr(self, name)
-            automatic = name in ("prefix_ratio", "confidence_threshold", "router_weight")
+            automatic = name in _AUTOMATIC
             if automatic and isinstance(value, str) and value == "auto":
                 continue
-            if value is None and name in ("route_accuracy", "target_speedup"):
+            if value is None and name in _OPTIONAL:
                 continue
             number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
             if not number or not (low <= value <= high) or (value == high and not closed):

@@ -16,7 +16,7 @@ from ._calls import caller_level
 from .activations import collect
 from .graph import CutPoint, layer_names, split
 from .profiling import count_macs
-from .routing import choose_threshold, cluster_posterior, fit_route_predictor, fuse
+from .routing import choose_exit, choose_threshold, cluster_posterior, fit_route_predictor, fuse
 from .search import Size
 from .subgraph import Recipe, choose_channels, sliceable
 from .surgery import ChannelGroup, slice_channels
@@ -37,10 +37,10 @@ class Candidate:
     route_accuracy : float
         Share of samples whose cluster the probe predicts.
     accuracy : float
-        Of the unpruned network restricted to the routed cluster, fused with the probe, fallback
-        included: what routing alone costs.
+        Of the unpruned network (restricted to the routed cluster, where subgraphs answer no other
+        classes), fused with the probe, fallback and exits included: what routing alone costs.
     macs : float
-        Expected multiplications per sample, after slicing and with the fallback.
+        Expected multiplications per sample, after slicing, with fallback and exits.
     """
 
     cut: CutPoint
@@ -113,22 +113,26 @@ def expected_macs(
     """
     graph = calibration.graph
     inside, behind = sides(graph, cut)
+    dense = count_macs(graph, calibration.example)[1]
+    before, rest = (sum(dense.get(name, 0) for name in part) for part in (inside, behind))
+    if size.prefix_ratio is None:
+        assert size.budget is not None
+        # Which layers will lose how much depends on scores that are not known yet.
+        return size.budget * before, size.budget * rest, rest
     groups = calibration.groups
     early = replace(recipe, schedule="uniform", max_ratio=size.prefix_ratio)
-    # Widths under a budget depend on scores that are not known yet.
-    schedule = "linear" if recipe.schedule == "global" else recipe.schedule
-    low = min(size.min_ratio, size.max_ratio)  # without effect in a budget, so it may be larger
-    late = replace(recipe, schedule=schedule, min_ratio=low, max_ratio=size.max_ratio)
     keep = first_channels(sliceable(groups, inside), early)
-    keep |= first_channels(sliceable(groups, behind), late)
+    if size.budget is None:
+        late = replace(recipe, min_ratio=size.min_ratio, max_ratio=size.max_ratio)
+        keep |= first_channels(sliceable(groups, behind), late)
     smaller = slice_channels(graph, calibration.example, keep, groups=groups).model
-    dense = count_macs(graph, calibration.example)[1]
     sliced = count_macs(smaller, calibration.example)[1]
-    return (
-        sum(sliced.get(name, 0) for name in inside),
-        sum(sliced.get(name, 0) for name in behind),
-        sum(dense.get(name, 0) for name in behind),
+    prefix, subgraph = (
+        float(sum(sliced.get(name, 0) for name in part)) for part in (inside, behind)
     )
+    if size.budget is not None:
+        subgraph = max(size.budget * (before + rest) - prefix, 0.0)
+    return prefix, subgraph, rest
 
 
 def first_channels(groups: Sequence[ChannelGroup], recipe: Recipe) -> dict[str, np.ndarray]:
@@ -156,6 +160,8 @@ def try_cuts(
     pool_size: int,
     size: Size,
     fallback: str,
+    answers: str,
+    exits: bool,
     target: float,
 ) -> list[Candidate]:
     """Fit a probe behind each cut and estimate what routing there would give.
@@ -174,8 +180,12 @@ def try_cuts(
     pool_size : int
     size : Size
     fallback : str
+    answers : str
+        Whether a subgraph answers ``"all"`` classes or those of its ``"cluster"``.
+    exits : bool
+        Whether samples may leave at the probe.
     target : float
-        Accuracy to keep; sets the confidence threshold of the estimate.
+        Accuracy to keep; sets the thresholds of the estimate.
 
     Returns
     -------
@@ -204,24 +214,29 @@ def try_cuts(
                 route.log_posterior, clusters, int(class_clusters.max()) + 1
             )
             confidence, chosen = posterior.max(1)
-            members = clusters == chosen[:, None]
+            members = (clusters == chosen[:, None]) | (answers == "all")
             fused = fuse(route.log_posterior, base_logits, members, 0.5)
             correct = fused.argmax(1).numpy() == codes
-            unsure, accuracy = 0.0, float(correct.mean())
+            below = np.zeros(len(codes), dtype=bool)
             if fallback == "base":
                 threshold = choose_threshold(
                     confidence.numpy(), correct, base_correct, target=target
                 )
                 below = confidence.numpy() < threshold
-                unsure = float(below.mean())
-                accuracy = float(np.where(below, base_correct, correct).mean())
+                correct = np.where(below, base_correct, correct)
+            leaves = np.zeros(len(codes), dtype=bool)
+            if exits:
+                sure, early = (part.numpy() for part in route.log_posterior.exp().max(1))
+                leaves = sure >= choose_exit(sure, early == codes, correct, target=target)
+                correct = np.where(leaves, early == codes, correct)
+            unsure, routed = float((below & ~leaves).mean()), float((~below & ~leaves).mean())
             found.append(
                 Candidate(
                     cut,
                     n_clusters,
                     float(np.mean(chosen.numpy() == class_clusters[codes])),
-                    accuracy,
-                    prefix + (1 - unsure) * subgraph + unsure * rest,
+                    float(correct.mean()),
+                    prefix + routed * subgraph + unsure * rest,
                 )
             )
     return found

@@ -218,3 +218,53 @@ def choose_threshold(
         return 1.0
     # Half way between neighbours, so that rounding does not move a sample across.
     return float((ranked[index - 1] + ranked[index]) / 2)
+
+
+def choose_exit(
+    confidence: np.ndarray,
+    early_correct: np.ndarray,
+    later_correct: np.ndarray,
+    *,
+    target: float,
+) -> float:
+    """Smallest probability at which samples may leave at the route predictor.
+
+    The smaller the threshold, the more samples leave, and the faster the network is.
+
+    Parameters
+    ----------
+    confidence : ndarray of shape (n_samples,)
+        Of each held-out sample, the route predictor's probability of its most likely class.
+    early_correct, later_correct : bool ndarray of shape (n_samples,)
+        Whether the route predictor's class, and the answer of what comes behind it, are right.
+    target : float
+        Accuracy to keep.  Where even without exits it is not reached, the accuracy without exits
+        is kept instead.
+
+    Returns
+    -------
+    float
+        In [0, 1], or 2.0 where no sample may leave.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sinfkit.routing import choose_exit
+    >>> early, later = np.array([True, True, False]), np.array([True, True, True])
+    >>> choose_exit(np.array([0.9, 0.7, 0.3]), early, later, target=1.0)
+    0.5
+    """
+    order = np.argsort(-confidence, kind="stable")
+    ranked = confidence[order]
+    gain = early_correct[order].astype(float) - later_correct[order].astype(float)
+    # accuracy[i]: the i most confident samples leave.
+    accuracy = np.mean(later_correct) + np.concatenate(([0.0], np.cumsum(gain))) / len(order)
+    possible = np.concatenate(([True], ranked[1:] < ranked[:-1], [True]))
+    reached = possible & (accuracy >= min(target, float(accuracy[0])) - 1e-12)
+    index = int(np.flatnonzero(reached)[-1])
+    if index == 0:
+        return 2.0
+    if index == len(ranked):
+        return 0.0
+    # Half way between neighbours, so that rounding does not move a sample across.
+    return float((ranked[index - 1] + ranked[index]) / 2)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEDULES",
+    "OutOfReachError",
     "marginal_losses",
     "n_above_mean",
     "n_removed",
@@ -21,6 +22,10 @@ __all__ = [
     "select_top",
     "widths_within",
 ]
+
+
+class OutOfReachError(ValueError):
+    """A budget is smaller than the smallest network."""
 
 
 def _linear(depth: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
@@ -297,7 +302,9 @@ def widths_within(
     Raises
     ------
     ValueError
-        If `budget` is not in (0, 1], or cannot be met; the message says which `max_ratio` would do.
+        If `budget` is not in (0, 1].
+    OutOfReachError
+        A ValueError: if `budget` cannot be met; the message says which `max_ratio` would do.
 
     Notes
     -----
@@ -324,7 +331,7 @@ def widths_within(
     caps = _caps(cost.widths, steps, max_ratio)
     least = cost.total(cost.widths - caps * steps)
     if least > limit:
-        raise ValueError(_out_of_reach(cost, steps, budget, limit, max_ratio, least))
+        raise OutOfReachError(_out_of_reach(cost, steps, budget, limit, max_ratio, least))
     removed = np.zeros(len(units), dtype=np.int64)
     following = np.array([loss[0] for loss in losses])
     while cost.total(cost.widths - removed * steps) > limit:
