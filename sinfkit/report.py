@@ -63,8 +63,9 @@ class SINFReport:
         Share of samples that the route predictor sends to the right cluster.
     base_route_accuracy : float
         Share of samples whose cluster the base's own answer implies.
-    fallback_share : float
-        Share of samples whose route confidence is below the threshold.
+    fallback_share, exit_share : float
+        Shares of samples whose route confidence is below the threshold, and of those that leave at
+        the route predictor.
     base_parameters, parameters : int
         SINF's count is of everything that it holds: prefix, router, all subgraphs, fallback.
     active_parameters : float
@@ -84,6 +85,7 @@ class SINFReport:
     route_accuracy: float
     base_route_accuracy: float
     fallback_share: float
+    exit_share: float
     base_parameters: int
     parameters: int
     active_parameters: float
@@ -111,6 +113,7 @@ class SINFReport:
             "route_accuracy": self.route_accuracy,
             "base_route_accuracy": self.base_route_accuracy,
             "fallback_share": self.fallback_share,
+            "exit_share": self.exit_share,
             "base_parameters": self.base_parameters,
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
@@ -205,7 +208,8 @@ def make_report(
         oracle_accuracy=_mean(seen.oracle.masked_fill(~members, 0).argmax(1) == y),
         route_accuracy=_mean(route_right),
         base_route_accuracy=_mean(clusters[seen.base.argmax(1)] == truth),
-        fallback_share=_mean(seen.confidence < network.threshold),
+        fallback_share=_mean((seen.confidence < network.threshold) & ~seen.leaves),
+        exit_share=_mean(seen.leaves),
         base_parameters=count_parameters(base),
         parameters=count_parameters(network),
         active_parameters=costs["shared_parameters"] + float(share @ branch_parameters),
@@ -271,6 +275,7 @@ class _Seen:
     true_logits: Tensor
     cluster: Tensor
     confidence: Tensor
+    leaves: Tensor
     runs: np.ndarray  # runs of each branch
 
 
@@ -278,7 +283,7 @@ def _observe(
     network: SINFNetwork, base: nn.Module, batcher: Batcher, X: Images, truth: Tensor
 ) -> _Seen:
     """One pass: base, SINF, SINF with the true route, the true cluster's subgraph."""
-    columns: list[list[Tensor]] = [[] for _ in range(6)]
+    columns: list[list[Tensor]] = [[] for _ in range(7)]
     runs = np.zeros(network.n_clusters + 2)
     start = 0
     with torch.inference_mode():
@@ -290,8 +295,10 @@ def _observe(
             start += len(x)
             certain = torch.full_like(route.confidence, 2.0)
             oracle = replace(route, cluster=own, confidence=certain)
-            branch = network.branches(route)[1].cpu()
-            runs += np.bincount(branch.numpy(), minlength=len(runs))
+            rows, branch = network.branches(route)
+            runs += np.bincount(branch.cpu().numpy(), minlength=len(runs))
+            leaves = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            leaves[rows[branch == network.n_clusters + 1]] = True
             for column, value in zip(
                 columns,
                 (
@@ -301,12 +308,12 @@ def _observe(
                     network.branch_logits(h, own),
                     route.cluster,
                     route.confidence,
+                    leaves,
                 ),
                 strict=True,
             ):
                 column.append(value.cpu())
-    base_logits, answers, forced, own_logits, cluster, confidence = map(torch.cat, columns)
-    return _Seen(base_logits, answers, forced, own_logits, cluster, confidence, runs)
+    return _Seen(*map(torch.cat, columns), runs)
 
 
 def _mean(right: Tensor) -> float:
@@ -322,6 +329,7 @@ def _overall(r: SINFReport) -> list[str]:
         f"{'  if every route were right':34}{'':12}{r.oracle_accuracy:>12.1%}",
         f"{'cluster predicted':34}{r.base_route_accuracy:>12.1%}{r.route_accuracy:>12.1%}",
         f"{'samples on the fallback':34}{'':12}{r.fallback_share:>12.1%}",
+        f"{'samples that leave at the router':34}{'':12}{r.exit_share:>12.1%}",
         f"{'parameters held':34}{_short(r.base_parameters):>12}{_short(r.parameters):>12}",
         f"{'parameters used per sample':34}{_short(r.base_parameters):>12}"
         f"{_short(r.active_parameters):>12}",

@@ -43,7 +43,10 @@ def fitted(frozen, data):
         frozen,
         clusterer=SemanticClusterer(n_clusters=3),
         pruner=DCSPruner(),
+        answers="cluster",
+        fallback="base",
         confidence_threshold=0.6,
+        exit_threshold=None,
         route_layer="3",
         random_state=0,
     ).fit(X, y)
@@ -113,6 +116,7 @@ def test_dense_routing_reproduces_the_base(frozen, data):
         pruner=DCSPruner(min_ratio=0, max_ratio=0),
         prefix_ratio=0,
         router_weight=0.0,
+        exit_threshold=None,
         random_state=0,
     ).fit(X, y)
     clf.network_.temperatures.fill_(1.0)
@@ -120,7 +124,15 @@ def test_dense_routing_reproduces_the_base(frozen, data):
         expected = torch.softmax(frozen.module()(torch.as_tensor(X_test)), 1).numpy()
     np.testing.assert_allclose(clf.predict_proba(X_test), expected, atol=1e-5)
     # more clusters, and everything on the fallback
-    clf = SINFClassifier(frozen, prefix_ratio=0, confidence_threshold=1.0, random_state=0).fit(X, y)
+    clf = SINFClassifier(
+        frozen,
+        pruner=DCSPruner(),
+        prefix_ratio=0,
+        fallback="base",
+        confidence_threshold=1.0,
+        exit_threshold=None,
+        random_state=0,
+    ).fit(X, y)
     clf.network_.threshold = 2.0
     np.testing.assert_allclose(clf.predict_proba(X_test), expected, atol=1e-5)
 
@@ -244,6 +256,9 @@ def test_nested_estimators_are_checked(frozen, data):
         ({"pruner": DCSPruner(max_ratio=2)}, ValueError, "max_ratio"),
         ({"pruner": DCSPruner(schedule="iterative")}, ValueError, "pruner.schedule"),
         ({"fallback": "luck"}, ValueError, "fallback"),
+        ({"answers": "some"}, ValueError, "answers"),
+        ({"exit_threshold": "never"}, ValueError, "exit_threshold"),
+        ({"exit_threshold": 1.5}, ValueError, "exit_threshold"),
         ({"top_k": 0}, ValueError, "top_k"),
         ({"prefix_ratio": 1.0}, ValueError, "prefix_ratio"),
         ({"confidence_threshold": "high"}, ValueError, "confidence_threshold"),
@@ -326,7 +341,7 @@ def test_a_drop_beyond_reach_is_told(frozen, data):
         SINFClassifier(frozen, pruner=pruner, prefix_ratio=0.8, **keywords).fit(X, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        SINFClassifier(frozen, prefix_ratio=0.0, **keywords).fit(X, y)
+        SINFClassifier(frozen, prefix_ratio=0.0, fallback="base", **keywords).fit(X, y)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -360,13 +375,13 @@ def test_sizes_clusters_and_route_layer_are_searched(frozen, data):
     X, y, X_test, y_test = data
     clf = SINFClassifier(frozen, max_accuracy_drop=0.02, random_state=0).fit(X, y)
     tried = clf.search_results_
-    assert len(tried) > 1 and len({row["prefix_ratio"] for row in tried}) > 1
+    assert len(tried) > 1 and len({row["budget"] for row in tried}) > 1
     within = [row for row in tried if row["accuracy_drop"] <= 0.02 + 1e-12]
     best = min(within, key=lambda row: row["relative_macs"])
     chosen = {
         "route_layer": clf.route_layer_,
         "prefix_ratio": clf.prefix_ratio_,
-        "min_ratio": clf.pruner_.min_ratio,
+        "budget": clf.pruner_.budget,
         "max_ratio": clf.pruner_.max_ratio,
         "n_clusters": clf.network_.n_clusters,
     }
@@ -399,15 +414,13 @@ def test_a_speed_can_be_asked_for(frozen, data):
     assert all(row["speedup"] > 0 for row in clf.search_results_)
     # Whatever a busy machine measures, nothing that was tried serves the goal better.
     goal = Goal(clf.max_accuracy_drop, speedup=1.01)
-    size = (clf.prefix_ratio_, clf.pruner_.min_ratio, clf.pruner_.max_ratio)
     tried = {
-        (row["prefix_ratio"], row["min_ratio"], row["max_ratio"]): Outcome(
-            row["accuracy_drop"], row["relative_macs"], row["speedup"]
-        )
+        row["budget"]: Outcome(row["accuracy_drop"], row["relative_macs"], row["speedup"])
         for row in clf.search_results_
     }
     assert len(tried) > 1
-    assert not any(goal.better(other, tried[size]) for other in tried.values())
+    best = tried[clf.pruner_.budget]
+    assert not any(goal.better(other, best) for other in tried.values())
     with pytest.raises(ValueError, match="target_speedup"):
         SINFClassifier(frozen, target_speedup=0.5).fit(X, y)
 
@@ -421,7 +434,9 @@ def test_prefix_and_subgraph_keep_to_a_budget_together(frozen, data, criterion):
         clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
         pruner=pruner,
         route_layer="0",
-        confidence_threshold=0.0,
+        prefix_ratio=0.0,
+        answers="cluster",
+        exit_threshold=None,
         random_state=0,
     ).fit(X, y)
     report = clf.report(X, y, repeats=0)
@@ -433,6 +448,81 @@ def test_prefix_and_subgraph_keep_to_a_budget_together(frozen, data, criterion):
     assert any(
         not np.array_equal(clf.supports_[0][k], clf.supports_[1][k]) for k in clf.supports_[0]
     )
+
+
+@pytest.mark.parametrize("fallback", ["none", "base"])
+def test_one_budget_decides_about_both_sides_of_the_cut(frozen, data, fallback):
+    X, y, X_test, y_test = data
+    clf = SINFClassifier(
+        frozen,
+        clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
+        pruner=DCSPruner(schedule="global", budget=0.45, max_ratio=0.9),
+        route_layer="3",
+        fallback=fallback,
+        confidence_threshold=0.0,
+        exit_threshold=None,
+        random_state=0,
+    ).fit(X, y)
+    assert clf.prefix_ratio_ is None and clf.pruner_.budget == 0.45
+    report = clf.report(X_test, y_test, repeats=0)
+    router = clf.network_.router.weight.numel()
+    assert 0.35 < (report.macs - router) / report.base_macs <= 0.45
+    convs = [m for m in clf.network_.prefix.modules() if isinstance(m, nn.Conv2d)]
+    # What crosses the cut stays whole where the base's own rest has to read it.
+    assert convs[0].out_channels < 8 and (convs[1].out_channels == 8) == (fallback == "base")
+    widths = [[len(kept) for kept in support.values()] for support in clf.supports_]
+    assert widths[0] == widths[1] and clf.score(X_test, y_test) > 0.6
+    keepers = [support["7"] for support in clf.supports_]
+    assert not np.array_equal(*keepers)  # equally many filters, but the cluster's own
+
+
+def test_subgraphs_answer_all_classes_and_lose_less_on_the_wrong_route(frozen, data):
+    X, y, X_test, y_test = data
+    accuracy = {}
+    for answers in ("all", "cluster"):
+        clf = SINFClassifier(
+            frozen,
+            clusterer=SemanticClusterer(n_clusters=3, max_cluster_size=2),
+            pruner=DCSPruner(),
+            route_layer="0",
+            answers=answers,
+            router_weight=0.0,
+            exit_threshold=None,
+            random_state=0,
+        ).fit(X, y)
+        out = [m for m in clf.network_.subgraphs["0"].modules() if isinstance(m, nn.Linear)][-1]
+        assert out.out_features == (6 if answers == "all" else 2)
+        wrong = clf.predict_cluster(X_test) != clf.class_clusters_[y_test]
+        assert wrong.sum() >= 10
+        accuracy[answers] = (clf.predict(X_test) == y_test)[wrong].mean()
+    assert accuracy["all"] > accuracy["cluster"] + 0.1
+
+
+def test_sure_samples_leave_at_the_router_within_the_drop(frozen, data):
+    X, y, X_test, y_test = data
+    keywords = {
+        "clusterer": SemanticClusterer(n_clusters=2),
+        "pruner": DCSPruner(),
+        "route_layer": "3",
+        "random_state": 0,
+    }
+    stay = SINFClassifier(frozen, exit_threshold=None, **keywords)
+    stay.fit(X, y, X_val=X_test, y_val=y_test)
+    assert stay.exit_threshold_ > 1 and stay.search_results_[0]["exit_share"] == 0
+    allowed = stay.search_results_[0]["accuracy_drop"]
+    shares = []
+    for drop in (0.0, 0.05):
+        clf = SINFClassifier(frozen, max_accuracy_drop=drop, **keywords)
+        clf.fit(X, y, X_val=X_test, y_val=y_test)
+        (row,) = clf.search_results_
+        report = clf.report(X_test, y_test, repeats=0)
+        assert report.exit_share == pytest.approx(row["exit_share"])
+        assert report.base_accuracy - report.accuracy == pytest.approx(row["accuracy_drop"])
+        assert row["accuracy_drop"] <= max(drop, allowed) + 1e-12
+        shares.append(row["exit_share"])
+    assert 0 < shares[0] <= shares[1]
+    given = SINFClassifier(frozen, exit_threshold=0.9, **keywords).fit(X, y)
+    assert given.exit_threshold_ == 0.9
 
 
 def test_a_speed_out_of_reach_is_told(frozen, data):
@@ -471,10 +561,10 @@ def test_outputs_of_readers_count_by_their_dcs_in_subgraphs_too(frozen, data):
 
 def test_ratios_that_a_budget_ignores_are_no_obstacle(frozen, data):
     X, y, *_ = data
-    pruner = DCSPruner(criterion="l1", schedule="global", budget=0.99, max_ratio=0.05)
+    pruner = DCSPruner(criterion="l1", schedule="global", budget=0.99, max_ratio=0.08)
     clusterer = SemanticClusterer(n_clusters=2)
     clf = SINFClassifier(frozen, clusterer=clusterer, pruner=pruner, random_state=0).fit(X, y)
-    assert all(row["max_ratio"] == 0.05 for row in clf.search_results_)
+    assert all(row["max_ratio"] == 0.08 for row in clf.search_results_)
 
 
 @settings(max_examples=30, deadline=None)
@@ -496,5 +586,6 @@ def test_warnings_point_at_the_call_of_fit(frozen, data):
             clusterer=SemanticClusterer(n_clusters=5),
             pruner=DCSPruner(),
             route_accuracy=1.0,
+            random_state=0,
         ).fit(X, y)
     assert {warning.filename for warning in caught} == {__file__}

@@ -22,7 +22,9 @@ def fitted():
         ),
         pruner=DCSPruner(min_ratio=0.5, max_ratio=0.5),
         route_layer="3",
+        fallback="base",
         confidence_threshold=0.5,
+        exit_threshold=None,
         random_state=0,
     ).fit(X, y)
 
@@ -37,29 +39,35 @@ def test_costs_of_the_branches_are_those_of_their_parts(fitted):
     assert macs[1] == parameters[1] == 0  # a cluster of one class needs no subgraph
     assert macs[2] == count_macs(network.rest, h)[0] > macs[0]
     assert parameters[2] == count_parameters(network.rest)
+    assert len(macs) == 4 and macs[3] == parameters[3] == 0  # leaving is free
     # first convolution: 6 of 8 filters on 64 positions; second: 8 filters; router: 6 classes
     assert costs["shared_macs"] == 64 * 9 * 6 + 64 * 9 * 6 * 8 + 6 * network.router.weight.shape[1]
 
 
+@pytest.mark.parametrize("exit_threshold", [2.0, 0.99])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
-def test_expected_costs_follow_the_mix(fitted, threshold):
+def test_expected_costs_follow_the_mix(fitted, threshold, exit_threshold):
     X, y = blobs(per_class=20, seed=1)
     network = fitted.network_
-    before, network.threshold = network.threshold, threshold
+    before = network.threshold
+    network.threshold, network.exit_threshold = threshold, exit_threshold
     try:
         report = fitted.report(X, y, repeats=0)
         with torch.inference_mode():
             route = network.route(torch.as_tensor(X))
     finally:
-        network.threshold = before
+        network.threshold, network.exit_threshold = before, 2.0
     costs = branch_costs(network, torch.as_tensor(X[:1]))
-    unsure = (route.confidence < threshold).numpy()
-    cluster = np.where(unsure, 2, route.cluster.numpy())
+    leaves = (route.log_posterior.exp().amax(1) >= exit_threshold).numpy()
+    unsure = (route.confidence < threshold).numpy() & ~leaves
+    cluster = np.where(leaves, 3, np.where(unsure, 2, route.cluster.numpy()))
     assert report.fallback_share == pytest.approx(unsure.mean())
+    assert report.exit_share == pytest.approx(leaves.mean())
+    assert (exit_threshold > 1) or 0 < leaves.mean() < 1
     assert report.macs == pytest.approx(costs["shared_macs"] + costs["macs"][cluster].mean())
     shared = costs["shared_parameters"]
     assert report.active_parameters == pytest.approx(shared + costs["parameters"][cluster].mean())
-    if threshold == 2.0:
+    if threshold == 2.0 and exit_threshold > 1:
         assert report.fallback_share == 1.0
     assert np.isnan(report.time_saved) and "ms per batch" not in str(report)
 

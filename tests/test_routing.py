@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinfkit.routing import (
+    choose_exit,
     RoutePredictor,
     choose_threshold,
     cluster_posterior,
@@ -101,3 +102,21 @@ def test_predictor_pools_maps_and_stays_in_float32():
     assert predictor(h.to(torch.bfloat16)).dtype == torch.float32
     pooled = torch.nn.functional.adaptive_avg_pool2d(h, 2).flatten(1)
     torch.testing.assert_close(full, torch.log_softmax(pooled @ predictor.weight.T, 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 40), target=st.floats(0, 1))
+def test_as_many_leave_as_the_target_allows(seed, n, target):
+    """Against all thresholds there are, tried one by one."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.integers(1, 8, n) / 8
+    early, later = rng.random(n) < 0.5, rng.random(n) < 0.7
+
+    def accuracy(threshold):
+        return np.where(confidence >= threshold, early, later).mean()
+
+    threshold = choose_exit(confidence, early, later, target=target)
+    kept = min(target, accuracy(2.0))
+    assert accuracy(threshold) >= kept - 1e-9
+    possible = [t for t in (*np.unique(confidence), 2.0) if accuracy(t) >= kept - 1e-12]
+    assert (confidence >= threshold).sum() == (confidence >= min(possible)).sum()

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from sinfkit.search import LADDER, Goal, Outcome, climb
 
 
-def test_the_ladder_removes_more_from_rung_to_rung():
-    rows = np.array([(s.prefix_ratio, s.min_ratio, s.max_ratio) for s in LADDER])
-    assert (np.diff(rows, axis=0) > 0).all()
-    assert (rows >= 0).all() and (rows < 1).all() and (rows[:, 1] <= rows[:, 2]).all()
+def test_the_ladder_costs_less_from_rung_to_rung():
+    budgets = np.array([size.budget for size in LADDER])
+    assert (np.diff(budgets) < 0).all() and (budgets > 0).all() and (budgets < 1).all()
+    assert all(size.prefix_ratio is None for size in LADDER)  # one budget for both sides
 
 
 def test_within_the_limit_the_cheaper_is_better_and_outside_the_nearer():
