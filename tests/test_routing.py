@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinfkit.routing import (
-    choose_exit,
     RoutePredictor,
+    choose_exit,
     choose_threshold,
     cluster_posterior,
     fit_route_predictor,

@@ -15,7 +15,7 @@ from sinfkit.assembly import ROUTER_WEIGHTS, TEMPERATURES, pooled_output
 from sinfkit.graph import find_cut, split, trace
 from sinfkit.network import Normalise
 from sinfkit.profiling import fold_batch_norm
-from sinfkit.routing import RoutePredictor, fit_route_predictor
+from sinfkit.routing import RoutePredictor, choose_exit, fit_route_predictor
 
 POOL = 2  # cells per side of what a probe sees, as in SemanticClusterer
 
@@ -136,27 +136,23 @@ def tuned(normalise: nn.Module, module: nn.Module, layer: str, held: Study) -> P
     return made
 
 
-def early_exit(made: Probed, held: Study, max_drop: float) -> Probed:
-    """The same network, left at the probe by as many held-out samples as the loss allows.
+def early_exit(made: Probed, held: Study, target: float) -> Probed:
+    """The same network, left at the probe where it is sure: SINF without clusters.
 
-    Those that stay have the network's own answer, without the probe's.
+    As in SINF, those that stay have the fused answer, and as many held-out samples leave as
+    `target` allows, or as cost nothing where it is out of reach.
     """
     answers, sure, leaves = [], [], []
     with torch.inference_mode():
         for x in raw(held.X_test):
             h, log_p = made.parts(x)
-            answers.append(made.rest(h).argmax(1))
+            answers.append((made.rest(h) + made.weight * log_p).argmax(1))
             confidence, early = log_p.exp().max(1)
             sure.append(confidence)
             leaves.append(early)
-    truth = torch.as_tensor(held.y_test)
-    late, early = torch.cat(answers) == truth, torch.cat(leaves) == truth
-    order = torch.cat(sure).argsort(descending=True)
-    loss = (late.double() - early.double())[order].cumsum(0) / len(truth)
-    within = (loss <= max_drop).nonzero()[:, 0]
-    threshold = float(torch.cat(sure)[order[within[-1]]]) if len(within) else 1.0
+    late, early = (torch.cat(parts).numpy() == held.y_test for parts in (answers, leaves))
     exiting = copy.copy(made)
-    exiting.threshold, exiting.weight = min(threshold, 1.0), 0.0
+    exiting.threshold = choose_exit(torch.cat(sure).numpy(), early, late, target=target)
     return exiting
 
 

@@ -40,7 +40,8 @@ from sinfkit.report import branch_costs
 
 NAME = "sinf"
 KEYS = ("network", "width", "base_seed", "split", "contestant", "kind", "size", "seed", "variant")
-VALUES = ("images", "right", "answers", "macs", "fallback", "routed_right", "route_layer")
+VALUES = ("images", "right", "answers", "macs", "fallback", "exits")
+VALUES += ("routed_right", "route_layer")
 VALUES += ("n_clusters", "fit_seconds", "clusters", "cluster_names", "labels")
 KINDS = ("confusion", "activation", "given", "random")
 
@@ -56,7 +57,7 @@ class Entry:
     kind : str
         Kind of clusters and their number, or the control's criterion.
     size : str
-        Ratios, budget or limit.
+        Budget or limit.
     seed : int
     estimator : SINFClassifier, DCSPruner or None
     """
@@ -95,6 +96,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fitted", type=Path, default=Path("fitted"), help="folder of networks")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--no-search", action="store_true", help="only given sizes")
+    parser.add_argument("--draws", type=int, default=1, help="draws of calibration images")
     parser.add_argument("--time", action="store_true", help="time all in one run")
     parser.add_argument("--batch", type=int, default=256, help="images in the batch that is timed")
     options = parser.parse_args(arguments)
@@ -108,51 +110,53 @@ def entries_of(options: argparse.Namespace, study: base.Study) -> Iterator[Entry
     own = base.frozen()["sinf"]
     if options.quick:
         own = {**own, **base.frozen()["sinf_quick"]}
-    layer, n = own["route_layer"][study.base.network], own["clusters"]
-    common = {"route_layer": layer, "max_accuracy_drop": own["max_accuracy_drop"]}
+    model, n, many = study.base.model, own["clusters"], len(study.names)
+    layer = own["route_layer"][study.base.network]
 
-    def sinf(clusterer: SemanticClusterer, size: Sequence[float], seed: int) -> SINFClassifier:
-        prefix, low, high = size
-        pruner = DCSPruner(
-            min_ratio=low,
-            max_ratio=high,
-            penalty=own["penalty"],
-            repair_samples=own["repair_samples"],
-        )
-        return SINFClassifier(
-            study.base.model,
+    def pruner(budget: float, samples: int, criterion: str = "dcs") -> dict[str, Any]:
+        return {
+            "criterion": criterion,
+            "schedule": "global",
+            "budget": budget,
+            "max_ratio": own["max_ratio"],
+            "repair_samples": samples,
+        }
+
+    def sinf(
+        kind: str, clusterer: SemanticClusterer, budget: float, seed: int, **more: Any
+    ) -> Entry:
+        estimator = SINFClassifier(
+            model,
             clusterer=clusterer,
-            pruner=pruner,
-            prefix_ratio=prefix,
+            pruner=DCSPruner(**pruner(budget, own["repair_samples"])),
+            route_layer=layer,
+            max_accuracy_drop=own["max_accuracy_drop"],
             random_state=seed,
-            **common,
+            **more,
         )
+        return Entry("SINF", kind, f"{budget:g}", seed, estimator)
 
     yield Entry("base", "", "", 0, None)
-    for size in own["sizes"]:
-        clusterer = SemanticClusterer(n_clusters=n)
-        yield Entry("SINF", f"confusion {n}", _text(size), 0, sinf(clusterer, size, 0))
-    many = len(study.names)
+    for seed in range(options.draws):
+        for budget in own["budgets"]:
+            yield sinf(f"confusion {n}", SemanticClusterer(n_clusters=n), budget, seed)
+        for budget in own["budgets"]:
+            one = DCSPruner(
+                model, **pruner(budget, own["control_repair_samples"], "obs"), random_state=seed
+            )
+            yield Entry("one network", "obs", f"{budget:g}", seed, one)
+    budget = own["kinds_budget"]
     for kind in options.kinds:
         for seed in range(own["random_seeds"] if kind == "random" else 1):
-            clusterer = _clusterer(kind, study, seed)
-            size = own["kinds_size"]
-            yield Entry("SINF", f"{kind} {many}", _text(size), seed, sinf(clusterer, size, seed))
-    for budget in own["budgets"]:
-        one = DCSPruner(
-            study.base.model,
-            criterion="obs",
-            schedule="global",
-            budget=budget,
-            max_ratio=own["max_ratio"],
-            penalty=own["penalty"],
-            repair_samples=own["control_repair_samples"],
-            random_state=0,
-        )
-        yield Entry("one network", "obs", f"{budget:g}", 0, one)
+            yield sinf(f"{kind} {many}", _clusterer(kind, study, seed), budget, seed)
+    if options.kinds:
+        # The paper's subgraphs, which know their own classes only, with the base as a fallback.
+        clusterer = SemanticClusterer(n_clusters=n)
+        strict = {"answers": "cluster", "fallback": "base", "exit_threshold": None}
+        yield sinf(f"own classes {n}", clusterer, budget, 0, **strict)
     if not options.no_search:
         limit = own["max_accuracy_drop"]
-        search = SINFClassifier(study.base.model, max_accuracy_drop=limit, random_state=0)
+        search = SINFClassifier(model, max_accuracy_drop=limit, random_state=0)
         yield Entry("SINF", "search", f"{limit:g}", 0, search)
 
 
@@ -166,10 +170,6 @@ def _clusterer(kind: str, study: base.Study, seed: int) -> SemanticClusterer:
     names = list(study.clusters.values())  # of the same sizes
     mapping = {int(k): name for k, name in zip(classes, names, strict=True)}
     return SemanticClusterer(method="given", mapping=mapping)
-
-
-def _text(size: Sequence[float]) -> str:
-    return " ".join(f"{value:g}" for value in size)
 
 
 def _complete(table: Table, study: base.Study, entry: Entry) -> bool:
@@ -239,7 +239,7 @@ def _routed(made: SINFClassifier, test: base.Study) -> dict[str, tuple[np.ndarra
     whole = count_macs(plain, network.normalise(example))[0]
     truth = torch.as_tensor(made.class_clusters_[y])
     seen = _variants(network, plain, test, truth)
-    chosen, fallback = seen.pop("cluster"), seen.pop("fallback")
+    chosen, fallback, leaves = (seen.pop(name) for name in ("cluster", "fallback", "leaves"))
     facts = {
         "route_layer": made.route_layer_,
         "n_clusters": network.n_clusters,
@@ -247,24 +247,29 @@ def _routed(made: SINFClassifier, test: base.Study) -> dict[str, tuple[np.ndarra
         "clusters": " ".join(map(str, made.class_clusters_.tolist())),
         "cluster_names": "|".join(map(str, made.cluster_names_)),
     }
-    own = costs["shared_macs"] + costs["macs"][chosen]
-    base_macs = costs["shared_macs"] + costs["macs"][network.n_clusters]
+    shared, branch, k = costs["shared_macs"], costs["macs"], network.n_clusters
+    subgraph = branch[chosen]
+    behind = np.where(leaves, 0.0, np.where(fallback, branch[k], subgraph))
     macs = {
         "base": whole,
         "restricted": whole,
-        "SINF": float(np.where(fallback, base_macs, own).mean()),
-        "no router": base_macs,
-        "no fusion": float(np.where(fallback, base_macs, own).mean()),
-        "no threshold": float(own.mean()),
-        "oracle": float((costs["shared_macs"] + costs["macs"][truth.numpy()]).mean()),
+        "SINF": shared + behind.mean(),
+        "no fusion": shared + behind.mean(),
+        "no exit": shared + np.where(fallback, branch[k], subgraph).mean(),
+        "no threshold": shared + np.where(leaves, 0.0, subgraph).mean(),
+        "two clusters": shared + np.where(leaves, 0.0, subgraph + branch[:k].mean()).mean(),
+        "no router": shared + branch[k],
+        "oracle": shared + branch[truth.numpy()].mean(),
     }
-    macs["two clusters"] = macs["no threshold"] + float(
-        (costs["macs"][: network.n_clusters].mean() * fallback).mean()
-    )
     return {
         variant: (
             answers == y,
-            facts | {"macs": macs[variant] / whole, "fallback": float(fallback.mean())},
+            facts
+            | {
+                "macs": float(macs[variant]) / whole,
+                "fallback": float((fallback & ~leaves).mean()),
+                "exits": float(leaves.mean()),
+            },
         )
         for variant, answers in seen.items()
     }
@@ -272,8 +277,9 @@ def _routed(made: SINFClassifier, test: base.Study) -> dict[str, tuple[np.ndarra
 
 def _variants(network: SINFNetwork, plain: Any, test: base.Study, truth: Tensor) -> dict[str, Any]:
     """One pass over the test images: the answers of every variant."""
-    fusionless, two = copy.copy(network), copy.copy(network)
+    fusionless, two, stay = copy.copy(network), copy.copy(network), copy.copy(network)
     fusionless.router_weight, two.fallback, two.top_k = 0.0, "topk", 2
+    two.threshold = stay.exit_threshold = 2.0
     found: dict[str, list[Tensor]] = {}
     start = 0
     with torch.inference_mode():
@@ -283,24 +289,29 @@ def _variants(network: SINFNetwork, plain: Any, test: base.Study, truth: Tensor)
             route = network.route_features(h)
             own = truth[start : start + len(x)]
             start += len(x)
-            unsure = route.confidence < network.threshold
             certain = replace(route, confidence=torch.full_like(route.confidence, 2.0))
             logits = plain(x)
             outside = network.class_clusters != own[:, None]
-            oracle = network.process(h, replace(certain, cluster=own))
-            for variant, answers in {
+            oracle = stay.process(h, replace(certain, cluster=own))
+            answers = {
                 "base": logits,
                 "SINF": network.process(h, route),
-                "no router": network.rest(h),  # everybody takes the base behind the sliced prefix
+                "no exit": stay.process(h, route),
                 "no fusion": fusionless.process(h, route),
-                "no threshold": network.process(h, certain),
                 "two clusters": two.process(h, route),
                 "oracle": oracle.masked_fill(outside, 0.0),
                 "restricted": logits.masked_fill(outside, -torch.inf),
-            }.items():
-                found.setdefault(variant, []).append(answers.argmax(1))
+            }
+            if network.rest is not None:
+                # Everybody takes the base behind the sliced prefix; nobody does.
+                answers["no router"] = network.rest(h)
+                answers["no threshold"] = network.process(h, certain)
+            for variant, scores in answers.items():
+                found.setdefault(variant, []).append(scores.argmax(1))
             found.setdefault("cluster", []).append(route.cluster)
-            found.setdefault("fallback", []).append(unsure)
+            found.setdefault("fallback", []).append(route.confidence < network.threshold)
+            sure = route.log_posterior.exp().amax(1)
+            found.setdefault("leaves", []).append(sure >= network.exit_threshold)
     return {variant: torch.cat(parts).numpy() for variant, parts in found.items()}
 
 
@@ -333,10 +344,11 @@ def _controls(module: Any, held: base.Study) -> dict[str, Any]:
     layer = own["route_layer"][held.base.network]
     normalise = rivals.normaliser(held)
     fused = rivals.tuned(normalise, module, layer, held)
+    target = base.accuracy(held.base, held.X_test, held.y_test) - own["max_accuracy_drop"]
     return {
         "one": rivals.Plain(normalise, module),
         "fused": fused,
-        "exit": rivals.early_exit(fused, held, own["max_accuracy_drop"]),
+        "exit": rivals.early_exit(fused, held, target),
     }
 
 
@@ -345,6 +357,13 @@ def _stays(module: rivals.Probed, test: base.Study) -> float:
     with torch.inference_mode():
         sure = [module.parts(x)[1].exp().amax(1) for x in rivals.raw(test.X_test)]
     return float((torch.cat(sure) < module.threshold).double().mean())
+
+
+def _forms(network: SINFNetwork) -> dict[str, Any]:
+    """A routed network as it is, and one that nobody leaves early."""
+    stay = copy.copy(network)
+    stay.exit_threshold = 2.0
+    return {"SINF": network, "no exit": stay}
 
 
 def take_times(
@@ -359,7 +378,7 @@ def take_times(
     keys = {}
     for entry in entries:
         made, _ = fitted(options, entry, held)
-        variants = {"SINF": made.network_} if entry.contestant == "SINF" else made
+        variants = _forms(made.network_) if entry.contestant == "SINF" else made
         for variant, module in variants.items():
             key = {**entry.key(), "variant": variant}
             name = " | ".join(map(str, key.values()))

@@ -333,14 +333,14 @@ def train_base(
     return Base(FrozenModel(trained, mean, std), network, width, epochs, seed, True)
 
 
-def accuracy(base: Base, data: ImageDataset, device: torch.device | str = "cpu") -> float:
+def accuracy(base: Base, X: np.ndarray, y: np.ndarray, device: torch.device | str = "cpu") -> float:
     """Share of images that a network labels correctly."""
     device = torch.device(device)
-    study = Study(base, {}, data.class_names, data.X, data.y, data.X, data.y, "", device, ())
+    study = Study(base, {}, (), X, y, X, y, "", device, ())
     module = base.model.module(device)
     with torch.inference_mode():
-        answers = torch.cat([module(x).argmax(1).cpu() for x in study.batches(data.X)])
-    return float((answers.numpy() == data.y).mean())
+        answers = torch.cat([module(x).argmax(1).cpu() for x in study.batches(X)])
+    return float((answers.numpy() == y).mean())
 
 
 @functools.lru_cache

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device=options.device,
         verbose=1,
     )
-    right = base.accuracy(network, base.take(images, held))
+    unseen = base.take(images, held)
+    right = base.accuracy(network, unseen.X, unseen.y)
     save(network, options.out, right, options.stem)
     print(f"{options.out}: {right:.1%} on the images held out")
 
