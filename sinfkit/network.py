@@ -167,16 +167,24 @@ class SINFNetwork(nn.Module):
         Tensor of shape (n_samples, n_classes)
             Rows sum to 1.
         """
+        h, log_posterior = self.features(x)
+        return self.process(h, self._routes(log_posterior))
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run what every sample passes: the prefix's output, and the fine log-posterior."""
         h = self.prefix(self.normalise(x))
-        return self.process(h, self.route_features(h))
+        return h, self.router(h)
 
     def route(self, x: Tensor) -> Route:
         """Run the prefix and the route predictor only."""
-        return self.route_features(self.prefix(self.normalise(x)))
+        return self._routes(self.features(x)[1])
 
     def route_features(self, h: Tensor) -> Route:
         """Route samples by the prefix's output `h`."""
-        log_posterior = self.router(h)
+        return self._routes(self.router(h))
+
+    def _routes(self, log_posterior: Tensor) -> Route:
+        """From the route predictor's answers to routes."""
         posterior = cluster_posterior(log_posterior, self.class_clusters, self.n_clusters)
         confidence, cluster = posterior.max(1)
         return Route(log_posterior, posterior, cluster, confidence)
@@ -275,24 +283,27 @@ class SINFNetwork(nn.Module):
         row, rank = wanted.nonzero(as_tuple=True)
         return row, likely[row, rank]
 
-    def run_branch(self, branch: int, h: Tensor) -> Tensor:
-        """Run one branch on rows that are all its own.
+    def run_branch(self, branch: int, h: Tensor, index: Tensor) -> Tensor:
+        """Run one branch on its samples.
 
         Parameters
         ----------
         branch : int
             A cluster with a subgraph, or `n_clusters` for the base's rest.
-        h : Tensor of shape (n_rows, ...)
+        h : Tensor of shape (n_samples, ...)
             The prefix's output.
+        index : int Tensor of shape (n_rows,)
+            Its rows to run, in ascending order, none twice.
 
         Returns
         -------
-        Tensor
+        Tensor of shape (n_rows, n_outputs)
             Logits of the classes that the subgraph answers, or of the base's outputs.
         """
         module = self.rest if branch == self.n_clusters else self.subgraph(branch)
         assert module is not None
-        return module(h)
+        # As many rows as there are, are all. And not index_select, which forgets channels_last.
+        return module(h if len(index) == len(h) else h[index])
 
     def _run(
         self, h: Tensor, rows: Tensor, branch: Tensor
@@ -315,7 +326,7 @@ class SINFNetwork(nn.Module):
         fallback = None
         if counts[self.n_clusters]:
             index = rows[order[ends[-3] : ends[-2]]]
-            out = self.run_branch(self.n_clusters, _take(h, index))[:, self.outputs]
+            out = self.run_branch(self.n_clusters, h, index)[:, self.outputs]
             fallback = (index, torch.softmax(out.to(self.router.weight.dtype), 1))
         order = order[: ends[-3]]
         logits: Tensor | None = None
@@ -323,7 +334,7 @@ class SINFNetwork(nn.Module):
         for c, (n, end) in enumerate(zip(counts[:-2], ends[:-2], strict=True)):
             if n == 0 or self.subgraph(c) is None:
                 continue
-            out = self.run_branch(c, _take(h, rows[order[end - n : end]]))
+            out = self.run_branch(c, h, rows[order[end - n : end]])
             if logits is None:
                 logits = out.new_zeros(len(order), len(self.class_clusters))
             if out.shape[1] == logits.shape[1]:
@@ -336,12 +347,3 @@ class SINFNetwork(nn.Module):
         if logits is None:
             logits = h.new_zeros(len(order), len(self.class_clusters))
         return order, logits, fallback
-
-
-def _take(h: Tensor, index: Tensor) -> Tensor:
-    """Rows of the prefix's output, for one branch.
-
-    A branch runs each sample at most once, in ascending order: as many rows as there are, are all.
-    """
-    # Not index_select, which forgets channels_last.
-    return h if len(index) == len(h) else h[index]
