@@ -604,7 +604,12 @@ n_features)
             return torch.cat([self.network_.route(x).cluster.cpu() for x in batches]).numpy()
 
     def runtime(
-        self, *, dtype: str = "float32", compile: bool = False, offload: int = 0
+        self,
+        *,
+        dtype: str = "float32",
+        compile: bool = False,
+        offload: int = 0,
+        device: str | torch.device | None = None,
     ) -> Runtime:
         """Return the routed network as a module for prediction, see `sinfkit.runtime.Runtime`.
 
@@ -616,15 +621,17 @@ n_features)
             Compile them by `torch.compile`.
         offload : int, default=0
             At most so many subgraphs on the device at a time; 0 for all.
+        device : str or torch.device, optional
+            Where it runs.  Default: `device_`.
 
         Returns
         -------
         Runtime
-            Samples before normalisation in (a Tensor on `device_`), probabilities out.  It shares
+            Samples before normalisation in (a Tensor on that device), probabilities out.  It shares
             the weights that need no conversion.
         """
         check_is_fitted(self)
-        return Runtime(self.network_, dtype=dtype, compile=compile, offload=offload)
+        return Runtime(self.network_, dtype=dtype, compile=compile, offload=offload, device=device)
 
     def report(
         self, X: Any, y: Any, *, latency_batch: int | None = None, repeats: int = 15

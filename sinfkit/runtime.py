@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._compiled import CompiledCalls, Weights, bucket, skeleton, weights_of
+from ._device import resolve_device
 from .network import Route, SINFNetwork
 from .routing import RoutePredictor
 
@@ -25,8 +26,8 @@ class Runtime(SINFNetwork):
     Parameters
     ----------
     network : SINFNetwork
-        A fitted classifier's ``network_``, on the device where it is to run.  Left as it is; what
-        need not be converted is shared with it, not copied.
+        A fitted classifier's ``network_``.  Left as it is; what need not be converted is shared
+        with it, not copied.
     dtype : {"float32", "bfloat16"}, default="float32"
         What prefix, subgraphs and the base's rest compute in.  Routes, fusion and probabilities
         keep the route predictor's type, which is float32 unless the base is in float64.
@@ -37,6 +38,8 @@ class Runtime(SINFNetwork):
     offload : int, default=0
         At most so many subgraphs lie on the device, the others wait in the host's memory; the one
         that has not run for longest makes room.  0: all lie on the device.
+    device : str or torch.device, optional
+        Where it runs.  Default: where `network` is.
 
     Raises
     ------
@@ -49,9 +52,10 @@ class Runtime(SINFNetwork):
     -----
     It is for prediction only: results are inference tensors, without gradients.  It takes over the
     settings (threshold, temperatures and so on) that `network` has now, and stays on its device.
+    To move `network` moves what the two share.
 
-    With `offload` the subgraphs are no submodules.  On a GPU `network` keeps its own until it is
-    deleted or moved to the host, and the weights in the host's memory are pinned.
+    With `offload` the subgraphs are no submodules; leave `network` in the host's memory then and
+    give `device`.  Weights that wait for a GPU are pinned.
 
     Examples
     --------
@@ -73,6 +77,7 @@ class Runtime(SINFNetwork):
         dtype: str = "float32",
         compile: bool = False,
         offload: int = 0,
+        device: str | torch.device | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {tuple(_DTYPES)}, got {dtype!r}.")
@@ -81,32 +86,32 @@ class Runtime(SINFNetwork):
                 f"offload must be the number of subgraphs that fit on the device, or 0 for all of "
                 f"them; got {offload!r}."
             )
-        weight = network.router.weight
-        if compile and weight.device.type == "cpu":
+        place = network.router.weight.device if device is None else resolve_device(device)
+        if compile and place.type == "cpu":
             _check_compiler()
         to = _DTYPES[dtype]
+        home = torch.device("cpu") if offload else place
         subgraphs = {
-            c: _converted(subgraph, to)
+            c: _placed(subgraph, home, to)
             for c in range(network.n_clusters)
             if (subgraph := network.subgraph(c)) is not None
         }
         # Under another fallback it never runs.
         rest = network.rest if network.fallback == "base" else None
-        rest = None if rest is None else _converted(rest, to)
         super().__init__(
-            network.normalise,
-            _converted(network.prefix, to),
-            network.router,
+            _placed(network.normalise, place),
+            _placed(network.prefix, place, to),
+            _placed(network.router, place),
             [subgraphs.get(c) for c in range(network.n_clusters)],
-            rest,
-            network.class_clusters,
-            network.outputs,
-            network.temperatures,
+            None if rest is None else _placed(rest, place, to),
+            network.class_clusters.to(place),
+            network.outputs.to(place),
+            network.temperatures.to(place),
             router_weight=network.router_weight,
             threshold=network.threshold,
             fallback=network.fallback,
             top_k=network.top_k,
-            answered=network.answered,
+            answered=network.answered.to(place),
             exit_threshold=network.exit_threshold,
         )
         self.training = False
@@ -128,7 +133,7 @@ class Runtime(SINFNetwork):
         if offload:
             self._skeletons = {c: skeleton(module) for c, module in subgraphs.items()}
             weights = {c: weights_of(module) for c, module in subgraphs.items()}
-            self.residency = Residency(weights, weight.device, int(offload))
+            self.residency = Residency(weights, place, int(offload))
             self.subgraphs = nn.ModuleDict()
 
     @property
@@ -257,8 +262,8 @@ class Runtime(SINFNetwork):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Refuse to move: half of it belongs to the network, and code is compiled for a device."""
         raise RuntimeError(
-            "A Runtime stays on the device and in the type that it was made for. Move the "
-            'classifier and make a new one: clf.to("cuda").runtime().'
+            "A Runtime stays on the device and in the type that it was made for. Make a new one, "
+            'for instance clf.runtime(device="cuda").'
         )
 
 
@@ -268,7 +273,7 @@ class Residency:
     Parameters
     ----------
     weights : mapping of int to weights
-        Parameters and buffers of each subgraph, by cluster and name.
+        Parameters and buffers of each subgraph, by cluster and name, in the host's memory.
     device : torch.device
         Where they run.
     limit : int
@@ -281,7 +286,9 @@ class Residency:
     """
 
     def __init__(self, weights: Mapping[int, Weights], device: torch.device, limit: int) -> None:
-        self._host = {c: {k: _on_host(t) for k, t in one.items()} for c, one in weights.items()}
+        self._host = {
+            c: {k: _ready(t, device) for k, t in one.items()} for c, one in weights.items()
+        }
         self._device: OrderedDict[int, Weights] = OrderedDict()
         self._place, self._limit = device, limit
         self.n_loads = 0
@@ -322,12 +329,13 @@ class _Front(nn.Module):
         return h, self.router(h)
 
 
-def _converted(module: M, dtype: torch.dtype) -> M:
-    """The module itself where it computes in `dtype`, else a copy that does."""
-    tensors = [t for t in weights_of(module).values() if t.is_floating_point()]
-    if all(tensor.dtype == dtype for tensor in tensors):
-        return module
-    return copy.deepcopy(module).to(dtype)
+def _placed(module: M, device: torch.device, dtype: torch.dtype | None = None) -> M:
+    """The module itself where it is on a device and in a type already, else a copy that is."""
+    for tensor in weights_of(module).values():
+        fits = dtype in (None, tensor.dtype) or not tensor.is_floating_point()
+        if tensor.device != device or not fits:
+            return copy.deepcopy(module).to(device, dtype)
+    return module
 
 
 def _layout(module: nn.Module) -> torch.memory_format:
@@ -342,9 +350,9 @@ def _padded(index: Tensor) -> Tensor:
     return torch.cat((index, index[:1].expand(bucket(len(index)) - len(index))))
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """The tensor in the host's memory, from where a GPU can fetch it without waiting."""
-    return tensor if tensor.device.type == "cpu" else tensor.cpu().pin_memory()
+def _ready(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor in memory from which a GPU can fetch it without waiting."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def _check_compiler() -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from helpers import randomise_batch_norms
+from helpers import blobs, randomise_batch_norms, small_cnn
+from sklearn.exceptions import NotFittedError
 from test_network import make_network
 from torch import nn
 
+from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
 from sinfkit._compiled import bucket, signature, skeleton, weights_of
 from sinfkit.network import Normalise, SINFNetwork
 from sinfkit.profiling import fold_batch_norm
 from sinfkit.routing import RoutePredictor
-from sinfkit.runtime import Runtime
+from sinfkit.runtime import Residency, Runtime
 
 N_CLASSES, CHANNELS, SIZE = 9, 8, 8
 
@@ -143,6 +146,42 @@ def test_subgraphs_on_the_device_are_those_that_ran_last():
     assert not list(runtime.subgraphs.parameters())
 
 
+def test_weights_go_to_the_device_and_stay_on_the_host():
+    network = conv_network()
+    host = {c: weights_of(network.subgraph(c)) for c in range(3)}
+    before = {name: tensor.clone() for name, tensor in host[0].items()}
+    residency = Residency(host, torch.device("meta"), 1)
+    assert all(tensor.is_meta for tensor in residency.fetch(0).values())
+    residency.fetch(1)
+    assert residency.on_device == [1]
+    assert set(residency.fetch(0)) == set(before) and residency.n_loads == 3
+    for name, tensor in weights_of(network.subgraph(0)).items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_runtime_of_a_fitted_classifier():
+    X, y = blobs(per_class=40)
+    clf = SINFClassifier(
+        FrozenModel(small_cnn(), mean=(0.1,), std=(0.9,)),
+        clusterer=SemanticClusterer(method="given", mapping={i: i % 2 for i in range(6)}),
+        pruner=DCSPruner(),
+        route_layer="3",
+        random_state=0,
+        device="cpu",
+    )
+    with pytest.raises(NotFittedError):
+        clf.runtime()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its weights are random
+        clf.fit(X, y)
+    expected = clf.predict_proba(X)
+    for n in (1, 3, 64):
+        out = clf.runtime(device="cpu")(torch.as_tensor(X[:n]))
+        np.testing.assert_allclose(out.numpy(), expected[:n], atol=1e-5)
+    half = clf.runtime(dtype="bfloat16", offload=1)(torch.as_tensor(X))
+    assert np.median(np.abs(half.numpy() - expected).max(1)) < 0.01
+
+
 def test_bad_parameters_and_moves():
     network = conv_network()
     with pytest.raises(ValueError, match="dtype must be one of"):
@@ -150,7 +189,7 @@ def test_bad_parameters_and_moves():
     for offload in (-1, 1.5):
         with pytest.raises(ValueError, match="offload must be"):
             Runtime(network, offload=offload)
-    with pytest.raises(RuntimeError, match="make a new one"):
+    with pytest.raises(RuntimeError, match="Make a new one"):
         Runtime(network).to("cpu")
     with pytest.raises(ValueError, match="warm_up needs"):
         Runtime(network).warm_up(images(0), 8)
