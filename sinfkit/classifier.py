@@ -610,6 +610,7 @@ n_features)
         compile: bool = False,
         offload: int = 0,
         device: str | torch.device | None = None,
+        padded: bool = False,
     ) -> Runtime:
         """Return the routed network as a module for prediction, see `sinfkit.runtime.Runtime`.
 
@@ -623,6 +624,8 @@ n_features)
             At most so many subgraphs on the device at a time; 0 for all.
         device : str or torch.device, optional
             Where it runs.  Default: `device_`.
+        padded : bool, default=False
+            Run all subgraphs in one padded pass; for GPUs.
 
         Returns
         -------
@@ -631,7 +634,14 @@ n_features)
             the weights that need no conversion.
         """
         check_is_fitted(self)
-        return Runtime(self.network_, dtype=dtype, compile=compile, offload=offload, device=device)
+        return Runtime(
+            self.network_,
+            dtype=dtype,
+            compile=compile,
+            offload=offload,
+            device=device,
+            padded=padded,
+        )
 
     def report(
         self, X: Any, y: Any, *, latency_batch: int | None = None, repeats: int = 15

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._compiled import CompiledCalls, Weights, bucket, skeleton, weights_of
 from ._device import resolve_device
+from ._stacked import StackedSubgraphs, gather_slots
 from .network import Route, SINFNetwork
 from .routing import RoutePredictor
 
@@ -40,11 +41,18 @@ class Runtime(SINFNetwork):
         that has not run for longest makes room.  0: all lie on the device.
     device : str or torch.device, optional
         Where it runs.  Default: where `network` is.
+    padded : bool, default=False
+        Run all subgraphs in one pass, as grouped convolutions over stacked copies of their weights:
+        each takes ``2 / n_clusters`` of the batch, padded.  Samples beyond that run in a second
+        pass.  The host waits for the routes when the first pass has been queued.  Meant for GPUs,
+        which many small passes leave idle; elsewhere it is the slower way.  Subgraphs must be
+        chains of equal structure and widths.
 
     Raises
     ------
     ValueError
-        For a parameter out of range.
+        For a parameter out of range, for `padded` together with `compile` or `offload`, or where
+        the subgraphs do not allow `padded`.
     RuntimeError
         If `compile` is asked for on the CPU, and there is no C++ compiler.
 
@@ -78,6 +86,7 @@ class Runtime(SINFNetwork):
         compile: bool = False,
         offload: int = 0,
         device: str | torch.device | None = None,
+        padded: bool = False,
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {tuple(_DTYPES)}, got {dtype!r}.")
@@ -85,6 +94,13 @@ class Runtime(SINFNetwork):
             raise ValueError(
                 f"offload must be the number of subgraphs that fit on the device, or 0 for all of "
                 f"them; got {offload!r}."
+            )
+        if padded and (compile or offload):
+            raise ValueError("padded=True goes with neither compile nor offload; leave one out.")
+        if padded and len(network.subgraphs) < network.n_clusters:
+            raise ValueError(
+                "padded=True needs a subgraph for every cluster, and clusters of one class have "
+                "none. Leave padded=False."
             )
         place = network.router.weight.device if device is None else resolve_device(device)
         if compile and place.type == "cpu":
@@ -135,6 +151,8 @@ class Runtime(SINFNetwork):
             weights = {c: weights_of(module) for c, module in subgraphs.items()}
             self.residency = Residency(weights, place, int(offload))
             self.subgraphs = nn.ModuleDict()
+
+        self.stacked = StackedSubgraphs(list(subgraphs.values())) if padded else None
 
     @property
     def n_compiled(self) -> int:
@@ -213,6 +231,30 @@ class Runtime(SINFNetwork):
         # One copy gathers and pads.
         group = h if n == len(h) == bucket(n) else h[_padded(index)]
         return self._calls(self._kinds[branch], weights, group)[:n]
+
+    def _run(
+        self, h: Tensor, rows: Tensor, branch: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Run every branch on its rows; where stacked, the first of each cluster in one pass."""
+        if self.stacked is None or len(branch) == 0:
+            return super()._run(h, rows, branch)
+        capacity = -(-2 * len(branch) // self.n_clusters)
+        order = torch.argsort(branch, stable=True)
+        slots = gather_slots(branch, order, self.n_clusters, capacity)
+        out = self.stacked(h[rows[slots]])
+        ordered = branch[order]
+        rank = torch.arange(len(order), device=h.device) - torch.searchsorted(ordered, ordered)
+        inside = (rank < capacity) & (ordered < self.n_clusters)
+        # Only now must the host know: who found a place, who is left, and who takes the base.
+        first, left = order[inside], order[~inside]
+        own = branch[first]
+        columns = self.answered.byte().argsort(dim=1, descending=True, stable=True)
+        logits = out.new_zeros(len(first), len(self.class_clusters))
+        logits.scatter_(1, columns[own, : out.shape[2]], out[rank[inside], own])
+        if len(left) == 0:
+            return first, logits, None
+        second, others, fallback = super()._run(h, rows[left], branch[left])
+        return torch.cat((first, left[second])), torch.cat((logits, others)), fallback
 
     @torch.inference_mode()
     def warm_up(self, example: Tensor, max_batch: int) -> Runtime:
