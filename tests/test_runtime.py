@@ -16,10 +16,11 @@ from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
 from sinfkit._compiled import bucket, signature, skeleton, weights_of
+from sinfkit._residency import Residency
 from sinfkit.network import Normalise, SINFNetwork
 from sinfkit.profiling import fold_batch_norm
 from sinfkit.routing import RoutePredictor
-from sinfkit.runtime import Residency, Runtime
+from sinfkit.runtime import Runtime
 
 N_CLASSES, CHANNELS, SIZE = 9, 8, 8
 
