@@ -91,7 +91,7 @@ class Runtime(SINFNetwork):
             raise ValueError(f"dtype must be one of {tuple(_DTYPES)}, got {dtype!r}.")
         if not isinstance(offload, int) or offload < 0:
             raise ValueError(
-                f"offload must be the number of subgraphs that fit on the device, or 0 for all of "
+                "offload must be the number of subgraphs that fit on the device, or 0 for all of "
                 f"them; got {offload!r}."
             )
         if padded and (compile or offload):
@@ -150,7 +150,6 @@ class Runtime(SINFNetwork):
             weights = {c: weights_of(module) for c, module in subgraphs.items()}
             self.residency = Residency(weights, place, int(offload))
             self.subgraphs = nn.ModuleDict()
-
         self.stacked = StackedSubgraphs(list(subgraphs.values())) if padded else None
 
     @property
