@@ -24,6 +24,7 @@ from .graph import cut_points, find_cut
 from .network import FALLBACKS, SINFNetwork
 from .pruner import DCSPruner
 from .report import SINFReport, make_report
+from .runtime import Runtime
 from .schedules import OutOfReachError
 from .search import LADDER, Goal, Outcome, Size, climb
 from .subgraph import make_recipe, warn_about_whole
@@ -647,6 +648,46 @@ n_features)
         with torch.inference_mode():
             batches = self._batcher(self.network_).raw(X)
             return torch.cat([self.network_.route(x).cluster.cpu() for x in batches]).numpy()
+
+    def runtime(
+        self,
+        *,
+        dtype: str = "float32",
+        compile: bool = False,
+        offload: int = 0,
+        device: str | torch.device | None = None,
+        padded: bool = False,
+    ) -> Runtime:
+        """Return the routed network as a module for prediction, see `sinfkit.runtime.Runtime`.
+
+        Parameters
+        ----------
+        dtype : {"float32", "bfloat16"}, default="float32"
+            What prefix, subgraphs and the base's rest compute in.
+        compile : bool, default=False
+            Compile them by `torch.compile`.
+        offload : int, default=0
+            At most so many subgraphs on the device at a time; 0 for all.
+        device : str or torch.device, optional
+            Where it runs.  Default: `device_`.
+        padded : bool, default=False
+            Run all subgraphs in one padded pass; for GPUs.
+
+        Returns
+        -------
+        Runtime
+            Samples before normalisation in (a Tensor on that device), probabilities out.  It shares
+            the weights that need no conversion.
+        """
+        check_is_fitted(self)
+        return Runtime(
+            self.network_,
+            dtype=dtype,
+            compile=compile,
+            offload=offload,
+            device=device,
+            padded=padded,
+        )
 
     def report(
         self, X: Any, y: Any, *, latency_batch: int | None = None, repeats: int = 15

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,16 +167,24 @@ class SINFNetwork(nn.Module):
         Tensor of shape (n_samples, n_classes)
             Rows sum to 1.
         """
+        h, log_posterior = self.features(x)
+        return self.process(h, self._routes(log_posterior))
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run what every sample passes: the prefix's output, and the fine log-posterior."""
         h = self.prefix(self.normalise(x))
-        return self.process(h, self.route_features(h))
+        return h, self.router(h)
 
     def route(self, x: Tensor) -> Route:
         """Run the prefix and the route predictor only."""
-        return self.route_features(self.prefix(self.normalise(x)))
+        return self._routes(self.features(x)[1])
 
     def route_features(self, h: Tensor) -> Route:
         """Route samples by the prefix's output `h`."""
-        log_posterior = self.router(h)
+        return self._routes(self.router(h))
+
+    def _routes(self, log_posterior: Tensor) -> Route:
+        """From the route predictor's answers to routes."""
         posterior = cluster_posterior(log_posterior, self.class_clusters, self.n_clusters)
         confidence, cluster = posterior.max(1)
         return Route(log_posterior, posterior, cluster, confidence)
@@ -196,12 +205,13 @@ class SINFNetwork(nn.Module):
         """
         rows, branch = self.branches(route)
         probabilities = route.log_posterior.exp()  # what stands for samples that leave
-        logits, fallback = self._run(h, rows, branch)
-        if len(branch) == 0:
+        order, logits, fallback = self._run(h, rows, branch)
+        if fallback is not None:
+            below, answers = fallback
+            probabilities[below] = answers
+        if len(order) == 0:
             return probabilities
-        routed = branch < self.n_clusters
-        if self.fallback == "base" or self.exit_threshold <= 1:
-            rows, branch, logits = rows[routed], branch[routed], logits[routed]
+        rows, branch = rows[order], branch[order]
         members = self.answered[branch]
         fused = fuse(
             route.log_posterior[rows],
@@ -212,9 +222,6 @@ class SINFNetwork(nn.Module):
         if self.fallback == "topk":
             return self._mix(route, rows, branch, members, fused)
         probabilities[rows] = fused
-        if fallback is not None:
-            below, answers = fallback
-            probabilities[below] = answers
         return probabilities
 
     def _mix(
@@ -244,7 +251,9 @@ class SINFNetwork(nn.Module):
         Tensor of shape (n_samples, n_classes)
             Without temperature; 0 in the columns of classes that the subgraph does not answer.
         """
-        return self._run(h, torch.arange(len(branch), device=branch.device), branch)[0]
+        rows = torch.arange(len(branch), device=branch.device)
+        order, logits, _ = self._run(h, rows, branch)
+        return torch.empty_like(logits).index_copy_(0, order, logits)
 
     def branches(self, route: Route) -> tuple[Tensor, Tensor]:
         """List which branch each sample runs.
@@ -274,41 +283,67 @@ class SINFNetwork(nn.Module):
         row, rank = wanted.nonzero(as_tuple=True)
         return row, likely[row, rank]
 
+    def run_branch(self, branch: int, h: Tensor, index: Tensor) -> Tensor:
+        """Run one branch on its samples.
+
+        Parameters
+        ----------
+        branch : int
+            A cluster with a subgraph, or `n_clusters` for the base's rest.
+        h : Tensor of shape (n_samples, ...)
+            The prefix's output.
+        index : int Tensor of shape (n_rows,)
+            Its rows to run, in ascending order, none twice.
+
+        Returns
+        -------
+        Tensor of shape (n_rows, n_outputs)
+            Logits of the classes that the subgraph answers, or of the base's outputs.
+        """
+        module = self.rest if branch == self.n_clusters else self.subgraph(branch)
+        assert module is not None
+        # As many rows as there are, are all. And not index_select, which forgets channels_last.
+        return module(h if len(index) == len(h) else h[index])
+
     def _run(
         self, h: Tensor, rows: Tensor, branch: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Run every branch on its rows.
 
         Returns
         -------
-        logits : Tensor of shape (n_runs, n_classes)
-            A subgraph's logits in the columns of its classes, 0 elsewhere.
+        order : int Tensor of shape (n_routed,)
+            The runs of subgraphs, sorted by cluster.
+        logits : Tensor of shape (n_routed, n_classes)
+            Of these runs: in the columns of the subgraph's classes, 0 elsewhere.
         fallback : (rows, probabilities) or None
             The base network's answers, if any sample took that branch.
         """
         order = torch.argsort(branch, stable=True)
         # The one place where the host must know: how many rows each branch has.
         counts = torch.bincount(branch, minlength=self.n_clusters + 2).tolist()
-        logits: Tensor | None = None
+        ends = list(itertools.accumulate(counts))
         fallback = None
-        # Those that leave come last, and nothing of them is copied.
-        counts, order = counts[:-1], order[: len(order) - counts[-1]]
-        groups = h[rows[order]].split(counts)
-        for c, (group, index) in enumerate(zip(groups, order.split(counts), strict=True)):
-            if len(index) == 0:
+        if counts[self.n_clusters]:
+            index = rows[order[ends[-3] : ends[-2]]]
+            out = self.run_branch(self.n_clusters, h, index)[:, self.outputs]
+            fallback = (index, torch.softmax(out.to(self.router.weight.dtype), 1))
+        order = order[: ends[-3]]
+        logits: Tensor | None = None
+        columns = None
+        for c, (n, end) in enumerate(zip(counts[:-2], ends[:-2], strict=True)):
+            if n == 0 or self.subgraph(c) is None:
                 continue
-            if c == self.n_clusters:
-                assert self.rest is not None
-                answers = self.rest(group)[:, self.outputs].to(self.router.weight.dtype)
-                fallback = (rows[index], torch.softmax(answers, 1))
-            elif (subgraph := self.subgraph(c)) is not None:
-                out = subgraph(group)
-                if logits is None:
-                    logits = out.new_zeros(len(branch), len(self.class_clusters))
-                if out.shape[1] == logits.shape[1]:
-                    logits[index] = out
-                else:
-                    logits[index[:, None], self.answered[c].nonzero()[:, 0]] = out
+            out = self.run_branch(c, h, rows[order[end - n : end]])
+            if logits is None:
+                logits = out.new_zeros(len(order), len(self.class_clusters))
+            if out.shape[1] == logits.shape[1]:
+                logits[end - n : end] = out
+                continue
+            if columns is None:
+                # Each cluster's classes in front; to look for them one by one would stop the host.
+                columns = self.answered.byte().argsort(dim=1, descending=True, stable=True)
+            logits[end - n : end].index_copy_(1, columns[c, : out.shape[1]], out)
         if logits is None:
-            logits = h.new_zeros(len(branch), len(self.class_clusters))
-        return logits, fallback
+            logits = h.new_zeros(len(order), len(self.class_clusters))
+        return order, logits, fallback

@@ -161,6 +161,29 @@ def test_what_leaves_at_the_router_runs_nothing_behind_it():
     torch.testing.assert_close(out[leaves], route.log_posterior.exp()[leaves])
 
 
+def test_a_batch_of_one_branch_is_not_copied():
+    network = make_network("base", threshold=0.0)
+    h = torch.randn(5, WIDTH)
+    seen = []
+    network.subgraphs["1"].register_forward_hook(lambda m, inputs, out: seen.append(inputs[0]))
+    network.branch_logits(h, torch.ones(5, dtype=torch.int64))
+    network.branch_logits(h, torch.tensor([1, 0, 1, 1, 2]))
+    assert seen[0] is h
+    torch.testing.assert_close(seen[1], h[[0, 2, 3]])
+
+
+def test_logits_stand_in_the_order_of_the_samples():
+    network = make_network()
+    h = torch.randn(6, WIDTH)
+    branch = torch.tensor([2, 0, 3, 1, 0, 2])
+    logits = network.branch_logits(h, branch)
+    expected = torch.zeros(6, K)
+    for i, c in enumerate(branch.tolist()):
+        if c != 3:
+            expected[i, network.answered[c]] = network.subgraph(c)(h[i : i + 1])[0]
+    torch.testing.assert_close(logits, expected)
+
+
 def test_a_given_route_replaces_the_predicted_one():
     network = make_network("base", threshold=0.9)
     x = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(3))
