@@ -229,7 +229,9 @@ class Bench:
         known = (cell.threads, one.name, form)
         if known not in self._forms:
             # Those of another form or number of threads are done with; the reference stays.
-            for old in [k for k in self._forms if k[0] != cell.threads or k[2] not in (form, "folded")]:
+            for old in [
+                k for k in self._forms if k[0] != cell.threads or k[2] not in (form, "folded")
+            ]:
                 del self._forms[old]
             images = self.held.X
             self._forms[known] = make(one, form, cell.threads, images, self.device, self.scratch)
@@ -281,6 +283,7 @@ class Run:
         self._events: list[tuple[Any, Any]] = []
 
     def __call__(self) -> Any:
+        """Run the next batch."""
         batch = next(self._batches)
         if not self._cuda:
             return self._function(batch)

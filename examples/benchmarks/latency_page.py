@@ -118,13 +118,16 @@ def _trade(found: Results, form: str) -> Path:
     for axis, batch in zip(axes.flat, batches, strict=False):
         own = [row for row in rows if row["batch"] == batch]
         for name in dict.fromkeys(series(row) for row in own):
-            points = sorted((1 / float(r["ratio"]), found.lost(r)) for r in own if series(r) == name)
+            points = sorted(
+                (1 / float(r["ratio"]), found.lost(r)) for r in own if series(r) == name
+            )
             x, y = np.transpose(points)
             shown = np.maximum(y, WORST)
             routed = name.startswith("SINF")
             style: dict[str, Any] = {"color": palette[name], "markersize": 5 if routed else 4}
             axis.plot(x, shown, "D-" if routed else "o-", label=name, linewidth=1.2, **style)
-            axis.plot(x[y < WORST], shown[y < WORST], "v", clip_on=False, **style)
+            if (y < WORST).any():
+                axis.plot(x[y < WORST], shown[y < WORST], "v", clip_on=False, **style)
         axis.axhline(0, color="0.3", linestyle="--", linewidth=1)
         axis.axvline(1, color="0.3", linestyle="--", linewidth=1)
         axis.set(title=f"batch {batch}", xlabel="speed-up over the folded base")
@@ -171,7 +174,9 @@ def _split(found: Results) -> Path:
         axis.set_yticks(y, [f"batch {row['batch']}" for row in own])
         axis.set_title(f"SINF, {one[1]}, {one[2]}")
         axis.grid(axis="y", visible=False)
-    axes.flat[-1].set_xlabel(f"time, % of the base's (dashed) on the same batch, threads: {threads}")
+    axes.flat[-1].set_xlabel(
+        f"time, % of the base's (dashed) on the same batch, threads: {threads}"
+    )
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(PARTS), fontsize=8)
     return figures.save(figure, found.path.with_name(f"{found.path.stem}_parts.png"))
@@ -256,7 +261,9 @@ def _parts(found: Results) -> str:
     for row in found.parts:
         own = [f"{100 * float(row[part]) / float(row['base']):.1f}" for part in ("whole", *PARTS)]
         head = [f"{row['kind']}, {row['size']}", row["threads"], row["batch"]]
-        cells.append([*head, f"{1e3 * float(row['base']):.2f}", *own, rst.percent(float(row["rows"]))])
+        cells.append(
+            [*head, f"{1e3 * float(row['base']):.2f}", *own, rst.percent(float(row["rows"]))]
+        )
     if not cells:
         return ""
     header = ["SINF", "threads", "batch", "base, ms", "whole", *PARTS, "images on base's rest, %"]
@@ -295,16 +302,16 @@ def _saved(row: Row, what: str) -> str:
 
 
 _INTRODUCTION = """\
-The networks of :doc:`sinf`, each in several forms: *eager* (the base as it comes, batch-norms apart;
-a routed network as ``predict`` runs it), *folded* (batch-norms folded, channels_last),
-*compiled* (``torch.compile``), *onnx* and *onnx-int8* (ONNX Runtime; int8: static QDQ), *bfloat16*.
+The networks of table 4, each in several forms: *eager* (the base as it comes, batch-norms apart;
+a routed network as ``predict`` runs it), *folded* (batch-norms folded, channels_last), *compiled*
+(``torch.compile``), *onnx* and *onnx-int8* (ONNX Runtime; int8: static QDQ), *bfloat16*.
 All contenders of a form, batch size and number of threads take turns in one run, after a
 warm-up; several batches take turns too. Speed-up: median over rounds of the time of the folded
 base over that of the contender in the same round. Networks: the base; one network pruned for all
 classes (structured OBS, global budget), alone and fused with a probe like the router's;
-torch-pruning's at the same budgets, as shipped and with our repair; SINF. Where batches are mixed by
-routed cluster (*uniform*: equally many of each, *single*: all of one, none on the fallback) the
+torch-pruning's at the same budgets, as shipped and with our repair; SINF. Where batches are mixed
+by routed cluster (*uniform*: equally many of each, *single*: all of one, none on the fallback) the
 base runs natural ones.
 
-``python examples/benchmarks/latency.py --weights WEIGHTS --data FOLDER --fitted FITS --split report``
+``python examples/benchmarks/latency.py --weights WEIGHTS --data FOLDER --split report``
 """
