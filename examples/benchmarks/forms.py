@@ -144,10 +144,8 @@ def _routed(
         return Form(load(folder, n_threads=n_threads).predict_proba, "numpy")
     from sinfkit.runtime import Runtime
 
-    options: dict[str, Any] = {"compile": form == "compiled"}
-    if form == "bfloat16":
-        options["dtype"] = torch.bfloat16
-    return Form(Runtime(network, **options), "channels_last")
+    dtype = "bfloat16" if form == "bfloat16" else "float32"
+    return Form(Runtime(network, dtype=dtype, compile=form == "compiled"), "channels_last")
 
 
 class _Cast(nn.Module):

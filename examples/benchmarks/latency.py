@@ -229,10 +229,11 @@ class Bench:
         known = (cell.threads, one.name, form)
         if known not in self._forms:
             # Those of another form or number of threads are done with; the reference stays.
-            for old in [
-                k for k in self._forms if k[0] != cell.threads or k[2] not in (form, "folded")
-            ]:
-                del self._forms[old]
+            self._forms = {
+                (threads, name, other): made
+                for (threads, name, other), made in self._forms.items()
+                if threads == cell.threads and other in (cell.form, "folded")
+            }
             images = self.held.X
             self._forms[known] = make(one, form, cell.threads, images, self.device, self.scratch)
         made = self._forms[known]
@@ -240,6 +241,10 @@ class Bench:
         chosen = draw(mix, cell.batch, n, self._routes(one, mix))
         X = self.test.X_test
         batches = [lay_out(batch_of(X, rows), made.layout, self.device) for rows in chosen]
+        if form == "compiled":
+            with torch.inference_mode():
+                for batch in batches:  # parts of another size may have to be compiled
+                    made.run(batch)
         return Run(made.run, batches, self.device)
 
     def _routes(self, one: Contender, mix: str = "natural") -> np.ndarray:

@@ -42,8 +42,8 @@ def split_cost(
     Notes
     -----
     Router: predictor, and the choice of branches. Grouping (sort, gather, scatter) is what
-    running the branches takes beyond the branches by themselves, fusion what answering takes beyond
-    running them: differences within a round, which noise can make negative.
+    running the subgraphs takes beyond the subgraphs by themselves, fusion what answering takes
+    beyond that and the base's rest: differences within a round, which noise can make negative.
     """
     with torch.inference_mode():
         h = network.prefix(network.normalise(x))
@@ -53,6 +53,8 @@ def split_cost(
         groups = [(c, taken[branch == c]) for c in range(network.n_clusters + 1)]
     run = [(network.subgraph(c), group) for c, group in groups[:-1] if len(group)]
     run = [(subgraph, group) for subgraph, group in run if subgraph is not None]
+    routed = branch < network.n_clusters
+    h_routed, own = taken[routed], branch[routed]
     below = groups[-1][1]
     rest = network.rest if len(below) else None
     functions: dict[str, Callable[[], Any]] = {
@@ -62,17 +64,16 @@ def split_cost(
         "router": lambda: network.branches(network.route_features(h)),
         "subgraphs": lambda: [subgraph(group) for subgraph, group in run],
         "base's rest": lambda: rest(below) if rest is not None else None,
-        "branches": lambda: network.branch_logits(taken, branch),
+        "grouped": lambda: network.branch_logits(h_routed, own) if len(own) else None,
         "answers": lambda: network.process(h, route),
     }
     seconds = paired_latency(functions, repeats=rounds).seconds
-    apart = seconds["subgraphs"] + seconds["base's rest"]
     measured = {
         **{name: seconds[name] for name in ("base", "whole", "prefix", "router")},
-        "grouping": seconds["branches"] - apart,
+        "grouping": seconds["grouped"] - seconds["subgraphs"],
         "subgraphs": seconds["subgraphs"],
         "base's rest": seconds["base's rest"],
-        "fusion": seconds["answers"] - seconds["branches"],
+        "fusion": seconds["answers"] - seconds["grouped"] - seconds["base's rest"],
     }
     found = {name: float(np.median(times)) for name, times in measured.items()}
     return found | {"rows": len(below) / len(x)}
