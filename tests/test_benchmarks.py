@@ -242,3 +242,10 @@ def test_slopes_of_a_power_law(paper):
     (line,) = paper("fit_cost").slopes(rows)
     assert line["slope"] == pytest.approx(2) and line["last"] == pytest.approx(2)
     assert line["memory"] == pytest.approx(1) and line["memory_last"] == pytest.approx(1)
+
+
+def test_a_page_without_the_natural_mix_has_no_figure_of_it(timed, paper, tmp_path):
+    lines = timed.read_text().splitlines(keepends=True)
+    some = [line for line in lines[1:] if ",single," in line]
+    (tmp_path / timed.name).write_text("".join([lines[0], *some]))
+    assert paper("latency_page").draw(tmp_path / timed.name) == []

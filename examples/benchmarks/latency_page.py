@@ -91,7 +91,7 @@ def draw(path: Path) -> list[Path]:
     found = Results(path)
     if not found.rows:
         return []
-    forms = dict.fromkeys(row["form"] for row in found.rows)
+    forms = dict.fromkeys(row["form"] for row in found.rows if row["mix"] == "natural")
     made = [_trade(found, form) for form in forms]
     if found.parts:
         made.append(_split(found))
