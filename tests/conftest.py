@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
-PAPER = Path(__file__).parent.parent / "examples" / "paper"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = (EXAMPLES / "paper", EXAMPLES / "benchmarks")
 
 
 @pytest.fixture(scope="module")
 def paper():
-    """Import a script by name; its neighbours are found too."""
-    sys.path.insert(0, str(PAPER))
+    """Import a script of a table or a benchmark by name; its neighbours are found too."""
+    before = sys.path.copy()
+    sys.path[:0] = map(str, SCRIPTS)
     yield importlib.import_module
-    sys.path.remove(str(PAPER))
+    sys.path[:] = before
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "")).startswith(str(PAPER)):
+        if Path(str(getattr(module, "__file__", ""))).parent in SCRIPTS:
             del sys.modules[name]

@@ -55,7 +55,8 @@ class Table:
     ) -> None:
         self.path, self.keys = Path(path), tuple(keys)
         self._constants = {**(constants or {}), **provenance()}
-        self.columns = (*keys, *values, *self._constants)
+        # A key may be one of the constants: the number of threads, where a table compares them.
+        self.columns = tuple(dict.fromkeys((*keys, *values, *self._constants)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_unfinished_line(self.path)
         self._known: set[tuple[str, ...]] = set()
