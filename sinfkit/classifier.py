@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -728,6 +729,24 @@ n_features)
             latency_batch=min(latency_batch or self.batch_size, len(X)),
             repeats=repeats,
         )
+
+    def to_onnx(self, folder: str | Path, **options: Any) -> Path:
+        """Write the fitted classifier as ONNX files that run without torch.
+
+        Parameters
+        ----------
+        folder : str or Path
+        **options
+            `dtype`, `X`, `opset` and `overwrite`, see `sinfkit.export.to_onnx`.
+
+        Returns
+        -------
+        Path
+            The folder; ``sinf_onnx.py`` in it loads the rest.
+        """
+        from .export import to_onnx
+
+        return to_onnx(self, folder, **options)
 
     def _encode(self, y: np.ndarray) -> np.ndarray:
         """Labels to positions in `classes_`."""
