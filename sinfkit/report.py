@@ -313,7 +313,8 @@ def _observe(
                 strict=True,
             ):
                 column.append(value.cpu())
-    return _Seen(*map(torch.cat, columns), runs)
+    base_logits, answers, forced, own_logits, cluster, confidence, left = map(torch.cat, columns)
+    return _Seen(base_logits, answers, forced, own_logits, cluster, confidence, left, runs)
 
 
 def _mean(right: Tensor) -> float:
