@@ -111,7 +111,7 @@ def entries_of(options: argparse.Namespace, study: base.Study) -> Iterator[Entry
     if options.quick:
         own = {**own, **base.frozen()["sinf_quick"]}
     model, n, many = study.base.model, own["clusters"], len(study.names)
-    layer = own["route_layer"][study.base.network]
+    layer, budgets = (own[part][study.base.network] for part in ("route_layer", "budgets"))
 
     def pruner(budget: float, samples: int, criterion: str = "dcs") -> dict[str, Any]:
         return {
@@ -138,9 +138,9 @@ def entries_of(options: argparse.Namespace, study: base.Study) -> Iterator[Entry
 
     yield Entry("base", "", "", 0, None)
     for seed in range(options.draws):
-        for budget in own["budgets"]:
+        for budget in budgets:
             yield sinf(f"confusion {n}", SemanticClusterer(n_clusters=n), budget, seed)
-        for budget in own["budgets"]:
+        for budget in budgets:
             one = DCSPruner(
                 model, **pruner(budget, own["control_repair_samples"], "obs"), random_state=seed
             )
