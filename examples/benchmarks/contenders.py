@@ -74,6 +74,8 @@ def contenders(options: argparse.Namespace, held: base.Study) -> Iterator[Conten
     """
     plain = held.base.model.module()
     for entry in tqdm(list(sinf_table.entries_of(options, held)), unit=" networks", leave=False):
+        if options.stored and not sinf_table.stored(options, entry, held):
+            continue
         made, _ = sinf_table.fitted(options, entry, held)
         if isinstance(made, dict):
             for variant in VARIANTS:
@@ -92,7 +94,7 @@ def _torch_pruning(options: argparse.Namespace, held: base.Study) -> Iterator[Co
     sizes = {**base.frozen()["sinf"], **(base.frozen()["sinf_quick"] if options.quick else {})}
     n_repair = base.frozen()["sinf_quick" if options.quick else "sinf"]["control_repair_samples"]
     whole: Whole | None = None
-    for budget in sizes["budgets"]:
+    for budget in sizes["budgets"][held.base.network]:
         made_of = (__version__, held.base.model, options.importance, options.scope, budget)
         key = joblib.hash((*made_of, n_repair, held.X))
         path = options.fitted / f"{held.base.label}_tp_{key[:16]}.joblib"

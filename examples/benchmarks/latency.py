@@ -84,6 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fitted", type=Path, default=Path("fitted"), help="folder of networks")
     parser.add_argument("--kinds", nargs="*", choices=sinf_table.KINDS, default=())
     parser.add_argument("--no-search", action="store_true", help="only given sizes")
+    parser.add_argument("--stored", action="store_true", help="only what was fitted before")
     parser.add_argument("--importance", choices=sorted(IMPORTANCES), default="magnitude_l2")
     parser.add_argument("--scope", choices=(*SCOPES, "none"), default="local")
     options = parser.parse_args(arguments)

@@ -80,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     test = held if options.split == "choose" else base.open_study(options)
     path = options.out / f"{NAME}_{test.base.label}_{test.split}.csv"
     table = Table(path, KEYS, VALUES, test.constants())
-    entries = list(entries_of(options, held))
+    entries = [
+        e for e in entries_of(options, held) if not options.stored or stored(options, e, held)
+    ]
     for entry in tqdm(entries, unit=" networks"):
         if not _complete(table, test, entry):
             measure(table, options, entry, held, test)
@@ -96,6 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fitted", type=Path, default=Path("fitted"), help="folder of networks")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--no-search", action="store_true", help="only given sizes")
+    parser.add_argument("--stored", action="store_true", help="only what was fitted before")
     parser.add_argument("--draws", type=int, default=1, help="draws of calibration images")
     parser.add_argument("--time", action="store_true", help="time all in one run")
     parser.add_argument("--batch", type=int, default=256, help="images in the batch that is timed")
@@ -178,6 +181,30 @@ def _complete(table: Table, study: base.Study, entry: Entry) -> bool:
     return {**study.key(), **entry.key(), "variant": last} in table
 
 
+@dataclass(frozen=True)
+class Order:
+    """What a network is fitted with, and where it is stored."""
+
+    data: tuple[np.ndarray, np.ndarray]
+    extra: dict[str, np.ndarray]
+    path: Path
+
+
+def order_of(options: argparse.Namespace, entry: Entry, held: base.Study) -> Order:
+    """Images of one entry, and the file that belongs to it."""
+    own = base.frozen()["sinf_quick" if options.quick else "sinf"]
+    rows = held.draw(range(len(held.class_names)), own["images"], entry.seed)
+    data = held.X[rows], held.y[rows]
+    extra = {"X_val": held.X_test, "y_val": held.y_test} if entry.contestant == "SINF" else {}
+    key = joblib.hash((__version__, held.base.model, entry.estimator, data, extra))
+    return Order(data, extra, options.fitted / f"{held.base.label}_{key[:16]}.joblib")
+
+
+def stored(options: argparse.Namespace, entry: Entry, held: base.Study) -> bool:
+    """Whether an entry was fitted before."""
+    return order_of(options, entry, held).path.exists()
+
+
 def fitted(options: argparse.Namespace, entry: Entry, held: base.Study) -> tuple[Any, float]:
     """A routed network or a network's controls, and the seconds that the fit took.
 
@@ -186,13 +213,8 @@ def fitted(options: argparse.Namespace, entry: Entry, held: base.Study) -> tuple
     made : SINFClassifier or dict of str to Module
     seconds : float
     """
-    own = base.frozen()["sinf_quick" if options.quick else "sinf"]
-    rows = held.draw(range(len(held.class_names)), own["images"], entry.seed)
-    data = held.X[rows], held.y[rows]
-    routed = entry.contestant == "SINF"
-    extra = {"X_val": held.X_test, "y_val": held.y_test} if routed else {}
-    key = joblib.hash((__version__, held.base.model, entry.estimator, data, extra))
-    path = options.fitted / f"{held.base.label}_{key[:16]}.joblib"
+    routed, order = entry.contestant == "SINF", order_of(options, entry, held)
+    data, path = order.data, order.path
     if path.exists():
         return joblib.load(path)
     options.fitted.mkdir(parents=True, exist_ok=True)
@@ -200,7 +222,7 @@ def fitted(options: argparse.Namespace, entry: Entry, held: base.Study) -> tuple
     made = entry.estimator
     if made is not None:
         # Statistics and scores that several networks share are computed once.
-        made.set_params(memory=str(options.fitted / "cache")).fit(*data, **extra)
+        made.set_params(memory=str(options.fitted / "cache")).fit(*data, **order.extra)
         made.set_params(memory=None)
     seconds = time.perf_counter() - start
     if not routed:
@@ -300,12 +322,13 @@ def _variants(network: SINFNetwork, plain: Any, test: base.Study, truth: Tensor)
                 "no fusion": fusionless.process(h, route),
                 "two clusters": two.process(h, route),
                 "oracle": oracle.masked_fill(outside, 0.0),
-                "restricted": logits.masked_fill(outside, -torch.inf),
             }
             if network.rest is not None:
                 # Everybody takes the base behind the sliced prefix; nobody does.
                 answers["no router"] = network.rest(h)
                 answers["no threshold"] = network.process(h, certain)
+            # The last one: with it an entry is complete.
+            answers["restricted"] = logits.masked_fill(outside, -torch.inf)
             for variant, scores in answers.items():
                 found.setdefault(variant, []).append(scores.argmax(1))
             found.setdefault("cluster", []).append(route.cluster)
