@@ -78,12 +78,14 @@ def to_exported(classifier: SINFClassifier) -> dict[str, ExportedProgram]:
     Examples
     --------
     >>> from sklearn.datasets import load_digits
-    >>> from sinfkit import DCSPruner, SINFClassifier
+    >>> from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier
     >>> from sinfkit.export import to_exported
     >>> X, y = load_digits(return_X_y=True)
-    >>> clf = SINFClassifier(pruner=DCSPruner(), fallback="none", random_state=0).fit(X, y)
-    >>> "router" in to_exported(clf)
-    True
+    >>> clusterer = SemanticClusterer(n_clusters=2)
+    >>> clf = SINFClassifier(clusterer=clusterer, pruner=DCSPruner(), random_state=0)
+    >>> clf = clf.fit(X[:500], y[:500])
+    >>> sorted(to_exported(clf))
+    ['base', 'router', 'subgraph_0', 'subgraph_1']
     """
     check_is_fitted(classifier)
     return _export_parts(_portable(classifier.network_), classifier.input_shape_)
@@ -146,13 +148,15 @@ def to_onnx(
     --------
     >>> import tempfile
     >>> from sklearn.datasets import load_digits
-    >>> from sinfkit import DCSPruner, SINFClassifier
+    >>> from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier
     >>> from sinfkit.export import to_onnx
     >>> X, y = load_digits(return_X_y=True)
-    >>> clf = SINFClassifier(pruner=DCSPruner(), fallback="none", random_state=0).fit(X, y)
+    >>> clusterer = SemanticClusterer(n_clusters=2)
+    >>> clf = SINFClassifier(clusterer=clusterer, pruner=DCSPruner(), random_state=0)
+    >>> clf = clf.fit(X[:500], y[:500])
     >>> folder = to_onnx(clf, tempfile.mkdtemp())
-    >>> (folder / "router.onnx").exists()
-    True
+    >>> sorted(path.name for path in folder.glob("*.onnx"))
+    ['base.onnx', 'router.onnx', 'subgraph_0.onnx', 'subgraph_1.onnx']
     """
     check_is_fitted(classifier)
     if dtype not in _DTYPES:

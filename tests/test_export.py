@@ -42,6 +42,7 @@ def fitted(data):
         FrozenModel(network, mean=[0.1], std=[1.3]),
         clusterer=SemanticClusterer(n_clusters=2),
         pruner=DCSPruner(),
+        fallback="base",
         confidence_threshold=0.6,
         route_layer="3",
         device="cpu",
@@ -64,19 +65,11 @@ def with_network(network):
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory):
-    """Files of a network made by hand, for each choice of answered classes."""
-    made = {}
-
-    def get(answered):
-        if answered not in made:
-            own = own_classes(CLUSTERS, M)
-            foreign = torch.rand(M, K, generator=torch.Generator().manual_seed(4)) < 0.4
-            table = own | foreign if answered == "some" else own
-            clf = with_network(make_network(answered=table))
-            made[answered] = (table, to_onnx(clf, tmp_path_factory.mktemp("hand") / answered))
-        return made[answered]
-
-    return get
+    """Files of a network made by hand; the last cluster has one class and no subgraph."""
+    answered = own_classes(CLUSTERS, M)
+    answered[:3] |= torch.rand(3, K, generator=torch.Generator().manual_seed(4)) < 0.4
+    clf = with_network(make_network(answered=answered))
+    return answered, to_onnx(clf, tmp_path_factory.mktemp("hand") / "model")
 
 
 def near_a_tie(network, x, within=1e-4):
@@ -100,14 +93,11 @@ def assert_agrees(found, network, x, n_near=0.05):
 @pytest.mark.parametrize("fallback", ["base", "topk", "none"])
 @pytest.mark.parametrize("threshold", [0.0, 0.45, 1.1])
 @pytest.mark.parametrize("exit_threshold", [2.0, 0.4, 0.0])
-@pytest.mark.parametrize("answered", ["own", "some"])
-def test_every_way_through_the_network(
-    by_hand, tmp_path, fallback, threshold, exit_threshold, answered
-):
+def test_every_way_through_the_network(by_hand, tmp_path, fallback, threshold, exit_threshold):
     """The ONNX files are the same for all of them; what the manifest says differs."""
-    table, source = by_hand(answered)
+    answered, source = by_hand
     network = make_network(
-        fallback, threshold, top_k=3, answered=table, exit_threshold=exit_threshold
+        fallback, threshold, top_k=3, answered=answered, exit_threshold=exit_threshold
     )
     manifest = _describe(with_network(network), "float32")
     manifest["sha256"] = json.loads((source / "manifest.json").read_text())["sha256"]
@@ -137,18 +127,21 @@ def test_answers_are_those_of_the_classifier(fitted, folder, data, n):
     np.testing.assert_allclose(whole, loaded.predict_proba(X), atol=1e-5)
 
 
-@pytest.mark.parametrize("fallback", ["topk", "none"])
-def test_other_fallbacks_need_no_base(fitted, data, tmp_path, fallback):
+def test_another_export_takes_the_place_of_an_earlier_one(fitted, folder, data, tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
     clf = copy.copy(fitted)
     clf.network_ = copy.deepcopy(fitted.network_)
-    clf.network_.fallback, clf.network_.rest, clf.network_.exit_threshold = fallback, None, 0.9
-    clf.to_onnx(tmp_path / "model")
-    assert not (tmp_path / "model" / "base.onnx").exists()
+    clf.network_.fallback, clf.network_.rest, clf.network_.exit_threshold = "topk", None, 0.9
+    assert clf.to_onnx(target, overwrite=True) == target
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not (target / "base.onnx").exists()
     X = data[2]
     leave = clf.network_.route(torch.as_tensor(X)).log_posterior.exp().amax(1) >= 0.9
     assert 0 < leave.float().mean() < 1
-    found = load(tmp_path / "model").predict_proba(X)
-    assert_agrees(found, clf.network_, torch.as_tensor(X))
+    assert_agrees(load(target).predict_proba(X), clf.network_, torch.as_tensor(X))
 
 
 def test_bytes_are_divided_by_255(fitted, folder):
@@ -239,18 +232,6 @@ def test_what_is_there_is_not_lost(fitted, folder, tmp_path):
     _check_target(tmp_path / "new", False)
 
 
-def test_an_earlier_export_is_replaced_as_a_whole(tmp_path):
-    first, second = with_network(make_network(seed=0)), with_network(make_network("none", seed=1))
-    target = tmp_path / "model"
-    target.mkdir()
-    to_onnx(first, target)
-    to_onnx(second, target, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert not (target / "base.onnx").exists()
-    x = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(1))
-    assert_agrees(load(target).predict_proba(x.numpy()), second.network_, x)
-
-
 class DependsOnValues(nn.Module):
     def forward(self, h):
         return h if h.sum() > 0 else -h
@@ -310,7 +291,8 @@ def test_parameters_that_are_wrong(fitted, tmp_path):
 
 
 def test_double_precision_becomes_single(tmp_path):
-    network = make_network(dtype=torch.float64)
+    network = make_network("none", dtype=torch.float64)
+    del network.subgraphs["1"], network.subgraphs["2"]
     to_onnx(with_network(network), tmp_path / "model")
     assert network.router.weight.dtype == torch.float64
     x = torch.randn(60, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -328,7 +310,7 @@ def digits():
     )
     clf = SINFClassifier(
         FrozenModel(network),
-        clusterer=SemanticClusterer(n_clusters=3),
+        clusterer=SemanticClusterer(n_clusters=2),
         pruner=DCSPruner(max_ratio=0.3),
         confidence_threshold=0.7,
         route_layer="3",
@@ -364,8 +346,13 @@ def test_int8_mostly_agrees(digits, tmp_path):
 
 
 def test_branches_that_no_calibration_sample_takes(digits, tmp_path):
-    clf, X, y = digits
+    clf, X, _ = digits
     one = X[1000:][clf.predict_cluster(X[1000:]) == 0][:1]
+    clf = copy.copy(clf)
+    clf.network_ = copy.deepcopy(clf.network_)
+    clf.network_.fallback = "none"
+    del clf.network_.subgraphs["0"]
     clf.to_onnx(tmp_path / "model", dtype="int8", X=one)
     p = load(tmp_path / "model").predict_proba(X[1000:])
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+    assert (p.argmax(1) == clf.predict(X[1000:])).mean() > 0.5

@@ -56,6 +56,16 @@ def test_oldest_environment_pins_every_lower_bound():
     assert pins == run_time | test
 
 
+def test_tests_need_what_the_extra_brings():
+    """Export is tested with the real packages, wherever the tests run."""
+    extras = read("pyproject.toml")
+    onnx, test = (
+        bounds(re.search(rf"^{name} = \[.*?^\]", extras, re.M | re.S)[0])
+        for name in ("onnx", "test")
+    )
+    assert len(onnx) == 3 and onnx.items() <= test.items()
+
+
 def test_ci_runs_the_readmes_command():
     commands = re.findall(r'^pip install "\.\[test\]" .*$', read("README.md"), re.MULTILINE)
     assert commands == ['pip install ".[test]" && pytest']

@@ -122,6 +122,7 @@ def test_permuting_filters_permutes_scores(name, seed, random):
         features=data.features[:, order],
         weight=data.weight[order],
         consumers=(permuted_reader(data.consumers[0], order),),
+        consumer_features=data.consumer_features,
         couplings=tuple(pair[order] for pair in data.couplings),
         **{field: getattr(data, field)[order] for field in PER_FILTER},
         generator=torch.Generator().manual_seed(1),
