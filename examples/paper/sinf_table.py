@@ -128,6 +128,7 @@ def entries_of(options: argparse.Namespace, study: base.Study) -> Iterator[Entry
     def sinf(
         kind: str, clusterer: SemanticClusterer, budget: float, seed: int, **more: Any
     ) -> Entry:
+        settings = {"exit_threshold": own["exit_threshold"], **more}
         estimator = SINFClassifier(
             model,
             clusterer=clusterer,
@@ -135,7 +136,7 @@ def entries_of(options: argparse.Namespace, study: base.Study) -> Iterator[Entry
             route_layer=layer,
             max_accuracy_drop=own["max_accuracy_drop"],
             random_state=seed,
-            **more,
+            **settings,
         )
         return Entry("SINF", kind, f"{budget:g}", seed, estimator)
 
