@@ -85,7 +85,7 @@ def to_exported(classifier: SINFClassifier) -> dict[str, ExportedProgram]:
     >>> clf = SINFClassifier(clusterer=clusterer, pruner=DCSPruner(), random_state=0)
     >>> clf = clf.fit(X[:500], y[:500])
     >>> sorted(to_exported(clf))
-    ['base', 'router', 'subgraph_0', 'subgraph_1']
+    ['router', 'subgraph_0', 'subgraph_1']
     """
     check_is_fitted(classifier)
     return _export_parts(_portable(classifier.network_), classifier.input_shape_)
@@ -156,7 +156,7 @@ def to_onnx(
     >>> clf = clf.fit(X[:500], y[:500])
     >>> folder = to_onnx(clf, tempfile.mkdtemp())
     >>> sorted(path.name for path in folder.glob("*.onnx"))
-    ['base.onnx', 'router.onnx', 'subgraph_0.onnx', 'subgraph_1.onnx']
+    ['router.onnx', 'subgraph_0.onnx', 'subgraph_1.onnx']
     """
     check_is_fitted(classifier)
     if dtype not in _DTYPES:

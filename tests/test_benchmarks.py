@@ -141,8 +141,11 @@ def test_routed_clusters_are_those_that_answer_alone(found, paper):
     own = paper("mixes").routed_clusters(classifier.network_, held.X_test, held.device)
     alone = own >= 0
     np.testing.assert_array_equal(own[alone], classifier.predict_cluster(held.X_test)[alone])
-    confidence = classifier.network_.route(torch.as_tensor(held.X_test).float() / 255).confidence
-    np.testing.assert_array_equal(alone, confidence.numpy() >= classifier.network_.threshold)
+    route = classifier.network_.route(torch.as_tensor(held.X_test).float() / 255)
+    sure = route.log_posterior.exp().amax(1).numpy() >= classifier.network_.exit_threshold
+    assert 0 < sure.sum() < len(sure)
+    unsure = route.confidence.numpy() < classifier.network_.threshold
+    np.testing.assert_array_equal(alone, ~sure & ~unsure)
 
 
 def test_every_form_computes_what_the_network_does(found, paper, tmp_path):
