@@ -310,7 +310,7 @@ class Builder:
                 # Behind the prefix the dense rest must find the channels that it was trained with.
                 early = {group.name for group in groups}
                 both = [group for group in both if group.name in early | late]
-            widths = self._shared_widths(cut, both, size)
+            widths = self._shared_widths(both, size)
             groups = [group for group in both if group.name not in late]
         dense = self._dense_prefix(cut)
         if not groups:
@@ -324,9 +324,7 @@ class Builder:
         module = slice_prefix(calibration, cut, keep, samples, recipe.repair)
         return Prefix(module, keep, widths or {})
 
-    def _shared_widths(
-        self, cut: CutPoint, groups: list[ChannelGroup], size: Size
-    ) -> dict[str, int]:
+    def _shared_widths(self, groups: list[ChannelGroup], size: Size) -> dict[str, int]:
         """Widths on both sides of the cut under one budget, by what all classes would lose."""
         calibration, settings = self.calibration, self.settings
         everything = np.arange(len(calibration.table.classes))
@@ -360,8 +358,7 @@ class Builder:
         if self.settings.answers == "cluster":
             return [self.index[own == c] for c in range(n_clusters)]
         # Whatever is sent there, rightly or not: that is what it will have to answer.
-        predictor = route.predictor
-        log_posterior = torch.log_softmax(features @ predictor.weight.T + predictor.bias, 1)
+        log_posterior = route.predictor.of_pooled(features)
         sent = cluster_posterior(log_posterior, clusters, n_clusters).argmax(1).numpy()
         few = np.bincount(sent, minlength=n_clusters) < _FEW_ROUTED
         return [self.index[(sent == c) | ((own == c) & few[c])] for c in range(n_clusters)]

@@ -41,7 +41,10 @@ class RoutePredictor(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Map the prefix's output to log-posteriors of shape (n_samples, n_classes)."""
         # float32 or wider whatever the network computes in: a route must not hang on rounding.
-        features = pool(h, self.pool_size).to(self.weight.dtype)
+        return self.of_pooled(pool(h, self.pool_size).to(self.weight.dtype))
+
+    def of_pooled(self, features: Tensor) -> Tensor:
+        """The same from pooled features, of shape (n_samples, n_features)."""
         return torch.log_softmax(features @ self.weight.T + self.bias, 1)
 
 
@@ -113,8 +116,7 @@ def fit_route_predictor(
     assert best is not None
     _, penalty, weight, bias = best
     predictor = RoutePredictor(weight.to(dtype), bias.to(dtype), pool_size)
-    log_posterior = torch.log_softmax(held_out @ predictor.weight.T + predictor.bias, 1)
-    return RouteFit(predictor, penalty, log_posterior)
+    return RouteFit(predictor, penalty, predictor.of_pooled(held_out))
 
 
 def cluster_posterior(log_posterior: Tensor, class_clusters: Tensor, n_clusters: int) -> Tensor:
