@@ -16,6 +16,7 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
+from sinfkit.assembly import build_subgraph
 from sinfkit.classifier import _some_of_each
 from sinfkit.profiling import count_parameters
 from sinfkit.search import Goal, Outcome
@@ -496,6 +497,33 @@ def test_subgraphs_answer_all_classes_and_lose_less_on_the_wrong_route(frozen, d
         assert wrong.sum() >= 10
         accuracy[answers] = (clf.predict(X_test) == y_test)[wrong].mean()
     assert accuracy["all"] > accuracy["cluster"] + 0.1
+
+
+@pytest.mark.parametrize("answers", ["all", "cluster"])
+def test_subgraphs_are_made_for_what_they_will_answer(frozen, data, monkeypatch, answers):
+    """Each is repaired on samples that are routed to it; in the paper's form on its classes'."""
+    X, y, X_test, y_test = data
+    samples = []
+
+    def watched(*arguments):
+        samples.append(arguments[-1])
+        return build_subgraph(*arguments)
+
+    monkeypatch.setattr("sinfkit.builder.build_subgraph", watched)
+    clf = SINFClassifier(
+        frozen,
+        clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
+        pruner=DCSPruner(),
+        route_layer="0",
+        answers=answers,
+        random_state=0,
+    ).fit(X, y, X_val=X_test, y_val=y_test)
+    routed, own = clf.predict_cluster(X), clf.class_clusters_[y]
+    assert (routed != own).any()  # else the two forms could not be told apart
+    wanted = routed if answers == "all" else own
+    assert len(samples) == 2
+    for cluster, sample in enumerate(samples):
+        np.testing.assert_array_equal(np.sort(sample), np.flatnonzero(wanted == cluster))
 
 
 def test_sure_samples_leave_at_the_router_within_the_drop(frozen, data):
