@@ -419,7 +419,8 @@ def test_mobilenet_is_cut_in_and_after_blocks() -> None:
 
 
 def test_pickles_load_in_a_new_process(tmp_path: Path) -> None:
-    # efficientnet_b0 calls a function that torch.fx must not look into when unpickling.
+    # efficientnet_b0 calls a function that torch.fx must not look into when unpickling. Outputs are
+    # close and no more: another process may have another number of threads, or other alignment.
     x = images(2, 32)
     record = {}
     for name in ("resnet18", "efficientnet_b0", "densenet121"):
@@ -434,14 +435,16 @@ import pickle, sys, torch
 with open(sys.argv[1], "rb") as file:
     x, record = pickle.load(file)
 from sinfkit.graph import cut_points, split
+from torch.testing import assert_close
 with torch.inference_mode():
     for name, (gm, (prefix, rest), cuts, nodes, expected) in record.items():
         assert [n.name for n in gm.graph.nodes] == nodes, name
         assert cut_points(gm) == cuts, name
-        assert torch.equal(gm(x), expected), name
-        assert torch.equal(rest(prefix(x)), expected), name
+        near = {"rtol": 1e-4, "atol": 1e-5 * float(expected.abs().max()), "msg": name}
+        assert_close(gm(x), expected, **near)
+        assert_close(rest(prefix(x)), expected, **near)
         again = split(gm, cuts[2])
-        assert torch.equal(again[1](again[0](x)), expected), name
+        assert_close(again[1](again[0](x)), expected, **near)
         shared = {t.data_ptr() for h in (prefix, rest) for t in h.parameters()}
         assert shared == {t.data_ptr() for t in gm.parameters()}, name
 print("all good")
