@@ -23,6 +23,9 @@ from .profiling import count_macs
 from .routing import RouteFit, cluster_posterior, fit_route_predictor
 
 METHODS = ("confusion", "activation", "given")
+# A probe with less is nearly certain of everything, says little of what is alike, and takes long:
+# its systems become ill-conditioned, the more so the more classes there are.
+_LEAST_PENALTY = 3e-3
 
 
 class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):
@@ -215,7 +218,8 @@ n_features)
         if self.method == "activation":
             self.affinity_ = activation_affinity(features, codes)
         else:
-            self.affinity_ = confusion_affinity(features, codes, route.penalty, seed)
+            penalty = max(route.penalty, _LEAST_PENALTY)
+            self.affinity_ = confusion_affinity(features, codes, penalty, seed)
         if self.method == "given":
             self.class_clusters_, self.cluster_names_ = read_mapping(self.mapping, self.classes_)
             return
