@@ -23,7 +23,7 @@ from sinfkit import SINFClassifier, __version__
 from sinfkit.repair import affordable_images
 
 KEYS = ("contestant", "kind", "size", "seed", "variant")
-VARIANTS = ("one", "fused")  # of table 4's networks without routes
+VARIANTS = ("one", "fused", "exit")  # of table 4's networks without routes
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,6 +52,8 @@ def why_not(contender: Contender, form: str, device: torch.device) -> str:
     """Say why a contender has no such form here; empty where it has."""
     if form == "eager" and contender.module is not None and contender.eager is None:
         return "table 4 keeps this network folded only"
+    if contender.variant == "exit" and (form == "compiled" or form.startswith("onnx")):
+        return "which images leave early hangs on their values, and one graph cannot say it"
     if form.startswith("onnx"):
         missing = [m for m in ("onnx", "onnxruntime", "onnxscript") if _is_missing(m)]
         if missing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from stats import estimate
 
 NAME = "latency"
 WHO = ("contestant", "kind", "size", "seed", "variant")
+LIMITS = (0.5, 1.0, 2.0, 3.75)  # points lost at which fronts are compared
 WORST = -12.0  # points; what loses more stands at the lower edge
 _COLUMNS = 3
 Row = Mapping[str, str]
@@ -75,7 +76,12 @@ def series(row: Row) -> str:
     }.get(row["contestant"], row["contestant"])
     if row["contestant"] == "SINF":
         return f"SINF, {row['kind']}"
-    ending = {"fused": ", with a probe", "shipped": ", as shipped", "repaired": " + our repair"}
+    ending = {
+        "fused": ", with a probe",
+        "exit": ", with a probe and exits",
+        "shipped": ", as shipped",
+        "repaired": " + our repair",
+    }
     return name + ending.get(row["variant"], "")
 
 
@@ -204,12 +210,44 @@ def page(folder: Path) -> rst.Page | None:
             what = image.stem.rsplit("_", 1)[1]
             alt = "Where the time goes." if what == "parts" else f"Accuracy and speed-up, {what}."
             body.append(rst.figure(image.name, alt))
-        body += [_natural(found), _mixed(found), _parts(found), _by_layer(found)]
+        body += [_fronts(found), _natural(found), _mixed(found), _parts(found), _by_layer(found)]
     return rst.Page(NAME, "Latency", "\n".join([_INTRODUCTION, *body])) if body else None
 
 
 def _label(row: Row) -> str:
     return f"{series(row)}, {row['size']}" if row["size"] else series(row)
+
+
+def _fronts(found: Results) -> str:
+    """The fastest routed network and the fastest other within a number of points lost."""
+    rows = [row for row in found.rows if row["mix"] == "natural" and not np.isnan(found.lost(row))]
+    lines: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        lines.setdefault((row["threads"], row["form"], row["batch"]), []).append(row)
+    cells = []
+    for (threads, form, batch), own in sorted(
+        lines.items(), key=lambda item: (item[0][0], item[0][1], int(item[0][2]))
+    ):
+        cell = [form, threads, batch]
+        for limit in LIMITS:
+            within = [row for row in own if found.lost(row) >= -limit]
+            routed = _fastest(row for row in within if row["contestant"] == "SINF")
+            other = _fastest(row for row in within if row["contestant"] != "SINF")
+            cell.append(
+                f"{_times(routed)} / {_times(other)}" + (f" {_label(other)}" if other else "")
+            )
+        cells.append(cell)
+    header = ["form", "threads", "batch", *(f"at most {limit:g}" for limit in LIMITS)]
+    title = "Speed-up over the folded base within so many points: SINF / the fastest without routes"
+    return rst.list_table(header, cells, title)
+
+
+def _fastest(rows: Iterable[Row]) -> Row | None:
+    return min(rows, key=lambda row: float(row["ratio"]), default=None)
+
+
+def _times(row: Row | None) -> str:
+    return "none" if row is None else f"{1 / float(row['ratio']):.2f}"
 
 
 def _natural(found: Results) -> str:
@@ -308,10 +346,10 @@ a routed network as ``predict`` runs it), *folded* (batch-norms folded, channels
 All contenders of a form, batch size and number of threads take turns in one run, after a
 warm-up; several batches take turns too. Speed-up: median over rounds of the time of the folded
 base over that of the contender in the same round. Networks: the base; one network pruned for all
-classes (structured OBS, global budget), alone and fused with a probe like the router's;
-torch-pruning's at the same budgets, as shipped and with our repair; SINF. Where batches are mixed
-by routed cluster (*uniform*: equally many of each, *single*: all of one, none on the fallback) the
-base runs natural ones.
+classes (structured OBS, global budget), alone, fused with a probe like the router's, and left early
+where that probe is sure; torch-pruning's at the same budgets, as shipped and with our repair;
+SINF. Where batches are mixed by routed cluster (*uniform*: equally many of each, *single*: all of
+one, none on the fallback) the base runs natural ones.
 
 ``python examples/benchmarks/latency.py --weights WEIGHTS --data FOLDER --split report``
 """
