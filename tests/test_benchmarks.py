@@ -252,3 +252,17 @@ def test_a_page_without_the_natural_mix_has_no_figure_of_it(timed, paper, tmp_pa
     some = [line for line in lines[1:] if ",single," in line]
     (tmp_path / timed.name).write_text("".join([lines[0], *some]))
     assert paper("latency_page").draw(tmp_path / timed.name) == []
+
+
+def test_large_images_are_timed_by_shape(paper, tmp_path):
+    large = paper("large")
+    large.main(["--quick", "--threads", "1", "--out", str(tmp_path)])
+    rows = rows_of(tmp_path / "large.csv")
+    assert {r["form"] for r in rows} == {"folded", "bfloat16"}
+    for form in ("folded", "bfloat16"):
+        base, one, routed = (r for r in rows if r["form"] == form)
+        assert (base["contestant"], base["macs"], float(base["ratio"])) == ("base", "1.0000", 1)
+        assert 0.35 < float(one["macs"]) <= 0.4 and 0.35 < float(routed["macs"]) < 0.43
+        assert 1 <= int(routed["clusters"]) <= 2
+    text = large.page(tmp_path).text()
+    assert "resnet50, 32 x 32" in text and "untrained" in text

@@ -23,6 +23,7 @@ TABLES = (
     "clusters_page",
     "sharing_table",
     "latency_page",
+    "large",
     "fit_cost",
 )
 FOLDERS = (HERE, HERE.parent / "benchmarks")
