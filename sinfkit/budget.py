@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -93,6 +94,14 @@ def shared_widths(
 
 
 def _losses(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.float64]:
+    """Comparable losses of one group, one entry for all channels that have to go together."""
+    losses = _each(group, scored, recipe)
+    together = recipe.round_to // math.gcd(recipe.round_to, group.n_groups)
+    # A layer whose own width is no multiple has no widths to round to.
+    return losses if len(losses) % together else losses.reshape(-1, together).sum(1)
+
+
+def _each(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.float64]:
     """Comparable losses of one group, from scores of one set of classes."""
     try:
         if recipe.criterion in _CUMULATIVE:

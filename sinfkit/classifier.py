@@ -270,6 +270,7 @@ n_features)
             recipe.pool_size,
             "least_squares",
             {"penalty": pruner.penalty},
+            round_to=recipe.round_to,
         )
         calibration = self._calibrate(X, y)
         rng = np.random.default_rng(calibration.seed)

@@ -66,6 +66,10 @@ class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMix
     budget_unit : {"macs", "params", "latency"}, default="macs"
         What the cost is: multiply-accumulates, parameters, or time, measured on this machine with
         `batch_size` samples (or all that there are) at a time.  Measured times are noisy.
+    round_to : int, default=1
+        The number of filters that stay in a layer is a multiple of it, rounded up: 8 suits most
+        hardware in bfloat16.  With ``schedule="global"`` layers whose own width is no multiple are
+        left as they come; ``schedule="iterative"`` does not round.
     max_accuracy_drop : float, default=0.01
         With ``schedule="iterative"``: how much accuracy may be lost on the held-out samples.
     validation_fraction : float, default=0.2
@@ -165,6 +169,7 @@ default="least_squares"
         max_ratio: float | None = None,
         budget: float | None = None,
         budget_unit: str = "macs",
+        round_to: int = 1,
         max_accuracy_drop: float = 0.01,
         validation_fraction: float = 0.2,
         first_layer: str | None = None,
@@ -188,6 +193,7 @@ default="least_squares"
         self.max_ratio = max_ratio
         self.budget = budget
         self.budget_unit = budget_unit
+        self.round_to = round_to
         self.max_accuracy_drop = max_accuracy_drop
         self.validation_fraction = validation_fraction
         self.first_layer = first_layer
@@ -411,6 +417,7 @@ n_features)
             self.budget,
             self.budget_unit,
             self.max_accuracy_drop,
+            self.round_to,
         )
 
     def _layers_from(self, graph: fx.GraphModule, output: str) -> list[str]:

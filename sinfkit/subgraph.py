@@ -6,6 +6,7 @@ the part behind the cut.  Nothing here knows about estimators.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from .feature_maps import MAX_IMAGES, STATISTICS, map_statistics
 from .graph import batch_norm_behind
 from .obs import gather_consumers, norm_gains
 from .repair import REPAIRS
-from .schedules import SCHEDULES, removal_ratios, select_kept, select_top
+from .schedules import SCHEDULES, n_removed, removal_ratios, select_top
 from .scores import Criterion, LayerData, get_criterion
 from .surgery import ChannelGroup, check_sliced, slice_channels
 
@@ -56,6 +57,8 @@ class Recipe:
         One of `sinfkit.costs.UNITS`.
     max_accuracy_drop : float or None
         With ``"iterative"``: accuracy that may be lost on held-out samples.
+    round_to : int
+        Channels that stay are a multiple of it.
     """
 
     criterion: Criterion
@@ -68,6 +71,7 @@ class Recipe:
     budget: float | None = None
     budget_unit: str = "macs"
     max_accuracy_drop: float | None = None
+    round_to: int = 1
 
 
 def make_recipe(
@@ -81,6 +85,7 @@ def make_recipe(
     budget: float | None = None,
     budget_unit: str = "macs",
     max_accuracy_drop: float | None = None,
+    round_to: int = 1,
 ) -> Recipe:
     """Check the pruning parameters and put them together.
 
@@ -91,8 +96,8 @@ def make_recipe(
     ------
     ValueError
         For an unknown criterion, schedule, repair or unit, a ratio outside [0, 1), `max_ratio`
-        below `min_ratio`, a `pool_size` below 1, or a budget that is out of range, missing where
-        the schedule needs it, or given where it has no effect.
+        below `min_ratio`, a `pool_size` or `round_to` below 1, or a budget that is out of range,
+        missing where the schedule needs it, or given where it has no effect.
     """
     found = get_criterion(criterion)
     if max_ratio is None:
@@ -125,8 +130,11 @@ def make_recipe(
         raise ValueError(f"max_accuracy_drop must be in [0, 1], got {max_accuracy_drop!r}.")
     if repair not in REPAIRS:
         raise ValueError(f"repair must be one of {tuple(REPAIRS)}, got {repair!r}.")
-    if not isinstance(pool_size, (int, np.integer)) or pool_size < 1:
-        raise ValueError(f"pool_size must be a positive integer, got {pool_size!r}.")
+    for name, value in (("pool_size", pool_size), ("round_to", round_to)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    if round_to > 1 and schedule == "iterative":
+        raise ValueError("round_to has no effect with schedule='iterative'.")
     known = {name: value for name, value in options.items() if name in found.options}
     return Recipe(
         found,
@@ -139,6 +147,7 @@ def make_recipe(
         budget,
         budget_unit,
         max_accuracy_drop,
+        int(round_to),
     )
 
 
@@ -332,10 +341,14 @@ def choose_channels(
             f"schedule={recipe.schedule!r} cannot be used here; choose one of {tuple(SCHEDULES)}."
         )
     ratios = removal_ratios(len(groups), recipe.schedule, recipe.min_ratio, recipe.max_ratio)
-    return {
-        group.name: select_kept(scores[group.name], float(ratio), group.n_groups)
-        for group, ratio in zip(groups, ratios, strict=True)
-    }
+    keep = {}
+    for group, ratio in zip(groups, ratios, strict=True):
+        n_kept = group.n_channels - n_removed(float(ratio), group.n_channels, group.n_groups)
+        # Upwards: more than the ratio asks for never goes.
+        multiple = math.lcm(recipe.round_to, group.n_groups)
+        n_kept = min(-(-n_kept // multiple) * multiple, group.n_channels)
+        keep[group.name] = select_top(scores[group.name], n_kept, group.n_groups)
+    return keep
 
 
 @dataclass(frozen=True)

@@ -451,6 +451,25 @@ def test_prefix_and_subgraph_keep_to_a_budget_together(frozen, data, criterion):
     )
 
 
+def test_all_widths_under_a_budget_can_be_multiples(frozen, data):
+    X, y, *_ = data
+    clf = SINFClassifier(
+        frozen,
+        clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
+        pruner=DCSPruner(schedule="global", budget=0.5, max_ratio=0.9, round_to=4),
+        route_layer="3",
+        exit_threshold=None,
+        random_state=0,
+    ).fit(X, y)
+    widths = [len(kept) for support in clf.supports_ for kept in support.values()]
+    network = clf.network_
+    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    widths += [m.out_channels for m in convolutions]
+    assert min(widths) < 8 and not any(n % 4 for n in widths)
+    report = clf.report(X, y, repeats=0)
+    assert report.macs - network.router.weight.numel() <= 0.5 * report.base_macs
+
+
 @pytest.mark.parametrize("fallback", ["none", "base"])
 def test_one_budget_decides_about_both_sides_of_the_cut(frozen, data, fallback):
     X, y, X_test, y_test = data

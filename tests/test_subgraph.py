@@ -48,6 +48,22 @@ def test_the_schedule_counts_hidden_groups_only(plain):
     assert keep["10"].tolist() == list(range(8, 16))  # the lowest scores went
 
 
+def test_widths_are_rounded_up_to_a_multiple(plain):
+    _, groups = plain
+    chosen = sliceable(groups)
+    scores = {g.name: np.arange(g.n_channels, dtype=float) for g in chosen}
+    keep = choose_channels(chosen, scores, recipe(round_to=4))
+    assert [len(k) for k in keep.values()] == [8, 8, 12, 8]  # of 6, 6, 10, 8
+    # What is rounded to more than there is stays whole.
+    keep = choose_channels(chosen, scores, recipe(round_to=16))
+    assert [len(k) for k in keep.values()] == [8, 8, 16, 16]
+    for wrong in (0, 2.0, True):
+        with pytest.raises(ValueError, match="round_to"):
+            recipe(round_to=wrong)
+    with pytest.raises(ValueError, match="round_to"):
+        recipe(round_to=8, schedule="iterative", max_accuracy_drop=0.1)
+
+
 def test_a_group_that_crosses_the_border_stays_whole(plain):
     _, groups = plain
     assert [g.name for g in sliceable(groups, ["0", "3"])] == ["0"]  # 3 feeds 7
