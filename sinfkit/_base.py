@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -22,6 +23,7 @@ from ._validation import (
     ClassTable,
     Images,
     check_channels,
+    hold_out,
     match_classes,
     validate_X,
     validate_y,
@@ -116,8 +118,14 @@ class TorchEstimator(BaseEstimator):
     random_state: Any
     verbose: int
 
-    def _calibrate(self, X: Any, y: Any, classes: Any = None) -> Calibration:
-        """Validate everything that ``fit`` is given, and trace the network."""
+    def _calibrate(
+        self, X: Any, y: Any, classes: Any = None, held_out: float | None = None
+    ) -> Calibration:
+        """Validate everything that ``fit`` is given, and trace the network.
+
+        A network that is trained here does not see the samples that ``hold_out`` gives for the
+        share `held_out` and a generator of the calibration's seed.
+        """
         if not isinstance(self.batch_size, (int, np.integer)) or self.batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}.")
         device = resolve_device(self.device)
@@ -133,7 +141,8 @@ class TorchEstimator(BaseEstimator):
                 raise ValueError(
                     "model_classes describes the outputs of `model`, but model is None."
                 )
-            frozen = _train_default(X, y, device, seed, self.verbose)
+            rows = _unseen(y, held_out, seed)
+            frozen = _train_default(X[rows], y[rows], device, seed, self.verbose)
         module = frozen.module(device)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         batcher = Batcher(frozen, device, dtype, int(self.batch_size))
@@ -265,6 +274,16 @@ def _n_outputs(module: nn.Module, example: torch.Tensor) -> int:
             f"The model must return one row of class scores per sample (a 2-D tensor), got {got}."
         )
     return int(logits.shape[1])
+
+
+def _unseen(y: np.ndarray, held_out: float | None, seed: int) -> np.ndarray | slice:
+    """The samples that a network may be trained on."""
+    if held_out is None:
+        return slice(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whoever splits for good warns of classes too small
+        codes = np.unique(y, return_inverse=True)[1]
+        return hold_out(codes, held_out, np.random.default_rng(seed))[0]
 
 
 def _train_default(

@@ -272,7 +272,8 @@ n_features)
             {"penalty": pruner.penalty},
             round_to=recipe.round_to,
         )
-        calibration = self._calibrate(X, y)
+        held_out = None if X_val is not None else self.validation_fraction
+        calibration = self._calibrate(X, y, held_out=held_out)
         rng = np.random.default_rng(calibration.seed)
         index, held = self._hold_out(calibration, X_val, y_val, rng)
         builder = Builder(

@@ -163,7 +163,7 @@ n_features)
             samples or labels that do not fit the model.
         """
         self._check_parameters()
-        calibration = self._calibrate(X, y)
+        calibration = self._calibrate(X, y, held_out=self.validation_fraction)
         graph = calibration.graph
         if self.layer == "auto":
             cut = half_way_cut(graph, calibration.example)

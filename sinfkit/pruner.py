@@ -236,7 +236,9 @@ n_features)
             If the sliced network disagrees with the masked one; the message names the layer.
         """
         recipe = self._recipe()
-        calibration = self._calibrate(X, y, self.classes)
+        chooses = recipe.schedule == "iterative" and self.classes is None
+        held_out = self.validation_fraction if chooses else None
+        calibration = self._calibrate(X, y, self.classes, held_out)
         graph, groups = calibration.graph, calibration.groups
         within = self._layers_from(graph, calibration.output)
         warn_about_whole(groups, within)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers import blobs, small_cnn
 from sklearn.base import BaseEstimator
 
-from sinfkit import DCSPruner, FrozenModel
+from sinfkit import (
+    DCSPruner,
+    FrozenModel,
+    SemanticClusterer,
+    SINFClassifier,
+    _base,
+    classifier,
+    clusterer,
+)
 from sinfkit._base import all_or_nothing, progress
 
 
@@ -59,3 +68,32 @@ def test_the_estimator_follows_its_device():
     assert pruner.to("cpu") is pruner and pruner.device_ == torch.device("cpu")
     with pytest.raises(ValueError, match="not a torch device"):
         pruner.to("nowhere")
+
+
+@pytest.mark.parametrize("estimator", [SINFClassifier, SemanticClusterer])
+def test_a_network_that_is_trained_does_not_see_what_is_held_out(estimator, monkeypatch):
+    seen = []
+    train = _base._train_default
+
+    def watch(X, y, *args):
+        seen.append(X)
+        return train(X, y, *args)
+
+    monkeypatch.setattr(_base, "_train_default", watch)
+    X, y = blobs(n_classes=3, per_class=20)
+    made = estimator(validation_fraction=0.25, device="cpu", random_state=0)
+    chosen = []
+    hold = classifier.hold_out if estimator is SINFClassifier else clusterer.hold_out
+
+    def split(*args):
+        chosen.append(hold(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(classifier, "hold_out", split)
+    monkeypatch.setattr(clusterer, "hold_out", split)
+    made.fit(X, y)
+    assert len(chosen[0][1]) == 15
+    np.testing.assert_array_equal(seen[0], X[chosen[0][0]])
+    if estimator is SINFClassifier:
+        made.fit(X, y, X_val=X[:30], y_val=y[:30])
+        assert len(seen[1]) == 60
