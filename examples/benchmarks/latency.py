@@ -48,7 +48,7 @@ VALUES += ("accuracy", "device_ms", "joules", "batches", "rounds", "run")
 RIGHT = ("images", "right", "answers")
 COST = ("base", "whole", *PARTS, "rows")
 LAYER = ("base_macs", "macs", "base_seconds", "seconds")
-SMALL = 8  # batches up to this size are timed in three times as many rounds
+SMALL, LARGE = 8, 1024  # up to the one three times as many rounds, from the other a third
 _REFERENCE = "the base, folded"
 
 
@@ -80,7 +80,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=MIXES)
-    parser.add_argument("--rounds", type=int, default=21, help="three times as many up to batch 8")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=21,
+        help="three times as many up to batch 8, a third from 1024",
+    )
     parser.add_argument("--fitted", type=Path, default=Path("fitted"), help="folder of networks")
     parser.add_argument("--kinds", nargs="*", choices=sinf_table.KINDS, default=())
     parser.add_argument("--no-search", action="store_true", help="only given sizes")
@@ -178,7 +183,7 @@ class Bench:
         torch.set_num_threads(cell.threads)
         if cell.mix == "natural":
             self._measure_parts(cell)
-        rounds = self.options.rounds * (3 if cell.batch <= SMALL else 1)
+        rounds = self._rounds(cell.batch)
         n = n_batches(cell.batch, rounds)
         runs = {_REFERENCE: self._run(self.found[0], "folded", cell, n)}
         runs |= {c.name: self._run(c, cell.form, cell, n) for c in cell.contenders}
@@ -209,6 +214,11 @@ class Bench:
                 run=begun,
             )
 
+    def _rounds(self, batch: int) -> int:
+        """Small batches are quick and noisy, large ones slow and steady."""
+        rounds = self.options.rounds
+        return 3 * rounds if batch <= SMALL else max(3, rounds // 3) if batch >= LARGE else rounds
+
     def _measure_parts(self, cell: Cell) -> None:
         """Part by part and layer by layer, once for all forms, on the first natural batch."""
         module: Any = self.found[0].module.to(self.device)
@@ -218,7 +228,7 @@ class Bench:
             own = self.key(one, threads=cell.threads, batch=cell.batch)
             if one.classifier is None or own in self.parts:
                 continue
-            network, rounds = one.classifier.network_.to(self.device), self.options.rounds
+            network, rounds = one.classifier.network_.to(self.device), self._rounds(cell.batch)
             for layer in by_layer(network, module.module, x, rounds):
                 numbers = {k: f"{layer[k]:.6g}" for k in LAYER}
                 self.layers.add(**own, layer=layer["layer"], **numbers)
