@@ -22,6 +22,7 @@ TABLES = (
     "sinf_page",
     "clusters_page",
     "sharing_table",
+    "low_rank_table",
     "latency_page",
     "large",
     "fit_cost",
