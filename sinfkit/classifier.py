@@ -659,6 +659,7 @@ n_features)
         compile: bool = False,
         offload: int = 0,
         device: str | torch.device | None = None,
+        prepack: bool = True,
         padded: bool = False,
     ) -> Runtime:
         """Return the routed network as a module for prediction, see `sinfkit.runtime.Runtime`.
@@ -673,6 +674,8 @@ n_features)
             At most so many subgraphs on the device at a time; 0 for all.
         device : str or torch.device, optional
             Where it runs.  Default: `device_`.
+        prepack : bool, default=True
+            On the CPU: keep the weights of convolutions as its library wants them.
         padded : bool, default=False
             Run all subgraphs in one padded pass; for GPUs.
 
@@ -689,6 +692,7 @@ n_features)
             compile=compile,
             offload=offload,
             device=device,
+            prepack=prepack,
             padded=padded,
         )
 

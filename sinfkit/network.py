@@ -300,10 +300,14 @@ class SINFNetwork(nn.Module):
         Tensor of shape (n_rows, n_outputs)
             Logits of the classes that the subgraph answers, or of the base's outputs.
         """
+        # As many rows as there are, are all. And not index_select, which forgets channels_last.
+        return self._branch(branch)(h if len(index) == len(h) else h[index])
+
+    def _branch(self, branch: int) -> nn.Module:
+        """The module that runs a branch."""
         module = self.rest if branch == self.n_clusters else self.subgraph(branch)
         assert module is not None
-        # As many rows as there are, are all. And not index_select, which forgets channels_last.
-        return module(h if len(index) == len(h) else h[index])
+        return module
 
     def _run(
         self, h: Tensor, rows: Tensor, branch: Tensor

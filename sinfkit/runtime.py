@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._compiled import CompiledCalls, Weights, bucket, skeleton, weights_of
 from ._device import resolve_device
+from ._prepacked import can_prepack, group_size, prepacked
 from ._residency import Residency
 from ._stacked import StackedSubgraphs, gather_slots
 from .network import Route, SINFNetwork
@@ -40,6 +41,10 @@ class Runtime(SINFNetwork):
         that has not run for longest makes room.  0: all lie on the device.
     device : str or torch.device, optional
         Where it runs.  Default: where `network` is.
+    prepack : bool, default=True
+        On the CPU, unless `compile` or `offload` is set: keep a copy of the convolutions' weights
+        as oneDNN wants them, instead of bringing them there in every pass, and round the number of
+        samples that a subgraph runs up to one of few sizes.
     padded : bool, default=False
         Run all subgraphs in one pass, as grouped convolutions over stacked copies of their weights:
         each takes ``2 / n_clusters`` of the batch, padded.  Samples beyond that run in a second
@@ -85,6 +90,7 @@ class Runtime(SINFNetwork):
         compile: bool = False,
         offload: int = 0,
         device: str | torch.device | None = None,
+        prepack: bool = True,
         padded: bool = False,
     ) -> None:
         if dtype not in _DTYPES:
@@ -111,14 +117,23 @@ class Runtime(SINFNetwork):
             for c in range(network.n_clusters)
             if (subgraph := network.subgraph(c)) is not None
         }
+        prefix = _placed(network.prefix, place, to)
+        layout = _layout(prefix)
         # Under another fallback it never runs.
         rest = network.rest if network.fallback == "base" else None
+        rest = None if rest is None else _placed(rest, place, to)
+        packs = prepack and place.type == "cpu" and can_prepack()
+        packs = packs and not (compile or offload or padded)
+        if packs:
+            prefix = prepacked(prefix)
+            subgraphs = {c: prepacked(subgraph) for c, subgraph in subgraphs.items()}
+            rest = None if rest is None else prepacked(rest)
         super().__init__(
             _placed(network.normalise, place),
-            _placed(network.prefix, place, to),
+            prefix,
             _placed(network.router, place),
             [subgraphs.get(c) for c in range(network.n_clusters)],
-            None if rest is None else _placed(rest, place, to),
+            rest,
             network.class_clusters.to(place),
             network.outputs.to(place),
             network.temperatures.to(place),
@@ -131,7 +146,8 @@ class Runtime(SINFNetwork):
         )
         self.training = False
         self.dtype = to
-        self._layout = _layout(self.prefix)
+        self.prepacked = packs
+        self._layout = layout
         # Not a submodule: its parts are, and would count twice.
         self._front = (_Front(self.normalise, self.prefix, self.router, to).eval(),)
         self._calls = CompiledCalls() if compile else None
@@ -190,7 +206,7 @@ class Runtime(SINFNetwork):
         if self._calls is None or n == 0:
             return self._front[0](x)
         if bucket(n) > n:
-            x = x[_padded(torch.arange(n, device=x.device))]
+            x = x[_padded(torch.arange(n, device=x.device), bucket(n))]
         elif torch.is_inference_mode_enabled() and not x.is_inference():
             # The same memory as an inference tensor, for which alone code is compiled.
             memory = x.untyped_storage()
@@ -215,6 +231,10 @@ class Runtime(SINFNetwork):
         Tensor of shape (n_rows, n_outputs)
             Logits of the classes that the subgraph answers, or of the base's outputs.
         """
+        if self.prepacked:
+            n, module = len(index), self._branch(branch)
+            # One copy gathers and pads.
+            return module(h if n == len(h) else h[_padded(index, group_size(n))])[:n]
         offloaded = self.residency is not None and branch < self.n_clusters
         if self._calls is None and not offloaded:
             return super().run_branch(branch, h, index)
@@ -227,7 +247,7 @@ class Runtime(SINFNetwork):
             group = h if n == len(h) else h[index]
             return torch.func.functional_call(self._skeletons[branch], dict(weights), (group,))
         # One copy gathers and pads.
-        group = h if n == len(h) == bucket(n) else h[_padded(index)]
+        group = h if n == len(h) == bucket(n) else h[_padded(index, bucket(n))]
         return self._calls(self._kinds[branch], weights, group)[:n]
 
     def _run(
@@ -294,9 +314,7 @@ class Runtime(SINFNetwork):
     def _weights(self, branch: int) -> Weights:
         """Weights of a branch that lies on the device."""
         if branch not in self._held:
-            module = self.rest if branch == self.n_clusters else self.subgraph(branch)
-            assert module is not None
-            self._held[branch] = weights_of(module)
+            self._held[branch] = weights_of(self._branch(branch))
         return self._held[branch]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -339,9 +357,9 @@ def _layout(module: nn.Module) -> torch.memory_format:
     return torch.channels_last if last and all(last) else torch.contiguous_format
 
 
-def _padded(index: Tensor) -> Tensor:
-    """Repeat an index's first entry until it has a size that code is compiled for."""
-    return torch.cat((index, index[:1].expand(bucket(len(index)) - len(index))))
+def _padded(index: Tensor, size: int) -> Tensor:
+    """Repeat an index's first entry until there are `size` of them."""
+    return torch.cat((index, index[:1].expand(size - len(index))))
 
 
 def _check_compiler() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
 from sinfkit._compiled import bucket, signature, skeleton, weights_of
+from sinfkit._prepacked import PrepackedConv2d, can_prepack
 from sinfkit._residency import Residency
 from sinfkit.network import Normalise, SINFNetwork
 from sinfkit.profiling import fold_batch_norm
@@ -88,6 +89,26 @@ def test_answers_are_the_networks(n, fallback, offload):
     torch.testing.assert_close(runtime(images(n)), network(images(n)), atol=1e-5, rtol=0)
     torch.testing.assert_close(runtime.route(images(n)).cluster, network.route(images(n)).cluster)
     assert runtime(images(0)).shape == (0, N_CLASSES)
+
+
+@pytest.mark.skipif(not can_prepack(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("n", [1, 3, 64])
+def test_prepacked_answers_are_the_networks(n):
+    network = conv_network(fold=True)
+    runtime = Runtime(network)
+    assert any(isinstance(m, PrepackedConv2d) for m in runtime.subgraph(0).modules())
+    assert all_branches_run(network, images(64))
+    for seed in range(4):  # groups of other sizes
+        x = images(n, seed)
+        torch.testing.assert_close(runtime(x), network(x), atol=1e-5, rtol=0)
+    plain = Runtime(network, prepack=False)
+    assert not any(isinstance(m, PrepackedConv2d) for m in plain.modules())
+    # 17 rows are run as 18, which is all that there are, but not the same ones.
+    h = network.features(images(18))[0]
+    index = torch.arange(1, 18)
+    torch.testing.assert_close(
+        runtime.run_branch(1, h, index), network.run_branch(1, h, index), atol=1e-5, rtol=0
+    )
 
 
 def test_settings_and_early_exit_are_taken_over():

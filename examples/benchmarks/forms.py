@@ -18,7 +18,9 @@ import torch
 from contenders import Contender
 from torch import Tensor, nn
 
-FORMS = ("eager", "folded", "compiled", "onnx", "onnx-int8", "bfloat16")
+from sinfkit._prepacked import can_prepack, prepacked
+
+FORMS = ("eager", "folded", "packed", "compiled", "onnx", "onnx-int8", "bfloat16")
 _CALIBRATION = 512  # images from which ranges are taken for int8
 _BATCH = 256
 
@@ -112,7 +114,9 @@ def make(
         torch._dynamo.config.recompile_limit = 256
         return Form(torch.compile(module, dynamic=False), "channels_last")
     if form == "bfloat16":
-        return Form(_half(module), "channels_last")
+        return Form(_packed(_half(module)), "channels_last")
+    if form == "packed":
+        return Form(_packed(module), "channels_last")
     if form == "folded":
         return Form(module, "channels_last")
     path = folder / "network.onnx"
@@ -147,7 +151,16 @@ def _routed(
     from sinfkit.runtime import Runtime
 
     dtype = "bfloat16" if form == "bfloat16" else "float32"
-    return Form(Runtime(network, dtype=dtype, compile=form == "compiled"), "channels_last")
+    runtime = Runtime(
+        network, dtype=dtype, compile=form == "compiled", prepack=form in ("packed", "bfloat16")
+    )
+    return Form(runtime, "channels_last")
+
+
+def _packed(module: nn.Module) -> nn.Module:
+    """What `Runtime` does for a routed network: weights as the CPU's library wants them."""
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    return prepacked(module) if on_cpu and can_prepack() else module
 
 
 class _Cast(nn.Module):

@@ -37,7 +37,9 @@ class Results:
         self.answers = {(*who(row), row["form"]): row for row in self._beside("answers")}
         base = [row for row in self.answers.values() if row["contestant"] == "base"]
         own = [row for row in base if row["variant"] == "one"]
-        float32 = [row for row in own if row["form"] in ("eager", "folded", "compiled", "onnx")]
+        float32 = [
+            row for row in own if row["form"] in ("eager", "folded", "packed", "compiled", "onnx")
+        ]
         self._base = self.right((float32 or own)[0]) if own else np.zeros(0)
 
     def _beside(self, name: str) -> list[dict[str, str]]:
@@ -342,7 +344,9 @@ def _saved(row: Row, what: str) -> str:
 _INTRODUCTION = """\
 The networks of table 4, each in several forms: *eager* (the base as it comes, batch-norms apart;
 a routed network as ``predict`` runs it), *folded* (batch-norms folded, channels_last), *compiled*
-(``torch.compile``), *onnx* and *onnx-int8* (ONNX Runtime; int8: static QDQ), *bfloat16*.
+(``torch.compile``), *packed* (folded, and the weights of convolutions kept as oneDNN wants them,
+ReLUs inside; ``clf.runtime()`` for a routed network), *onnx* and *onnx-int8* (ONNX Runtime; int8:
+static QDQ), *bfloat16* (packed).
 All contenders of a form, batch size and number of threads take turns in one run, after a
 warm-up; several batches take turns too. Speed-up: median over rounds of the time of the folded
 base over that of the contender in the same round. Networks: the base; one network pruned for all
