@@ -157,6 +157,16 @@ def _routed(
     return Form(runtime, "channels_last")
 
 
+def make_packed(contender: Contender) -> Any:
+    """A contender's network as ``"packed"`` runs it, on its device: for the time of its parts."""
+    if contender.classifier is None:
+        assert contender.module is not None
+        return _packed(contender.module)
+    from sinfkit.runtime import Runtime
+
+    return Runtime(contender.classifier.network_)
+
+
 def _packed(module: nn.Module) -> nn.Module:
     """What `Runtime` does for a routed network: weights as the CPU's library wants them."""
     on_cpu = next(module.parameters()).device.type == "cpu"

@@ -307,8 +307,8 @@ def _parts(found: Results) -> str:
     if not cells:
         return ""
     header = ["SINF", "threads", "batch", "base, ms", "whole", *PARTS, "images on base's rest, %"]
-    title = "Time of each part, % of the base's, as `predict` runs it; parts timed in turns"
-    return rst.list_table(header, cells, title.replace("`", "``"))
+    title = "Time of each part, % of the base's, both packed; parts timed in turns"
+    return rst.list_table(header, cells, title)
 
 
 def _by_layer(found: Results) -> str:
