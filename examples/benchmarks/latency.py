@@ -187,7 +187,7 @@ class Bench:
     def measure(self, cell: Cell) -> None:
         """Time one cell and write its rows down, then what its routed networks' parts take."""
         torch.set_num_threads(cell.threads)
-        if cell.mix == "natural":
+        if cell.mix == "natural" and cell.batch < LARGE:
             self._measure_parts(cell)
         rounds = self._rounds(cell.batch)
         n = n_batches(cell.batch, rounds)
