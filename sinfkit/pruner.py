@@ -13,6 +13,7 @@ from torch import fx
 
 from ._base import Calibration, TorchEstimator, all_or_nothing
 from ._cached import gather, score
+from ._jobs import over_chunks
 from ._validation import hold_out, validate_X
 from .activations import Statistics, pool
 from .budget import budgeted_widths
@@ -343,6 +344,7 @@ n_features)
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
 
+    @over_chunks
     def predict_proba(self, X: Any) -> np.ndarray:
         """Softmax of the smaller network's outputs.
 
@@ -362,6 +364,7 @@ n_features)
             rows = [torch.softmax(self.model_(x), 1).cpu() for x in batcher(X)]
         return torch.cat(rows).numpy()
 
+    @over_chunks
     def transform(self, X: Any) -> np.ndarray:
         """Compute the smaller network's penultimate features.
 
