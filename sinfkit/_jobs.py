@@ -48,7 +48,8 @@ def run(jobs: Iterable[Any], n_jobs: int | None) -> list[Any]:
 
 def elsewhere() -> bool:
     """Whether the active backend of joblib runs jobs in other processes."""
-    return not get_active_backend(prefer="threads")[0].supports_sharedmem and not _on_dask_worker()
+    backend = get_active_backend(prefer="threads")[0]
+    return not getattr(backend, "supports_sharedmem", False) and not _on_dask_worker()
 
 
 def _on_dask_worker() -> bool:
@@ -86,7 +87,7 @@ class Shared(Generic[Value]):
                 if self._token not in _UNPACKED:
                     _UNPACKED.clear()  # one, or a worker would fill up with old ones
                     kind, state = cast(tuple[type, Any], self._state)
-                    value = object.__new__(kind)
+                    value: Any = object.__new__(kind)
                     value.__setstate__(state)
                     _UNPACKED[self._token] = value
                 self._value, self._state = _UNPACKED[self._token], None
@@ -134,8 +135,9 @@ class Rows:
         if not self._cut:
             index = np.unique(index)
             X = X[torch.as_tensor(index) if isinstance(X, torch.Tensor) else index]
-        tensor = isinstance(X, torch.Tensor)
-        return {"rows": X.cpu().numpy() if tensor else X, "tensor": tensor, "index": index}
+        if isinstance(X, torch.Tensor):
+            return {"rows": X.cpu().numpy(), "tensor": True, "index": index}
+        return {"rows": X, "tensor": False, "index": index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         X = state["rows"]

@@ -86,7 +86,7 @@ class Subgraph:
     repair_error: dict[str, float]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "module": pack(self.module)}
+        return {**self.__dict__, "module": _packed(self.module)}
 
     def unpacked(self) -> Subgraph:
         """As it was before it came out of another process, with its module on the CPU."""
@@ -103,11 +103,16 @@ class SlicedPrefix:
     module: nn.Module
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": pack(self.module)}
+        return {"module": _packed(self.module)}
 
     def on(self, device: torch.device) -> nn.Module:
         """Return the module, on the device."""
         return self.module.unpack(device) if isinstance(self.module, Packed) else self.module
+
+
+def _packed(module: nn.Module | Packed) -> Packed:
+    """A module as arrays, also where it has been sent on before anybody has unpacked it."""
+    return module if isinstance(module, Packed) else pack(module)
 
 
 def build_subgraph(

@@ -74,6 +74,8 @@ class FrozenModel:
     input_shape: tuple[int, ...] | None
     digest: str
     _source: WeightsFile | None = None
+    # Strong references to this object's copies; `_COPIES` only lets equal objects share them.
+    _mine: dict[str, nn.Module]
 
     def __init__(
         self,
@@ -186,8 +188,7 @@ class FrozenModel:
             digest.update(np.ascontiguousarray(array).data)
         digest.update(repr((self.mean, self.std, self.input_shape)).encode())
         self.digest = digest.hexdigest()
-        # Strong references to this object's copies; `_COPIES` only lets equal objects share them.
-        self._mine: dict[str, nn.Module] = {}
+        self._mine = {}
 
     def module(self, device: torch.device | str = "cpu") -> nn.Module:
         """Return the network on `device`, shared by everybody who asks: do not change it.
