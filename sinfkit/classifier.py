@@ -118,7 +118,9 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
     device : str or torch.device, default="auto"
         ``"auto"``: the first GPU where there is one.
     n_jobs : int, optional
-        Threads that build subgraphs side by side.
+        Threads that score and build subgraphs side by side.  Inside ``joblib.parallel_config`` with
+        a backend of processes (``"dask"``, ``"ray"``, ``"loky"``) they are jobs of its workers, and
+        chunks of `X` in ``predict`` as well.
     memory : str, joblib.Memory or None
         Where to cache the activations' statistics and the filters' scores between fits.
     random_state : int, RandomState or None, default=None

@@ -59,7 +59,7 @@ class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Torch
     batch_size : int, default=256
     device : str or torch.device, default="auto"
     n_jobs : int, optional
-        Unused; kept so that all three estimators take the same parameters.
+        As in `DCSPruner`: workers that predict, inside ``joblib.parallel_config``.
     memory : str, joblib.Memory or None
         Where to cache the activations' statistics between fits.
     random_state : int, RandomState or None, default=None

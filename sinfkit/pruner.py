@@ -94,7 +94,8 @@ default="least_squares"
     device : str or torch.device, default="auto"
         ``"auto"``: the first GPU where there is one.
     n_jobs : int, optional
-        Unused by this estimator so far; `SINFClassifier` works on clusters in parallel.
+        Inside ``joblib.parallel_config`` with a backend of processes: workers that predict chunks
+        of `X`.  ``fit`` is one job.
     memory : str, joblib.Memory or None
         Where to cache the activations' statistics and the filters' scores between fits.
     random_state : int, RandomState or None, default=None
