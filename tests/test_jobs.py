@@ -127,6 +127,8 @@ def test_fit_search_and_predict_on_dask(client, frozen, data):
         np.testing.assert_allclose(answer, expected[name], atol=1e-5, err_msg=name)
     np.testing.assert_allclose(remote_scores, scores, atol=0.02)
 
+    # Caches of other processes know it again.
+    assert client.submit(joblib.hash, frozen).result() == joblib.hash(frozen)
     # Each worker has loaded the weights, once for all that it was given to do; nobody else has.
     workers = sorted(client.run(os.getpid).values())
     assert sorted(builders(frozen)[built_here:]) == workers
@@ -180,7 +182,7 @@ def test_nothing_goes_elsewhere_unless_asked_to():
 
 
 @pytest.mark.filterwarnings("ignore:On held-out samples:UserWarning")
-def test_loky_workers_without_a_file(network, data):
+def test_loky_workers_without_a_file(network, data, tmp_path):
     # In memory, with torch tensors, and the methods of all three estimators.
     X, y, X_test, _ = data
     model = FrozenModel(network)
@@ -190,7 +192,8 @@ def test_loky_workers_without_a_file(network, data):
     methods = [pruner.predict_proba, pruner.transform, clusterer.predict, clusterer.transform]
     expected = [method(X_test) for method in methods]
     with parallel_config("loky", n_jobs=2):
-        remote = classifier(model, pruner=DCSPruner(criterion="taylor")).fit(X, y)
+        taylor = DCSPruner(criterion="taylor")
+        remote = classifier(model, pruner=taylor, memory=str(tmp_path)).fit(X, y)
         for method, answer in zip(methods, expected, strict=True):
             for samples in (X_test, torch.from_numpy(X_test)):
                 found = method(samples)
@@ -222,7 +225,7 @@ def test_rows_take_along_what_they_are_for(tensor):
     data = pickle.dumps(rows)
     assert len(data) < 1000
     copy = pickle.loads(data)
-    for wanted in (index, index[2:], index[::-1]):
+    for wanted in (index, index[2:], index[::-1].copy()):
         for one in (rows, copy, pickle.loads(pickle.dumps(copy))):
             assert isinstance(one[wanted], torch.Tensor) == tensor
             np.testing.assert_array_equal(one[wanted], X[wanted])
@@ -237,4 +240,4 @@ def test_a_twin_for_prediction_is_without_the_base_network(network, data):
     sent, whole = (len(pickle.dumps(e)) for e in (Shared(_for_prediction(fitted)), fitted))
     assert sent < whole - len(pickle.dumps(model))
     copy = pickle.loads(pickle.dumps(Shared(_for_prediction(fitted)))).get()
-    np.testing.assert_array_equal(copy.predict_proba(X), fitted.predict_proba(X))
+    np.testing.assert_allclose(copy.predict_proba(X), fitted.predict_proba(X), atol=1e-5)
