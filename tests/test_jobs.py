@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import distributed
+import joblib
 import numpy as np
 import pytest
 import torch
