@@ -280,7 +280,7 @@ class Builder:
         new = {key: s for key, s in zip(keys, sets, strict=True) if key not in self._scores}
         if new:
             assert self._statistics is not None, "gather comes first"
-            shared, jobs = self._shared(), []
+            shared, jobs = Shared(calibration), []
             for classes in new.values():
                 index = self.index[np.isin(calibration.codes[self.index], classes)]
                 statistics = selected(self._statistics, groups, index)
@@ -290,12 +290,13 @@ class Builder:
                         score, shared, groups, statistics, index, classes, recipe, memory, rows
                     )
                 )
-            self._scores |= zip(new, run(jobs, self.settings.n_jobs), strict=True)
+            # A single one, as the prefix's of all classes, does not pay the way.
+            call, arguments, options = jobs[0]
+            scored = (
+                run(jobs, self.settings.n_jobs) if len(jobs) > 1 else [call(*arguments, **options)]
+            )
+            self._scores |= zip(new, scored, strict=True)
         return [self._scores[key] for key in keys]
-
-    def _shared(self) -> Shared[Calibration]:
-        """What every cluster's job has in common."""
-        return Shared(self.calibration)
 
     def _rng(self) -> np.random.Generator:
         """The same numbers for every network: what is built does not depend on what was tried."""
@@ -408,7 +409,7 @@ class Builder:
         several = [c for c, classes in enumerate(clusters) if len(classes) > 1]
         scored = self._score_each(groups, [clusters[c] for c in several], recipe)
         sliced = None if prefix.module is dense else SlicedPrefix(prefix.module)
-        rng, shared, jobs = self._rng(), self._shared(), []
+        rng, shared, jobs = self._rng(), Shared(calibration), []
         for c, scores in zip(several, scored, strict=True):
             sample = rng.permutation(routed[c])[:n_images]
             outputs = calibration.table.outputs[self._answered_by(clusters[c])]
