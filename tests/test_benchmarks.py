@@ -252,11 +252,3 @@ def test_a_page_without_the_natural_mix_has_no_figure_of_it(timed, paper, tmp_pa
     some = [line for line in lines[1:] if ",single," in line]
     (tmp_path / timed.name).write_text("".join([lines[0], *some]))
     assert paper("latency_page").draw(tmp_path / timed.name) == []
-
-
-@pytest.mark.slow
-def test_what_workers_cost(paper, capsys):
-    paper("workers").main("--width 0.125 --images 160 --classes 8 --clusters 2".split())
-    printed = capsys.readouterr().out
-    assert printed.count("fit, FrozenModel") == 2 and "2 jobs" in printed
-    assert "predict: " in printed and "chunks" in printed

@@ -128,3 +128,12 @@ def test_without_ray_its_example_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match="pip install ray"):
         load("ray_workers", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_workers_cost(paper, capsys):
+    paper("workers").main("--width 0.125 --images 160 --classes 8 --clusters 2".split())
+    printed = capsys.readouterr().out
+    assert printed.count("fit, FrozenModel") == 2 and "2 jobs" in printed
+    assert "predict: " in printed and "chunks" in printed
