@@ -107,6 +107,23 @@ class Calibration:
         """The network's coupled channels, in forward order."""
         return find_groups(self.graph, self.example, self.output)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a job elsewhere: the samples stay here, and the graph is traced anew there."""
+        state = {k: v for k, v in self.__dict__.items() if k not in ("X", "graph", "batcher")}
+        state["example"] = pack(self.example)
+        batcher = self.batcher
+        state["batcher"] = (str(batcher.device), batcher.dtype, batcher.batch_size)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        stored, dtype, batch_size = state.pop("batcher")
+        device = loaded_device(stored)
+        self.__dict__.update(state)
+        self.example = state["example"].unpack(device)
+        self.batcher = Batcher(self.frozen, device, dtype, batch_size)
+        self.graph = trace(self.frozen.module(device))
+
 
 class TorchEstimator(BaseEstimator):
     """Base class of the estimators: device, pickling, calibration data."""

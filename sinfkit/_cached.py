@@ -11,6 +11,7 @@ from joblib import Memory
 from sklearn.utils.validation import check_memory
 
 from ._base import Calibration, progress
+from ._jobs import Rows
 from .activations import Statistics, collect
 from .graph import observation_nodes
 from .scores import CRITERIA
@@ -60,6 +61,7 @@ def score(
     classes: np.ndarray,
     recipe: Recipe,
     memory: Any,
+    rows: Rows | None = None,
 ) -> Scored:
     """Score filters for a set of classes, or find the scores in the cache.
 
@@ -77,6 +79,8 @@ def score(
     recipe : Recipe
         Its ratios and repair do not matter.
     memory : str, joblib.Memory or None
+    rows : Rows, optional
+        The samples, where `calibration` is without them.
 
     Returns
     -------
@@ -85,7 +89,7 @@ def score(
     criterion = recipe.criterion
     # A function of the user's may depend on what no cache can see.
     if CRITERIA.get(criterion.name) is not criterion or not _stores(memory):
-        return _score(None, calibration, groups, statistics, index, classes, recipe)
+        return _score(None, calibration, groups, statistics, index, classes, recipe, rows)
     key = (
         *calibration.key,
         criterion.name,
@@ -98,9 +102,21 @@ def score(
         calibration.table.outputs[classes],
     )
     cached = check_memory(memory).cache(
-        _score, ignore=["calibration", "groups", "statistics", "index", "classes", "recipe"]
+        _score,
+        ignore=["calibration", "groups", "statistics", "index", "classes", "recipe", "rows"],
     )
-    return cached(key, calibration, groups, statistics, index, classes, recipe)
+    return cached(key, calibration, groups, statistics, index, classes, recipe, rows)
+
+
+def selected(
+    statistics: Statistics, groups: Sequence[ChannelGroup], index: np.ndarray
+) -> Statistics:
+    """What scoring these groups on these samples needs of the statistics, for a job elsewhere."""
+    names = {name for group in groups for name in (*group.layers, *group.consumers)}
+    # Layers that are observed at one node share a tensor, which shall travel once.
+    rows = {id(v): Rows(v, index) for k, v in statistics.pooled.items() if k in names}
+    pooled: Any = {k: rows[id(v)] for k, v in statistics.pooled.items() if k in names}
+    return Statistics(pooled, statistics.logits[:0])
 
 
 def _score(
@@ -111,6 +127,7 @@ def _score(
     index: np.ndarray,
     classes: np.ndarray,
     recipe: Recipe,
+    rows: Rows | None,
 ) -> Scored:
     """Score filters for a set of classes; `key` stands, in a cache, for what cannot be hashed."""
     layers = [layer for group in groups for layer in group.layers]
@@ -123,6 +140,6 @@ def _score(
         np.searchsorted(classes, calibration.codes[index]),
         recipe,
         outputs=calibration.table.outputs[classes].tolist(),
-        batches=functools.partial(calibration.batcher, calibration.X),
+        batches=functools.partial(calibration.batcher, calibration.X if rows is None else rows),
         seed=calibration.seed,
     )

@@ -39,6 +39,11 @@ class Packed:
     arrays: tuple[np.ndarray, ...]
     dtypes: tuple[str, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return len(self.structure) + sum(array.nbytes for array in self.arrays)
+
     def unpack(self, device: torch.device | str = "cpu") -> Any:
         """Build the object anew, with its tensors on `device`."""
         # Copies: the arrays may be read-only memory maps, and must not change with the module.

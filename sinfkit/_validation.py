@@ -299,7 +299,7 @@ class Batcher:
         for start in range(0, len(X), self.batch_size):
             yield self.load(X[start : start + self.batch_size])
 
-    def __call__(self, X: Images, index: np.ndarray | None = None) -> Iterator[torch.Tensor]:
+    def __call__(self, X: Any, index: np.ndarray | None = None) -> Iterator[torch.Tensor]:
         """Normalised batches of `X`, or of its rows `index` in that order."""
         n = len(X) if index is None else len(index)
         for start in range(0, n, self.batch_size):

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from ._base import Calibration
+from ._jobs import Rows
+from ._packing import Packed, pack
 from .activations import pool
 from .graph import CutPoint, layer_names, split
 from .network import SINFNetwork
 from .repair import repair
 from .routing import fuse
 from .subgraph import Scored, extract
-
-Batches = Callable[[np.ndarray], Iterable[Tensor]]
 
 ROUTER_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TEMPERATURES = tuple(float(t) for t in np.geomspace(0.5, 4.0, 13))
@@ -84,6 +85,35 @@ class Subgraph:
     support: dict[str, np.ndarray]
     repair_error: dict[str, float]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "module": _packed(self.module)}
+
+    def unpacked(self) -> Subgraph:
+        """As it was before it came out of another process, with its module on the CPU."""
+        # Not on arrival, which is another thread's: see `sinfkit._jobs.Shared`.
+        if isinstance(self.module, Packed):
+            return replace(self, module=self.module.unpack())
+        return self
+
+
+@dataclass(frozen=True)
+class SlicedPrefix:
+    """A sliced prefix on its way to a job, which may be elsewhere."""
+
+    module: nn.Module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": _packed(self.module)}
+
+    def on(self, device: torch.device) -> nn.Module:
+        """Return the module, on the device."""
+        return self.module.unpack(device) if isinstance(self.module, Packed) else self.module
+
+
+def _packed(module: nn.Module | Packed) -> Packed:
+    """A module as arrays, also where it has been sent on before anybody has unpacked it."""
+    return module if isinstance(module, Packed) else pack(module)
+
 
 def build_subgraph(
     calibration: Calibration,
@@ -91,9 +121,9 @@ def build_subgraph(
     keep: Mapping[str, np.ndarray],
     scored: Scored,
     outputs: np.ndarray,
-    prefixes: tuple[nn.Module, nn.Module],
+    prefix: SlicedPrefix | None,
     method: str,
-    batches: Batches,
+    rows: Rows,
     sample: np.ndarray,
 ) -> Subgraph:
     """Extract the subgraph of one cluster.
@@ -109,11 +139,13 @@ def build_subgraph(
         What they were chosen by.
     outputs : int ndarray
         The network's outputs for the classes that the subgraph answers.
-    prefixes : (dense, sliced)
-        The sliced one feeds the subgraph; the dense one gives the repair's targets.
+    prefix : SlicedPrefix or None
+        It feeds the subgraph; the dense one gives the repair's targets.  None: the dense one feeds
+        the subgraph as well.
     method : str
         Of repair.
-    batches : callable
+    rows : Rows
+        The samples, of which `sample` are needed.
     sample : int ndarray
         Samples for the check and the repair.
 
@@ -121,21 +153,23 @@ def build_subgraph(
     -------
     Subgraph
     """
-    graph = calibration.graph
-    check = torch.cat(list(batches(sample[:64])))
+    graph, batcher = calibration.graph, calibration.batcher
+    check = torch.cat(list(batcher(rows, sample[:64])))
     small, support = extract(graph, calibration.groups, keep, check, outputs.tolist())
-    dense_rest, rest = split(graph, cut)[1], split(small, cut)[1]
+    (dense, dense_rest), rest = split(graph, cut), split(small, cut)[1]
+    sliced = None if prefix is None else prefix.on(batcher.device)
     h_dense, h_sliced = [], []
     with torch.inference_mode():
-        for x in batches(sample):
-            h_dense.append(prefixes[0](x))
-            h_sliced.append(h_dense[-1] if prefixes[1] is prefixes[0] else prefixes[1](x))
+        for x in batcher(rows, sample):
+            h_dense.append(dense(x))
+            if sliced is not None:
+                h_sliced.append(sliced(x))
     error = repair(
         dense_rest,
         rest,
         support,
         torch.cat(h_dense),
-        X_sliced=None if prefixes[1] is prefixes[0] else torch.cat(h_sliced),
+        X_sliced=torch.cat(h_sliced) if h_sliced else None,
         method=method,
         batch_size=calibration.batcher.batch_size,
         seed=calibration.seed,

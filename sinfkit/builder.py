@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
+from joblib import delayed
 from sklearn.base import clone
 from torch import Tensor, fx, nn
 
 from ._base import Calibration, progress
-from ._cached import gather, score
+from ._cached import gather, score, selected
+from ._jobs import Rows, Shared, run, with_shared
 from ._validation import Images
 from .activations import Statistics
 from .assembly import (
     ROUTER_WEIGHTS,
+    SlicedPrefix,
     Subgraph,
     build_subgraph,
     choose_weight,
@@ -48,6 +50,11 @@ from .subgraph import Recipe, Scored, choose_channels, sliceable
 from .surgery import ChannelGroup
 
 ANSWERS = ("all", "cluster")
+# Fields of `LayerData` that are there without a further pass over the samples.
+_COLLECTED = frozenset(
+    {"name", "features", "consumer_features", "y", "weight", "norm_scale", "norm_gain"}
+    | {"n_groups", "n_classes", "generator"}
+)
 _FEW_ROUTED = 64  # samples, too few to repair a subgraph with
 
 
@@ -261,21 +268,35 @@ class Builder:
 
     def _score(self, groups: list[ChannelGroup], classes: np.ndarray, recipe: Recipe) -> Scored:
         """Filter scores for a set of classes; the same for every ratio."""
-        calibration = self.calibration
-        key = (tuple(g.name for g in groups), tuple(classes), id(recipe.criterion.function))
-        if key not in self._scores:
+        return self._score_each(groups, [classes], recipe)[0]
+
+    def _score_each(
+        self, groups: list[ChannelGroup], sets: Sequence[np.ndarray], recipe: Recipe
+    ) -> list[Scored]:
+        """Filter scores for several sets of classes, those that are new side by side."""
+        calibration, memory = self.calibration, self.settings.memory
+        names = tuple(g.name for g in groups)
+        keys = [(names, tuple(classes), id(recipe.criterion.function)) for classes in sets]
+        new = {key: s for key, s in zip(keys, sets, strict=True) if key not in self._scores}
+        if new:
             assert self._statistics is not None, "gather comes first"
-            index = self.index[np.isin(calibration.codes[self.index], classes)]
-            self._scores[key] = score(
-                calibration,
-                groups,
-                self._statistics,
-                index,
-                classes,
-                recipe,
-                self.settings.memory,
+            shared, jobs = Shared(calibration), []
+            for classes in new.values():
+                index = self.index[np.isin(calibration.codes[self.index], classes)]
+                statistics = selected(self._statistics, groups, index)
+                rows = Rows(calibration.X, index if _reads_samples(recipe) else index[:1])
+                jobs.append(
+                    delayed(with_shared)(
+                        score, shared, groups, statistics, index, classes, recipe, memory, rows
+                    )
+                )
+            # A single one, as the prefix's of all classes, does not pay the way.
+            call, arguments, options = jobs[0]
+            scored = (
+                run(jobs, self.settings.n_jobs) if len(jobs) > 1 else [call(*arguments, **options)]
             )
-        return self._scores[key]
+            self._scores |= zip(new, scored, strict=True)
+        return [self._scores[key] for key in keys]
 
     def _rng(self) -> np.random.Generator:
         """The same numbers for every network: what is built does not depend on what was tried."""
@@ -385,21 +406,33 @@ class Builder:
         widths = None
         if recipe.schedule == "global":
             widths = prefix.widths or self._widths(groups, prefix, clusters, recipe, size)
-        rng, jobs = self._rng(), []
-        for classes, index in zip(clusters, routed, strict=True):
-            if len(classes) < 2:
-                jobs.append(delayed(_nothing)())
-                continue
-            sample = rng.permutation(index)[:n_images]
+        several = [c for c, classes in enumerate(clusters) if len(classes) > 1]
+        scored = self._score_each(groups, [clusters[c] for c in several], recipe)
+        sliced = None if prefix.module is dense else SlicedPrefix(prefix.module)
+        rng, shared, jobs = self._rng(), Shared(calibration), []
+        for c, scores in zip(several, scored, strict=True):
+            sample = rng.permutation(routed[c])[:n_images]
+            outputs = calibration.table.outputs[self._answered_by(clusters[c])]
+            keep = self._keep(plan.cut, groups, scores, outputs, prefix, recipe, widths)
             jobs.append(
-                delayed(self._subgraph)(
-                    plan.cut, groups, classes, (dense, prefix), recipe, widths, sample
+                delayed(with_shared)(
+                    build_subgraph,
+                    shared,
+                    plan.cut,
+                    keep,
+                    scores,
+                    outputs,
+                    sliced,
+                    recipe.repair,
+                    Rows(calibration.X, sample),
+                    sample,
                 )
             )
-        # Threads: the work is in torch, which releases the interpreter, and shares the weights.
-        return Parallel(n_jobs=self.settings.n_jobs, prefer="threads")(
-            progress(jobs, "Subgraphs", self.settings.verbose)
-        )
+        built = run(progress(jobs, "Subgraphs", self.settings.verbose), self.settings.n_jobs)
+        subgraphs: list[Subgraph | None] = [None] * len(clusters)
+        for c, subgraph in zip(several, built, strict=True):
+            subgraphs[c] = subgraph.unpacked()
+        return subgraphs
 
     def _widths(
         self,
@@ -410,7 +443,7 @@ class Builder:
         size: Size,
     ) -> dict[str, int]:
         """One width per layer for all clusters: with the given prefix they keep to a budget."""
-        scored = [self._score(groups, own, recipe) for own in clusters if len(own) > 1]
+        scored = self._score_each(groups, [own for own in clusters if len(own) > 1], recipe)
         if not scored:
             return {}
         kept = {name: len(channels) for name, channels in prefix.keep.items()}
@@ -427,20 +460,17 @@ class Builder:
             return classes
         return np.arange(len(self.calibration.table.classes))
 
-    def _subgraph(
+    def _keep(
         self,
         cut: CutPoint,
         groups: list[ChannelGroup],
-        classes: np.ndarray,
-        prefixes: tuple[nn.Module, Prefix],
+        scored: Scored,
+        outputs: np.ndarray,
+        prefix: Prefix,
         recipe: Recipe,
         widths: Mapping[str, int] | None,
-        sample: np.ndarray,
-    ) -> Subgraph:
-        """Score, choose, extract and repair one cluster's part."""
-        dense, prefix = prefixes
-        outputs = self.calibration.table.outputs[self._answered_by(classes)]
-        scored = self._score(groups, classes, recipe)
+    ) -> dict[str, np.ndarray]:
+        """Choose the channels of one cluster's part, by group."""
         keep = choose_channels(groups, scored.groups, recipe, widths)
         behind = set(sides(self.calibration.graph, cut)[1])
         for group in self.calibration.groups:
@@ -448,17 +478,7 @@ class Builder:
             if group.name in prefix.keep and behind.intersection((*group.layers, *group.consumers)):
                 keep[group.name] = prefix.keep[group.name]
         keep[self._output_group] = outputs
-        return build_subgraph(
-            self.calibration,
-            cut,
-            keep,
-            scored,
-            outputs,
-            (dense, prefix.module),
-            recipe.repair,
-            self.batches,
-            sample,
-        )
+        return keep
 
     def _network(
         self,
@@ -574,5 +594,6 @@ def _answers(network: SINFNetwork, batches: Iterable[Tensor]) -> np.ndarray:
     return torch.cat(rows).numpy()
 
 
-def _nothing() -> None:
-    """What a cluster of one class needs: no subgraph."""
+def _reads_samples(recipe: Recipe) -> bool:
+    """Whether the criterion runs the network on samples, beside what `gather` has collected."""
+    return not recipe.criterion.needs <= _COLLECTED

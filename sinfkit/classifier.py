@@ -17,6 +17,7 @@ from torch import nn
 
 from ._base import Calibration, TorchEstimator, all_or_nothing
 from ._calls import caller_level
+from ._jobs import over_chunks
 from ._validation import hold_out, validate_X, validate_y
 from .builder import ANSWERS, Builder, Built, Held, Plan, Settings
 from .clusterer import SemanticClusterer
@@ -117,7 +118,9 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
     device : str or torch.device, default="auto"
         ``"auto"``: the first GPU where there is one.
     n_jobs : int, optional
-        Threads that build subgraphs side by side.
+        Threads that score and build subgraphs side by side.  Inside ``joblib.parallel_config`` with
+        a backend of processes (``"dask"``, ``"ray"``, ``"loky"``) they are jobs of its workers, and
+        chunks of `X` in ``predict`` as well.
     memory : str, joblib.Memory or None
         Where to cache the activations' statistics and the filters' scores between fits.
     random_state : int, RandomState or None, default=None
@@ -583,7 +586,7 @@ n_features)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "network_" in self.__dict__:
+        if "network_" in self.__dict__ and "clusterer_" in self.__dict__:
             self._link()
 
     def to(self, device: str | torch.device) -> SINFClassifier:
@@ -616,6 +619,7 @@ n_features)
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
 
+    @over_chunks
     def predict_proba(self, X: Any) -> np.ndarray:
         """Class probabilities: the routed subgraph's answer fused with the router's.
 
@@ -634,6 +638,7 @@ n_features)
             batches = self._batcher(self.network_).raw(X)
             return torch.cat([self.network_(x).cpu() for x in batches]).numpy()
 
+    @over_chunks
     def predict_cluster(self, X: Any) -> np.ndarray:
         """Predict the semantic cluster of each sample; runs the prefix and the router only.
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from ._base import TorchEstimator, all_or_nothing
 from ._cached import gather
 from ._calls import caller_level
+from ._jobs import over_chunks
 from ._validation import hold_out, validate_X
 from .graph import CutPoint, cut_points, find_cut, layer_names, split
 from .probe import fit_probe
@@ -61,7 +62,7 @@ class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Torch
     batch_size : int, default=256
     device : str or torch.device, default="auto"
     n_jobs : int, optional
-        Unused; kept so that all three estimators take the same parameters.
+        As in `DCSPruner`: workers that predict, inside ``joblib.parallel_config``.
     memory : str, joblib.Memory or None
         Where to cache the activations' statistics between fits.
     random_state : int, RandomState or None, default=None
@@ -237,6 +238,7 @@ n_features)
         self.class_clusters_ = group_classes(self.affinity_, n_clusters, limit)
         self.cluster_names_ = np.arange(n_clusters)
 
+    @over_chunks
     def predict(self, X: Any) -> np.ndarray:
         """Predict the cluster of each sample.
 
@@ -251,6 +253,7 @@ n_features)
         """
         return self._posterior(X).argmax(1).numpy()
 
+    @over_chunks
     def transform(self, X: Any) -> np.ndarray:
         """Compute the route probability of each cluster.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -12,9 +13,12 @@ import torch
 from torch import nn
 
 from ._packing import Packed, pack
+from ._weights_file import Loaded, WeightsFile
 
 # One copy of a network per device and process, however many FrozenModels hold the same weights.
 _COPIES: WeakValueDictionary[tuple[str, str], nn.Module] = WeakValueDictionary()
+# Those of files are held: a worker's next job brings an equal FrozenModel, and finds them loaded.
+_LOADED = Loaded()
 
 
 class FrozenModel:
@@ -24,6 +28,8 @@ class FrozenModel:
     search every candidate would hold its own weights, and ``Pipeline(memory=...)`` would never
     find a cached result.  A `FrozenModel` takes one private copy when it is made.  ``clone`` and
     ``copy.deepcopy`` give the same object back, and its pickle is the same bytes in every process.
+
+    `FrozenModel.from_file` makes one whose pickle holds the name of a file instead of the weights.
 
     Parameters
     ----------
@@ -67,6 +73,9 @@ class FrozenModel:
     std: tuple[float, ...] | None
     input_shape: tuple[int, ...] | None
     digest: str
+    _source: WeightsFile | None = None
+    # Strong references to this object's copies; `_COPIES` only lets equal objects share them.
+    _mine: dict[str, nn.Module]
 
     def __init__(
         self,
@@ -87,6 +96,90 @@ class FrozenModel:
         self._packed = pack(_freeze(pack(module).unpack()))
         self._finish()
 
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,
+        factory: Callable[[], nn.Module],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        input_shape: Sequence[int] | None = None,
+    ) -> FrozenModel:
+        """Make a FrozenModel whose weights stay in a file.
+
+        Its pickle names the file (some hundred bytes), and so does that of every estimator that
+        holds it; each process loads the file where the network is first needed, once.  That is how
+        weights reach many workers; all of them must see the file at the same place.
+
+        Parameters
+        ----------
+        path : str or Path
+            A state dict, as ``torch.save(network.state_dict(), path)`` or safetensors (by the
+            ending ``.safetensors``) write it; or a dict with one under ``"state_dict"``.  Nothing
+            in it is run as code.
+        factory : callable
+            Without arguments, returns a network of that architecture.  It must be importable in the
+            workers; ``functools.partial(vgg16, 100)`` is one.
+        mean, std, input_shape
+            As for `FrozenModel`.
+
+        Returns
+        -------
+        FrozenModel
+            Equal to one that was made from the network itself.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the file is not there, here or in a worker.
+        ValueError
+            If the file holds no state dict, or one that does not fit the network.  When it is
+            loaded later, in a worker or from a stored estimator: if its content has changed (its
+            SHA-256 is part of the pickle).
+        TypeError
+            If `factory` returns no module, or cannot be pickled.
+
+        Notes
+        -----
+        A fitted estimator that is stored holds its routed or smaller network, and predicts without
+        the file; what compares it with the base (``report``) needs the file.
+
+        Examples
+        --------
+        >>> import pickle, tempfile
+        >>> from functools import partial
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from sinfkit import FrozenModel, vgg16
+        >>> factory = partial(vgg16, 10, width=0.125)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "weights.pt"
+        ...     torch.save(factory().state_dict(), path)
+        ...     frozen = FrozenModel.from_file(path, factory)
+        >>> len(pickle.dumps(frozen)) < 1000
+        True
+        """
+        source = WeightsFile.of(path, factory)
+        made = cls(source.load(), mean, std, input_shape)
+        made._source = source
+        return made
+
+    @property
+    def _packed(self) -> Packed:
+        """Structure and weights, from the file where they are not here yet."""
+        if "_packed" not in self.__dict__:
+            source = self._source
+            assert source is not None
+            key = f"{self.digest} {source.sha256}"
+            loaded = _LOADED.get(key, lambda: FrozenModel(source.load()))
+            self.__dict__["_packed"], self._mine = loaded._packed, loaded._mine
+        packed: Packed = self.__dict__["_packed"]
+        return packed
+
+    @_packed.setter
+    def _packed(self, packed: Packed) -> None:
+        self.__dict__["_packed"] = packed
+
     def _finish(self) -> None:
         """Derive what is not pickled."""
         digest = hashlib.sha256(self._packed.structure)
@@ -95,8 +188,7 @@ class FrozenModel:
             digest.update(np.ascontiguousarray(array).data)
         digest.update(repr((self.mean, self.std, self.input_shape)).encode())
         self.digest = digest.hexdigest()
-        # Strong references to this object's copies; `_COPIES` only lets equal objects share them.
-        self._mine: dict[str, nn.Module] = {}
+        self._mine = {}
 
     def module(self, device: torch.device | str = "cpu") -> nn.Module:
         """Return the network on `device`, shared by everybody who asks: do not change it.
@@ -111,15 +203,27 @@ class FrozenModel:
             In evaluation mode, without gradients.  The same object for the same device.
         """
         key = str(torch.device(device))
+        packed = self._packed
         if key not in self._mine:
             shared = _COPIES.get((self.digest, key))
             if shared is None:
-                shared = _freeze(self._packed.unpack(device))
+                shared = _freeze(packed.unpack(device))
                 _COPIES[self.digest, key] = shared
             self._mine[key] = shared
         return self._mine[key]
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._source is not None:
+            source = self._source
+            return {
+                "path": source.path,
+                "factory": source.factory,
+                "sha256": source.sha256,
+                "digest": self.digest,
+                "mean": self.mean,
+                "std": self.std,
+                "input_shape": self.input_shape,
+            }
         packed = self._packed
         return {
             "structure": packed.structure,
@@ -131,10 +235,19 @@ class FrozenModel:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._packed = Packed(state["structure"], tuple(state["arrays"]), tuple(state["dtypes"]))
         self.mean, self.std = state["mean"], state["std"]
         self.input_shape = state["input_shape"]
+        if "path" in state:
+            self._source = WeightsFile(state["path"], state["factory"], state["sha256"])
+            self.digest, self._mine = state["digest"], {}
+            return
+        self._packed = Packed(state["structure"], tuple(state["arrays"]), tuple(state["dtypes"]))
         self._finish()
+
+    def __sizeof__(self) -> int:
+        """Bytes of its pickle, roughly: Dask sends what is large once per worker, by itself."""
+        size = object.__sizeof__(self)
+        return size if self._source is not None else size + self._packed.nbytes
 
     def __copy__(self) -> FrozenModel:
         return self

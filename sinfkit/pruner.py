@@ -13,6 +13,7 @@ from torch import fx
 
 from ._base import Calibration, TorchEstimator, all_or_nothing
 from ._cached import gather, score
+from ._jobs import over_chunks
 from ._validation import hold_out, validate_X
 from .activations import Statistics, pool
 from .budget import budgeted_widths
@@ -97,7 +98,8 @@ default="least_squares"
     device : str or torch.device, default="auto"
         ``"auto"``: the first GPU where there is one.
     n_jobs : int, optional
-        Unused by this estimator so far; `SINFClassifier` works on clusters in parallel.
+        Inside ``joblib.parallel_config`` with a backend of processes: workers that predict chunks
+        of `X`.  ``fit`` is one job.
     memory : str, joblib.Memory or None
         Where to cache the activations' statistics and the filters' scores between fits.
     random_state : int, RandomState or None, default=None
@@ -351,6 +353,7 @@ n_features)
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
 
+    @over_chunks
     def predict_proba(self, X: Any) -> np.ndarray:
         """Softmax of the smaller network's outputs.
 
@@ -370,6 +373,7 @@ n_features)
             rows = [torch.softmax(self.model_(x), 1).cpu() for x in batcher(X)]
         return torch.cat(rows).numpy()
 
+    @over_chunks
     def transform(self, X: Any) -> np.ndarray:
         """Compute the smaller network's penultimate features.
 

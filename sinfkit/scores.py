@@ -107,6 +107,12 @@ class Criterion:
     needs: frozenset[str]
     options: frozenset[str]
 
+    def __reduce__(self) -> Any:
+        # By name: some are made by a function, and the caches know the package's own by identity.
+        if CRITERIA.get(self.name) is self:
+            return get_criterion, (self.name,)
+        return super().__reduce__()
+
 
 _Function = Callable[..., Tensor]
 

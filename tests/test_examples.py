@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sinfkit import vgg16
+from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier, vgg16
+from sinfkit.models import default_network
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -109,3 +111,34 @@ def test_criteria_are_compared(narrow, folder, tmp_path, monkeypatch, capsys):
     assert len(rows) == 2 * (1 + 2 * (4 + 2))
     assert {row["criterion"] for row in rows} == {"unpruned", *script.CRITERIA}
     assert "DCS ahead by" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predictions_on_a_dask_array(monkeypatch, capsys):
+    script = load("dask_predict", monkeypatch)
+    quick = functools.partial(
+        SINFClassifier,
+        default_network((1, 8, 8), 10, random_state=0),  # not trained: answers are compared only
+        clusterer=SemanticClusterer(n_clusters=2),
+        pruner=DCSPruner(),
+    )
+    monkeypatch.setattr(script, "SINFClassifier", quick)
+    run(script, monkeypatch, "--workers", 0)
+    printed = capsys.readouterr().out
+    assert "6 blocks, 597 images" in printed and "labels as predicted here: 100.0%" in printed
+    assert float(printed.split()[-1]) < 1e-5
+
+
+def test_without_ray_its_example_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match="pip install ray"):
+        load("ray_workers", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_workers_cost(paper, capsys):
+    paper("workers").main("--width 0.125 --images 160 --classes 8 --clusters 2".split())
+    printed = capsys.readouterr().out
+    assert printed.count("fit, FrozenModel") == 2 and "2 jobs" in printed
+    assert "predict: " in printed and "chunks" in printed

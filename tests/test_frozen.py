@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import subprocess
 import sys
+import warnings
 import weakref
 
 import joblib
 import numpy as np
 import pytest
 import torch
-from helpers import small_cnn
+from helpers import blobs, small_cnn
 from sklearn.base import clone
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel
 from sinfkit._packing import pack
+from sinfkit._weights_file import Loaded, WeightsFile
 from sinfkit.frozen import as_frozen
+from sinfkit.models import default_network
 
 
 def test_clone_and_deepcopy_give_the_same_object():
@@ -132,3 +136,98 @@ def test_packing_stores_shared_tensors_once_and_keeps_ties_and_types():
     out["a"].weight.data.zero_()
     assert not torch.equal(out["a"].weight, first.weight)
     assert np.abs(packed.arrays[0]).max() > 0  # unpacking copies
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(default_network((1, 8, 8), 4).state_dict(), path)
+    return path
+
+
+FACTORY = functools.partial(default_network, (1, 8, 8), 4)
+
+
+def test_of_a_file_the_name_is_pickled_and_the_weights_are_loaded_once(weights, monkeypatch):
+    frozen = FrozenModel.from_file(weights, FACTORY, mean=[0.5], std=[0.2], input_shape=(1, 8, 8))
+    network = FACTORY()
+    network.load_state_dict(torch.load(weights))
+    answer = network.eval()(torch.ones(1, 1, 8, 8)).detach()
+    in_memory = FrozenModel(network, mean=[0.5], std=[0.2], input_shape=(1, 8, 8))
+    assert frozen == in_memory and frozen.digest == in_memory.digest
+    data = pickle.dumps(frozen)
+    assert len(data) < 800 < len(pickle.dumps(in_memory)) / 20
+    assert sys.getsizeof(frozen) < 1000 < sys.getsizeof(in_memory)
+    assert pickle.dumps(pickle.loads(data)) == data
+    assert joblib.hash(pickle.loads(data)) == joblib.hash(frozen)
+
+    loads, load = [], WeightsFile.load
+    monkeypatch.setattr(WeightsFile, "load", lambda self: loads.append(1) or load(self))
+    monkeypatch.setattr("sinfkit.frozen._LOADED", Loaded())  # as in another process
+    del frozen, in_memory
+    a, b = pickle.loads(data), pickle.loads(data)
+    assert a == b and not loads
+    assert a.module() is b.module()
+    del a, b
+    gc.collect()  # between two jobs of a worker nobody holds it
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(data).module()(torch.ones(1, 1, 8, 8)), answer)
+    assert len(loads) == 1
+
+
+def test_a_file_that_has_changed_is_not_taken_for_the_old_one(weights):
+    data = pickle.dumps(FrozenModel.from_file(weights, FACTORY))
+    before = joblib.hash(pickle.loads(data))
+    torch.save(default_network((1, 8, 8), 4, random_state=1).state_dict(), weights)
+    with pytest.raises(ValueError, match="has changed"):
+        pickle.loads(data).module()
+    assert joblib.hash(FrozenModel.from_file(weights, FACTORY)) != before  # no cache mixes them up
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="every machine"):
+        pickle.loads(data).module()
+
+
+def test_an_estimator_of_a_file_is_small_until_it_is_fitted_and_predicts_without_it(weights):
+    X, y = blobs(n_classes=4, per_class=20)
+    pruner = DCSPruner(FrozenModel.from_file(weights, FACTORY), random_state=0)
+    assert len(pickle.dumps(pruner)) < 2000
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it is not trained
+        pruner.fit(X, y)
+    expected, data = pruner.predict_proba(X), pickle.dumps(pruner)
+    weights.unlink()
+    np.testing.assert_array_equal(pickle.loads(data).predict_proba(X), expected)
+
+
+def test_state_dicts_of_other_forms(tmp_path):
+    network = FACTORY()
+    torch.save({"state_dict": network.state_dict(), "epoch": 3}, tmp_path / "nested.pt")
+    nested = FrozenModel.from_file(tmp_path / "nested.pt", FACTORY)
+    assert nested == FrozenModel(network)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(network.state_dict(), tmp_path / "w.safetensors")
+    assert FrozenModel.from_file(tmp_path / "w.safetensors", FACTORY) == nested
+
+
+def test_files_and_factories_that_do_not_do(weights, tmp_path):
+    state = torch.get_rng_state()
+    FrozenModel.from_file(weights, FACTORY)
+    assert torch.equal(torch.get_rng_state(), state)
+    for factory, match in (
+        (lambda: None, "top level"),
+        (default_network((1, 8, 8), 4), "function without arguments"),
+        (dict, "returned dict"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            FrozenModel.from_file(weights, factory)
+    with pytest.raises(ValueError, match="do not fit the network"):
+        FrozenModel.from_file(weights, functools.partial(default_network, (1, 8, 8), 5))
+    with pytest.raises(FileNotFoundError, match="no file"):
+        FrozenModel.from_file(tmp_path / "none.pt", FACTORY)
+    for name, content in (("a.pt", b"no weights"), ("b.safetensors", b"no"), ("c.pt", None)):
+        if content is None:
+            torch.save([1, 2], tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises((ValueError, ImportError), match=f"{name} (cannot be|holds no|needs)"):
+            FrozenModel.from_file(tmp_path / name, FACTORY)
