@@ -44,7 +44,7 @@ candidates = {
     "OBS, as cut": {"criterion": "obs", "repair": "none"},
     "random, repaired": {"criterion": "random"},
 }
-budgets = [0.7, 0.5, 0.35, 0.25, 0.15, 0.08]
+budgets = [0.7, 0.5, 0.3, 0.15, 0.08]
 curves = {
     name: [
         DCSPruner(model, schedule="global", budget=budget, random_state=0, **options).fit(
@@ -56,8 +56,9 @@ curves = {
 }
 
 # %%
-# ``cost_ratio_`` is what each kept, exactly. The curve is drawn with images that took no part in
-# the fit, but it is not the final figure: a choice is made by it.
+# ``cost_ratio_`` is what each kept, exactly. The curves are drawn with images that took no part in
+# the fit, but they are not the final figure, since a choice is made by them: the smallest of the
+# repaired networks that loses at most one point.
 
 with torch.inference_mode():
     answers = network(torch.as_tensor(X_choose)).argmax(1).numpy()
@@ -65,22 +66,26 @@ base_accuracy = float((answers == y_choose).mean())
 accuracies = {
     name: [pruner.score(X_choose, y_choose) for pruner in line] for name, line in curves.items()
 }
+good = [i for i, a in enumerate(accuracies["OBS, repaired"]) if a >= base_accuracy - 0.01]
+chosen = curves["OBS, repaired"][good[-1]]
+
+# %%
+# What decides is the repair: without it the network forgets everything at half of its
+# multiplications, and with it even filters drawn at random do nearly as well as chosen ones. Where
+# filters can be spared differs from layer to layer, which is why one ratio for all layers is rarely
+# a good choice.
+
 points = {
     name: [(p.cost_ratio_, accuracy) for p, accuracy in zip(line, accuracies[name], strict=True)]
     for name, line in curves.items()
 }
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-SpeedAccuracyDisplay(base_accuracy=base_accuracy, points=points, cost="macs").plot(left)
-left.set(title="what a budget costs", xlim=(0, None))
-
-# %%
-# The smallest of the repaired networks that loses at most one point, and what it kept of each
-# layer. Where filters matter differs from layer to layer, which is why one ratio for all layers is
-# rarely a good choice.
-
-good = [i for i, a in enumerate(accuracies["OBS, repaired"]) if a >= base_accuracy - 0.01]
-chosen = curves["OBS, repaired"][good[-1]]
-left.axvline(chosen.cost_ratio_, color="0.8", zorder=0)
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+for ax, lowest, title in ((left, 0, "what a budget costs"), (middle, 95, "magnified")):
+    SpeedAccuracyDisplay(base_accuracy=base_accuracy, points=points, cost="macs").plot(ax)
+    ax.axvline(chosen.cost_ratio_, color="0.8", zorder=0)
+    ax.set(title=title, xlim=(0, None), ylim=(lowest, 100.5 if lowest else 105))
+left.legend(loc="center right", fontsize=8)
+middle.get_legend().remove()
 layers = list(chosen.support_)
 removed = np.array([chosen.ratios_[layer] for layer in layers])
 right.barh(layers, 1 - removed, color="#3b6ea5", label="kept")
@@ -92,7 +97,7 @@ right.set(
     title=f"the choice: {chosen.cost_ratio_:.0%} of the multiplications",
     xlim=(0, 1),
 )
-right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=8, frameon=False)
+right.legend(loc="lower right", fontsize=8)
 plt.show()
 
 # %%

@@ -20,7 +20,7 @@ from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier
 # from 0 to 16; here they are enlarged, so that there is some work to save.
 
 X, y = load_digits(return_X_y=True)
-images = np.kron((X / 16).reshape(-1, 1, 8, 8), np.ones((1, 1, 2, 2))).astype(np.float32)
+images = np.kron((X / 16).reshape(-1, 1, 8, 8), np.ones((1, 1, 3, 3))).astype(np.float32)
 X_train, X_test, y_train, y_test = train_test_split(
     images, y, test_size=0.4, stratify=y, random_state=0
 )
