@@ -70,10 +70,9 @@ good = [i for i, a in enumerate(accuracies["OBS, repaired"]) if a >= base_accura
 chosen = curves["OBS, repaired"][good[-1]]
 
 # %%
-# What decides is the repair: without it the network forgets everything at half of its
-# multiplications, and with it even filters drawn at random do nearly as well as chosen ones. Where
-# filters can be spared differs from layer to layer, which is why one ratio for all layers is rarely
-# a good choice.
+# What decides is the repair: without it the network is lost at a third of its multiplications, and
+# with it even filters drawn at random do nearly as well as chosen ones. Where filters can be spared
+# differs from layer to layer, which is why one ratio for all layers is rarely a good choice.
 
 points = {
     name: [(p.cost_ratio_, accuracy) for p, accuracy in zip(line, accuracies[name], strict=True)]

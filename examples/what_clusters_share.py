@@ -66,9 +66,10 @@ right.set_title("scores of one cluster's filters")
 plt.show()
 
 # %%
-# The figures behind the pictures:
+# The figures behind the pictures. All subgraphs have the same widths, so that each costs the same:
 
+print(
+    f"filters kept, by layer: { ({name: len(kept) for name, kept in sinf.supports_[0].items()}) }"
+)
 for c, name in enumerate(sinf.cluster_names_):
-    digits = sinf.classes_[sinf.class_clusters_ == c].tolist()
-    kept = {layer: len(filters) for layer, filters in sinf.supports_[c].items()}
-    print(f"cluster {name}: digits {digits}, filters kept by layer {kept}")
+    print(f"cluster {name}: digits {sinf.classes_[sinf.class_clusters_ == c].tolist()}")
