@@ -6,6 +6,11 @@ API pages come from its docstrings.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+from sphinx_gallery.sorting import ExplicitOrder
+
 from sinfkit._version import __version__
 
 project = "sinfkit"
@@ -18,6 +23,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "numpydoc",
+    "sphinx_gallery.gen_gallery",
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build"]
@@ -34,6 +40,33 @@ autodoc_default_options = {
     ),
 }
 numpydoc_show_class_members = False  # The class template lists the methods.
+
+# The gallery. These run when the pages are built, each in less than a minute on two cores; the
+# others need more than the package (a folder of images, several machines) and are only shown.
+examples = Path(__file__).resolve().parents[1] / "examples"
+executed = ["quickstart", "budget", "what_clusters_share", "grid_search", "store_and_load"]
+# A page needs a title: a script whose docstring has none is left out.
+untitled = [
+    path.name
+    for path in examples.glob("*.py")
+    if not re.match(r'"""\n?.+\n=+\n', path.read_text(encoding="utf-8"))
+]
+sphinx_gallery_conf = {
+    "examples_dirs": [str(examples)],
+    "gallery_dirs": ["auto_examples"],
+    "filename_pattern": rf"/({'|'.join(executed)})\.py$",
+    "ignore_pattern": rf"/({'|'.join(map(re.escape, untitled)) or 'none'})$",
+    "within_subsection_order": ExplicitOrder([*(f"{name}.py" for name in executed), "*"]),
+    "default_thumb_file": str(Path(__file__).parent / "_static" / "thumbnail.png"),
+    "doc_module": ("sinfkit",),
+    "backreferences_dir": "auto_examples/backreferences",
+    "reference_url": {"sinfkit": None},
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_signature": False,
+    "show_memory": False,
+}
+exclude_patterns += ["auto_examples/GALLERY_HEADER.rst", "auto_examples/sg_execution_times.rst"]
 
 html_theme = "furo"
 html_title = f"sinfkit {release}"

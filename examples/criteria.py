@@ -1,4 +1,8 @@
-"""Which filter score keeps most of a cluster's accuracy? DCS beside its rivals, without repair.
+"""
+Which filter score keeps most of a cluster's accuracy?
+======================================================
+
+DCS beside its rivals, without repair.
 
 For each semantic cluster of an image folder (see ``image_folder.py``), every criterion ranks the
 same network's filters on the cluster's training images; the same numbers of filters are sliced out
@@ -30,7 +34,7 @@ RATIOS = ((0.1, 0.5), (0.3, 0.7))
 
 def main() -> None:
     """Score, slice, measure; one row per cluster, criterion, pair of ratios and seed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("folder", type=Path, nargs="?", default=os.environ.get("SINFKIT_DATA"))
     parser.add_argument("--weights", type=Path, required=True)

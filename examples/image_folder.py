@@ -1,4 +1,8 @@
-"""Routed inference for a folder of images: VGG16, VGG19 or ResNet50, from fit to report.
+"""
+A folder of images: VGG16, VGG19 or ResNet50, from fit to report
+================================================================
+
+Routed inference for images of your own.
 
 The folder holds ``train/<wnid>/*`` and ``val/<wnid>/*``, and may hold ``classes.csv`` with the
 columns wnid, name, cluster. Name it on the command line or in the variable SINFKIT_DATA::
@@ -130,7 +134,7 @@ def prepare(options: argparse.Namespace) -> Study:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("network", choices=NETWORKS)
     default = os.environ.get("SINFKIT_DATA")
     parser.add_argument("folder", type=Path, nargs="?", default=default)

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 from joblib import Parallel, delayed
-from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
 
 __all__ = [
     "CIFAR100_SUPERCLASSES",
@@ -129,6 +127,8 @@ def load_cifar100(
     >>> data  # doctest: +SKIP
     ImageDataset(50000 images of shape (3, 32, 32), 100 classes, 20 clusters)
     """
+    from torchvision.datasets import CIFAR100  # here, since importing torchvision takes seconds
+
     return _load_cifar(CIFAR100, root, train, download, CIFAR100_SUPERCLASSES)
 
 
@@ -167,6 +167,8 @@ def load_cifar10(
     >>> data  # doctest: +SKIP
     ImageDataset(50000 images of shape (3, 32, 32), 10 classes, 0 clusters)
     """
+    from torchvision.datasets import CIFAR10  # here, since importing torchvision takes seconds
+
     return _load_cifar(CIFAR10, root, train, download, None)
 
 
@@ -346,6 +348,8 @@ def _read_images(paths: Sequence[Path], size: int | None, n_jobs: int | None) ->
 
 def _read_image(path: Path, size: int | None) -> np.ndarray:
     """One image as uint8 (3, height, width)."""
+    from PIL import Image  # comes with torchvision; only readers of files need it
+
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")

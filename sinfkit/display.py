@@ -407,6 +407,16 @@ class RouteConfusionDisplay(ConfusionMatrixDisplay):
     """Which cluster the route predictor sends the samples of each cluster to.
 
     A `sklearn.metrics.ConfusionMatrixDisplay` of clusters.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sinfkit import RouteConfusionDisplay, SemanticClusterer
+    >>> X, y = load_digits(return_X_y=True)
+    >>> clusterer = SemanticClusterer(n_clusters=3, random_state=0).fit(X[:600], y[:600])
+    >>> display = RouteConfusionDisplay.from_estimator(clusterer, X[600:], y[600:])
+    >>> display.confusion_matrix.shape
+    (3, 3)
     """
 
     @classmethod

@@ -77,6 +77,18 @@ class SINFReport:
     latency_batch : int
     clusters : list of ClusterRow
     n_samples : int
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sinfkit import DCSPruner, SINFClassifier
+    >>> X, y = load_digits(return_X_y=True)
+    >>> clf = SINFClassifier(pruner=DCSPruner(), random_state=0).fit(X[:600], y[:600])
+    >>> report = clf.report(X[600:800], y[600:800], repeats=0)
+    >>> report.macs < report.base_macs
+    True
+    >>> report.to_dict()["n_samples"]
+    200
     """
 
     base_accuracy: float

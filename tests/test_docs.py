@@ -78,3 +78,48 @@ def test_docstring_examples(name):
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     failed, _ = doctest.testmod(importlib.import_module(name), optionflags=flags)
     assert failed == 0
+
+
+def api_names() -> list[str]:
+    """What the API pages list, as dotted names below ``sinfkit``."""
+    text = (ROOT / "docs" / "api" / "index.rst").read_text(encoding="utf-8")
+    tables = re.findall(
+        r"^\.\. autosummary::\n(?: {3}:.*\n)*\n((?: {3}[\w.]+\n)+)", text, re.MULTILINE
+    )
+    return "".join(tables).split()
+
+
+@pytest.mark.parametrize("name", api_names())
+def test_api_pages_have_examples(name):
+    target = importlib.import_module("sinfkit")
+    for part in name.split("."):
+        parent, target = target, getattr(target, part, None)
+        if target is None:
+            target = importlib.import_module(f"{parent.__name__}.{part}")
+    if not (isinstance(target, type) and issubclass(target, Exception)):
+        assert ">>> " in (inspect.getdoc(target) or ""), f"{name} has no example"
+
+
+def gallery() -> list[str]:
+    """The scripts that the documentation runs."""
+    tree = ast.parse((ROOT / "docs" / "conf.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "executed":
+            return ast.literal_eval(node.value)
+    raise AssertionError("docs/conf.py has no list of scripts to execute")
+
+
+@pytest.mark.parametrize("name", gallery())
+def test_gallery_scripts_are_pages(name):
+    source = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    title, underline = (ast.get_docstring(ast.parse(source)) or "\n").splitlines()[:2]
+    assert title and set(underline) == {"="} and len(underline) == len(title)
+    assert source.count("\n# %%\n") >= 2
+    # They are run where nobody can download anything, and without arguments.
+    assert "download=True" not in source and "argparse" not in source
+
+
+def test_the_gallery_is_linked():
+    pages = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").rglob("*.rst"))
+    for name in re.findall(r":ref:`sphx_glr_auto_examples_(\w+)\.py`", pages):
+        assert name in gallery()
