@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import joblib
 import numpy as np
 import torch
+from sklearn import get_config
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from torch import fx, nn
@@ -27,7 +28,7 @@ from ._validation import (
     validate_y,
     warn_if_mismatched,
 )
-from .frozen import FrozenModel, as_frozen
+from .frozen import FrozenModel, as_frozen, describe
 from .graph import output_layer, trace
 from .surgery import ChannelGroup, find_groups
 
@@ -200,6 +201,48 @@ class TorchEstimator(BaseEstimator):
                 value.to(self.device_)
         return self
 
+    def _home(self, X: Any) -> torch.device:
+        """Where answers for `X` go batch by batch: to the host, or where `X` is."""
+        return X.device if answers_in_torch(X) else torch.device("cpu")
+
+    def _joined(self, rows: list[torch.Tensor], X: Any, double: bool | None = None) -> Any:
+        """Join batches of answers to a tensor or an array, see `answers_in_torch`.
+
+        `double` asks for float64 (True) or float32 (False).
+        """
+        # Not in inference mode: what that makes may not be changed in place, as scikit-learn does.
+        joined = torch.cat(rows)
+        if double is not None:
+            joined = joined.to(torch.float64 if double else torch.float32)
+        return joined if answers_in_torch(X) else joined.numpy()
+
+    def _labels(self, best: Any) -> Any:
+        """Labels of classes given by their positions: a tensor if these are one, and numbers."""
+        classes: np.ndarray = self.classes_
+        if isinstance(best, torch.Tensor):
+            if classes.dtype.kind in "biuf":
+                return torch.from_numpy(classes.copy()).to(best.device)[best]
+            best = best.cpu().numpy()
+        return classes[best]
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        return BaseEstimator.__repr__(self._for_display(), N_CHAR_MAX)
+
+    def _for_display(self) -> BaseEstimator:
+        """An estimator of the same name and parameters, but with one line for a module."""
+        # Not of this class: scikit-learn breaks the lines of those that keep its own `__repr__`.
+        kind = type(self)
+        twin: Any = object.__new__(
+            type(kind.__name__, (BaseEstimator,), {"__init__": kind.__init__})
+        )
+        for name, value in self.get_params(deep=False).items():
+            if isinstance(value, TorchEstimator):
+                value = value._for_display()
+            elif isinstance(value, nn.Module):
+                value = _Text(describe(value))
+            setattr(twin, name, value)
+        return cast(BaseEstimator, twin)
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
         modules = {k: v for k, v in state.items() if isinstance(v, nn.Module)}
@@ -230,6 +273,24 @@ class TorchEstimator(BaseEstimator):
         tags.input_tags.two_d_array = True
         tags.input_tags.three_d_array = False
         return tags
+
+
+class _Text:
+    """Something whose repr is a given text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def answers_in_torch(X: Any) -> bool:
+    """Whether answers for `X` are tensors: it is one, and scikit-learn's array API dispatch is on.
+
+    Without dispatch they are NumPy arrays, whatever `X` is.
+    """
+    return isinstance(X, torch.Tensor) and bool(get_config()["array_api_dispatch"])
 
 
 def check_normalisation(frozen: FrozenModel, X: Images) -> None:

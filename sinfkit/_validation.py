@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn import get_config
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d, validate_data
 
@@ -19,7 +20,12 @@ Images = np.ndarray | torch.Tensor
 
 
 def validate_X(
-    estimator: Any, X: Any, *, reset: bool, input_shape: tuple[int, ...] | None = None
+    estimator: Any,
+    X: Any,
+    *,
+    reset: bool,
+    input_shape: tuple[int, ...] | None = None,
+    finite: bool = True,
 ) -> Images:
     """Check samples and give them the shape that the network takes.
 
@@ -35,6 +41,9 @@ n_features)
         True in ``fit``.
     input_shape : tuple of int, optional
         Shape of one sample; lets flattened 2-D `X` through.
+    finite : bool, default=True
+        Whether tensors are searched for NaN and infinity here, for which the host waits for their
+        device.  False: the caller does.
 
     Returns
     -------
@@ -47,7 +56,7 @@ n_features)
         For a wrong shape, NaN or infinity, or no samples; the message names what and where.
     """
     if isinstance(X, torch.Tensor):
-        checked: Images = _validate_tensor(estimator, X, reset=reset)
+        checked: Images = _validate_tensor(estimator, X, reset=reset, finite=finite)
     else:
         checked = validate_data(
             estimator,
@@ -103,7 +112,7 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
     return y
 
 
-def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool) -> torch.Tensor:
+def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool, finite: bool) -> torch.Tensor:
     """`validate_data` for tensors, which stay on their device."""
     X = X.detach()
     if X.ndim < 2:
@@ -114,7 +123,8 @@ def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool) -> torch.T
         raise ValueError("Complex data not supported")
     if X.dtype not in (torch.uint8, torch.float32, torch.float64):
         X = X.to(torch.float32 if X.is_floating_point() else torch.float64)
-    if X.is_floating_point() and not bool(torch.isfinite(X).all()):
+    finite = finite and not get_config()["assume_finite"]
+    if finite and X.is_floating_point() and not bool(torch.isfinite(X).all()):
         raise ValueError(f"X contains NaN or infinity, as {type(estimator).__name__} cannot use.")
     if reset:
         estimator.n_features_in_ = int(X.shape[1])

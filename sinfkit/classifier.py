@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn import get_config
 from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._base import Calibration, TorchEstimator, all_or_nothing
+from ._base import Calibration, TorchEstimator, all_or_nothing, answers_in_torch
 from ._calls import caller_level
 from ._validation import hold_out, validate_X, validate_y
 from .builder import ANSWERS, Builder, Built, Held, Plan, Settings
@@ -600,7 +601,7 @@ n_features)
             self.clusterer_.device_ = self.device_
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Any:
         """Predict the class of each sample.
 
         Parameters
@@ -610,11 +611,12 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples,)
+            Under scikit-learn's array API dispatch, a Tensor on the device of `X` where that is a
+            Tensor and labels are numbers.
         """
-        best = self.predict_proba(X).argmax(1)
-        return self.classes_[best]
+        return self._labels(self.predict_proba(X).argmax(1))
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: Any) -> Any:
         """Class probabilities: the routed subgraph's answer fused with the router's.
 
         Parameters
@@ -624,15 +626,17 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples, n_classes)
-            Rows sum to 1; columns as in `classes_`.
+            Rows sum to 1; columns as in `classes_`.  A Tensor as with `predict`.
         """
         check_is_fitted(self)
-        X = validate_X(self, X, reset=False)
+        late = answers_in_torch(X) and not get_config()["assume_finite"]
+        X = validate_X(self, X, reset=False, finite=not late)
+        home, run = self._home(X), self.network_.forward_finite if late else self.network_
         with torch.inference_mode():
-            batches = self._batcher(self.network_).raw(X)
-            return torch.cat([self.network_(x).cpu() for x in batches]).numpy()
+            rows = [run(x).to(home) for x in self._batcher(self.network_).raw(X)]
+        return self._joined(rows, X)
 
-    def predict_cluster(self, X: Any) -> np.ndarray:
+    def predict_cluster(self, X: Any) -> Any:
         """Predict the semantic cluster of each sample; runs the prefix and the router only.
 
         Parameters
@@ -642,13 +646,16 @@ n_features)
         Returns
         -------
         int ndarray of shape (n_samples,)
-            Positions in `cluster_names_`.
+            Positions in `cluster_names_`.  Under scikit-learn's array API dispatch, a Tensor on the
+            device of `X` where that is a Tensor.
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
+        home = self._home(X)
         with torch.inference_mode():
             batches = self._batcher(self.network_).raw(X)
-            return torch.cat([self.network_.route(x).cluster.cpu() for x in batches]).numpy()
+            rows = [self.network_.route(x).cluster.to(home) for x in batches]
+        return self._joined(rows, X)
 
     def runtime(
         self,

@@ -233,7 +233,7 @@ n_features)
         self.class_clusters_ = group_classes(self.affinity_, n_clusters, limit)
         self.cluster_names_ = np.arange(n_clusters)
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Any:
         """Predict the cluster of each sample.
 
         Parameters
@@ -243,11 +243,12 @@ n_features)
         Returns
         -------
         int ndarray of shape (n_samples,)
-            Positions in `cluster_names_`.
+            Positions in `cluster_names_`.  Under scikit-learn's array API dispatch, a Tensor on the
+            device of `X` where that is a Tensor.
         """
-        return self._posterior(X).argmax(1).numpy()
+        return self._joined([self._posterior(X).argmax(1)], X)
 
-    def transform(self, X: Any) -> np.ndarray:
+    def transform(self, X: Any) -> Any:
         """Compute the route probability of each cluster.
 
         Parameters
@@ -257,19 +258,19 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples, n_clusters)
-            Rows sum to 1; float64 for float64 `X`, float32 otherwise.
+            Rows sum to 1; float64 for float64 `X`, float32 otherwise.  A Tensor as with `predict`.
         """
-        posterior = self._posterior(X).numpy()
         double = getattr(X, "dtype", None) in (np.float64, torch.float64)
-        return posterior.astype(np.float64 if double else np.float32, copy=False)
+        return self._joined([self._posterior(X)], X, double)
 
     def _posterior(self, X: Any) -> Tensor:
-        """Cluster probabilities on the host."""
+        """Cluster probabilities, on the host or where `X` is."""
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        clusters = torch.as_tensor(self.class_clusters_)
+        home = self._home(X)
+        clusters = torch.as_tensor(self.class_clusters_).to(home)
         with torch.inference_mode():
-            log_p = [self.network_(x).cpu() for x in self._batcher(self.network_)(X)]
+            log_p = [self.network_(x).to(home) for x in self._batcher(self.network_)(X)]
         return cluster_posterior(torch.cat(log_p), clusters, len(self.cluster_names_))
 
     @property

@@ -329,7 +329,7 @@ n_features)
             verbose=self.verbose,
         )
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Any:
         """Predict the class of each sample.
 
         Parameters
@@ -339,11 +339,12 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples,)
+            Under scikit-learn's array API dispatch, a Tensor on the device of `X` where that is a
+            Tensor and labels are numbers.
         """
-        best = self.predict_proba(X).argmax(1)
-        return self.classes_[best]
+        return self._labels(self.predict_proba(X).argmax(1))
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: Any) -> Any:
         """Softmax of the smaller network's outputs.
 
         Parameters
@@ -353,16 +354,19 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples, n_classes)
-            float64 for float64 networks, float32 otherwise; columns as in `classes_`.
+            float64 for float64 networks, float32 otherwise; columns as in `classes_`.  A Tensor as
+            with `predict`.
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        batcher = self._batcher(self.model_)
+        home = self._home(X)
         with torch.inference_mode():
-            rows = [torch.softmax(self.model_(x), 1).cpu() for x in batcher(X)]
-        return torch.cat(rows).numpy()
+            rows = [
+                torch.softmax(self.model_(x), 1).to(home) for x in self._batcher(self.model_)(X)
+            ]
+        return self._joined(rows, X)
 
-    def transform(self, X: Any) -> np.ndarray:
+    def transform(self, X: Any) -> Any:
         """Compute the smaller network's penultimate features.
 
         Parameters
@@ -372,16 +376,15 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples, n_features_out)
-            Input of the output layer; float64 for float64 `X`, float32 otherwise.
+            Input of the output layer; float64 for float64 `X`, float32 otherwise.  A Tensor as with
+            `predict`.
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        batcher = self._batcher(self.model_)
-        features = penultimate(self.model_, self._output)
+        home, features = self._home(X), penultimate(self.model_, self._output)
         with torch.inference_mode():
-            rows = torch.cat([pool(features(x), 1).cpu() for x in batcher(X)])
-        double = X.dtype in (np.float64, torch.float64)
-        return rows.numpy().astype(np.float64 if double else np.float32, copy=False)
+            rows = [pool(features(x), 1).to(home) for x in self._batcher(self.model_)(X)]
+        return self._joined(rows, X, X.dtype in (np.float64, torch.float64))
 
     @property
     def _n_features_out(self) -> int:
