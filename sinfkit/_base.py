@@ -24,9 +24,12 @@ from ._validation import (
     Images,
     check_channels,
     match_classes,
+    mean,
+    validate_weight,
     validate_X,
     validate_y,
     warn_if_mismatched,
+    without_zeros,
 )
 from .frozen import FrozenModel, as_frozen, describe
 from .graph import output_layer, trace
@@ -78,6 +81,8 @@ class Calibration:
     example : Tensor of shape (1, ...)
         One normalised sample.
     seed : int
+    weight : ndarray of shape (n_samples,) or None
+        How many times each sample counts, larger than 0; None where all count once.
     """
 
     frozen: FrozenModel
@@ -90,6 +95,11 @@ class Calibration:
     batcher: Batcher
     example: torch.Tensor
     seed: int
+    weight: np.ndarray | None = None
+
+    def weights(self, index: np.ndarray) -> np.ndarray | None:
+        """How many times each of the samples `index` counts; None where all count once."""
+        return None if self.weight is None else self.weight[index]
 
     @functools.cached_property
     def key(self) -> tuple[str, ...]:
@@ -117,8 +127,13 @@ class TorchEstimator(BaseEstimator):
     random_state: Any
     verbose: int
 
-    def _calibrate(self, X: Any, y: Any, classes: Any = None) -> Calibration:
-        """Validate everything that ``fit`` is given, and trace the network."""
+    def _calibrate(
+        self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
+    ) -> Calibration:
+        """Validate everything that ``fit`` is given, and trace the network.
+
+        Samples of weight 0 are left out here, so that nothing behind knows of them.
+        """
         if not isinstance(self.batch_size, (int, np.integer)) or self.batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}.")
         device = resolve_device(self.device)
@@ -128,13 +143,14 @@ class TorchEstimator(BaseEstimator):
         )
         check_channels(X)
         y = validate_y(y, len(X))
+        X, y, weight = without_zeros(X, y, validate_weight(sample_weight, len(X)))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if frozen is None:
             if self.model_classes is not None:
                 raise ValueError(
                     "model_classes describes the outputs of `model`, but model is None."
                 )
-            frozen = _train_default(X, y, device, seed, self.verbose)
+            frozen = _train_default(X, y, device, seed, self.verbose, weight)
         module = frozen.module(device)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         batcher = Batcher(frozen, device, dtype, int(self.batch_size))
@@ -158,6 +174,7 @@ class TorchEstimator(BaseEstimator):
             batcher,
             example,
             seed,
+            weight,
         )
 
     def _check_base(self, logits: torch.Tensor, calibration: Calibration) -> None:
@@ -176,7 +193,7 @@ class TorchEstimator(BaseEstimator):
         known = calibration.codes >= 0
         columns = torch.as_tensor(calibration.table.outputs)
         answers = logits[torch.as_tensor(known)][:, columns].argmax(1).cpu().numpy()
-        accuracy = float(np.mean(answers == calibration.codes[known]))
+        accuracy = mean(answers == calibration.codes[known], calibration.weights(known))
         warn_if_mismatched(accuracy, len(calibration.table.classes), int(known.sum()))
 
     def _batcher(self, module: nn.Module) -> Batcher:
@@ -329,7 +346,12 @@ def _n_outputs(module: nn.Module, example: torch.Tensor) -> int:
 
 
 def _train_default(
-    X: Images, y: np.ndarray, device: torch.device, seed: int, verbose: int
+    X: Images,
+    y: np.ndarray,
+    device: torch.device,
+    seed: int,
+    verbose: int,
+    weight: np.ndarray | None,
 ) -> FrozenModel:
     """Train the small default network on the calibration samples themselves."""
     from .models import default_network, train_network
@@ -357,6 +379,7 @@ def _train_default(
         epochs=epochs,
         mean=mean.tolist(),
         std=std.tolist(),
+        sample_weight=weight,
         device=device,
         random_state=seed,
         verbose=verbose,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from sklearn import get_config
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import column_or_1d, validate_data
+from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
 from ._calls import caller_level
 from .frozen import FrozenModel
@@ -110,6 +110,67 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
     if len(y) != n_samples:
         raise ValueError(f"X has {n_samples} samples, but y has {len(y)} labels.")
     return y
+
+
+def validate_weight(
+    sample_weight: Any, n_samples: int, name: str = "sample_weight"
+) -> np.ndarray | None:
+    """Check how many times each sample counts.
+
+    Parameters
+    ----------
+    sample_weight : array-like or Tensor of shape (n_samples,), or None
+    n_samples : int
+    name : str, default="sample_weight"
+        For messages.
+
+    Returns
+    -------
+    ndarray of shape (n_samples,) or None
+        Float64; None where each sample counts once.
+
+    Raises
+    ------
+    ValueError
+        For a single number, a wrong length, what is not finite or negative, or zeros throughout.
+    """
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, torch.Tensor):
+        sample_weight = sample_weight.detach().cpu().numpy()
+    if np.ndim(sample_weight) == 0:
+        raise ValueError(
+            f"{name} must hold one number for each of the {n_samples} samples, got "
+            f"{sample_weight!r}."
+        )
+    weight = check_array(sample_weight, ensure_2d=False, dtype=np.float64, input_name=name)
+    if weight.shape != (n_samples,):
+        raise ValueError(
+            f"{name} must hold one number for each of the {n_samples} samples, got shape "
+            f"{weight.shape}."
+        )
+    if (weight < 0).any():
+        raise ValueError(f"{name} must not be negative, but its smallest value is {weight.min()}.")
+    if not weight.any():
+        raise ValueError(f"{name} holds only zeros; at least one sample weight must not be zero.")
+    return None if (weight == 1).all() else weight
+
+
+def without_zeros(
+    X: Images, y: np.ndarray, weight: np.ndarray | None
+) -> tuple[Images, np.ndarray, np.ndarray | None]:
+    """Leave samples of weight 0 out; weights of 1 throughout become None."""
+    if weight is None or weight.all():
+        return X, y, weight
+    kept = np.flatnonzero(weight)
+    rows = torch.as_tensor(kept, device=X.device) if isinstance(X, torch.Tensor) else kept
+    weight = weight[kept]
+    return X[rows], y[kept], None if (weight == 1).all() else weight
+
+
+def mean(values: np.ndarray, weight: np.ndarray | None = None) -> float:
+    """Mean over samples, of which some may count more than others."""
+    return float(np.mean(values) if weight is None else np.average(values, weights=weight))
 
 
 def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool, finite: bool) -> torch.Tensor:
