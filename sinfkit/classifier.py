@@ -18,7 +18,7 @@ from torch import nn
 
 from ._base import Calibration, TorchEstimator, all_or_nothing, answers_in_torch
 from ._calls import caller_level
-from ._validation import hold_out, validate_X, validate_y
+from ._validation import hold_out, validate_weight, validate_X, validate_y, without_zeros
 from .builder import ANSWERS, Builder, Built, Held, Plan, Settings
 from .clusterer import SemanticClusterer
 from .cuts import rank_candidates, try_cuts, usable_cuts
@@ -29,7 +29,7 @@ from .report import SINFReport, make_report
 from .runtime import Runtime
 from .schedules import OutOfReachError
 from .search import LADDER, Goal, Outcome, Size, climb
-from .subgraph import make_recipe, warn_about_whole
+from .subgraph import check_weighted, make_recipe, warn_about_whole
 
 _ROUTE_SAMPLES = 5_000
 # Of the ladder: two fifths of the multiplications stay.
@@ -233,7 +233,16 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         self.verbose = verbose
 
     @all_or_nothing
-    def fit(self, X: Any, y: Any, *, X_val: Any = None, y_val: Any = None) -> SINFClassifier:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+    ) -> SINFClassifier:
         """Group the classes, place the route predictor, extract and repair the subgraphs.
 
         Parameters
@@ -243,11 +252,16 @@ n_features)
             Calibration samples; uint8 images are divided by 255.
         y : array-like of shape (n_samples,)
             Their labels; every class of the model must occur.
+        sample_weight : array-like of shape (n_samples,), optional
+            How many times each sample counts, in scores, router, repair and held-out choices: 2
+            stands for the sample twice, 0 for none.  Default: once.
         X_val : array-like or Tensor of shape (n_held_out, ...), optional
             Held-out samples for the automatic choices.  Give samples that the base network was NOT
             trained on: on samples that it has memorised it is too sure of itself.  Default: a part
             of `X`.
         y_val : array-like of shape (n_held_out,), optional
+        sample_weight_val : array-like of shape (n_held_out,), optional
+            How many times each of these counts.
 
         Returns
         -------
@@ -256,7 +270,8 @@ n_features)
         Raises
         ------
         ValueError
-            For a parameter out of range, or samples or labels that do not fit the model.
+            For a parameter out of range, samples, labels or weights that do not fit the model or
+            each other, or weights where a criterion knows none.
         TypeError
             If `model` is not a module.
         """
@@ -272,9 +287,11 @@ n_features)
             "least_squares",
             {"penalty": pruner.penalty},
         )
-        calibration = self._calibrate(X, y)
+        calibration = self._calibrate(X, y, sample_weight=sample_weight)
+        for one in (recipe, prefix_recipe):
+            check_weighted(one, calibration.weight)
         rng = np.random.default_rng(calibration.seed)
-        index, held = self._hold_out(calibration, X_val, y_val, rng)
+        index, held = self._hold_out(calibration, X_val, y_val, sample_weight_val, rng)
         builder = Builder(
             calibration,
             index,
@@ -352,9 +369,11 @@ n_features)
             return [Plan(cuts[0], clusterer, size)]
 
         def grouping(one: SemanticClusterer) -> Any:
-            def group_classes(features: Any, y: np.ndarray, route: Any) -> np.ndarray:
+            def group_classes(
+                features: Any, y: np.ndarray, route: Any, weight: np.ndarray | None
+            ) -> np.ndarray:
                 one.classes_ = calibration.table.classes
-                one._group(features, y, route, calibration.seed)
+                one._group(features, y, route, calibration.seed, weight)
                 return one.class_clusters_
 
             return group_classes
@@ -364,8 +383,8 @@ n_features)
             calibration,
             cuts,
             builder.settings.recipe,
-            train=(builder.batches(few), calibration.codes[few]),
-            held=(builder.held_batches(), builder.held.codes),
+            train=(builder.batches(few), calibration.codes[few], calibration.weights(few)),
+            held=(builder.held_batches(), builder.held.codes, builder.held.weight),
             base_logits=builder.base_logits,
             groupings={n: grouping(clone(one)) for n, one in clusterers.items()},
             pool_size=clusterer.pool_size,
@@ -475,10 +494,10 @@ n_features)
             )
         if self.target_speedup is not None or self.confidence_threshold != "auto":
             return
-        lost = built.lost
-        if lost.mean() - lost.std() / len(lost) ** 0.5 > self.max_accuracy_drop:
+        drop = built.outcome.drop
+        if drop - built.drop_error > self.max_accuracy_drop:
             warnings.warn(
-                f"On held-out samples the routed network loses {lost.mean():.1%} of accuracy, "
+                f"On held-out samples the routed network loses {drop:.1%} of accuracy, "
                 f"more than max_accuracy_drop={self.max_accuracy_drop}, whatever the thresholds. "
                 "A larger budget of the pruner (smaller ratios), or more repair_samples, keep "
                 "more; fallback='base' lets unsure samples through the whole network.",
@@ -550,19 +569,30 @@ n_features)
             )
 
     def _hold_out(
-        self, calibration: Calibration, X_val: Any, y_val: Any, rng: np.random.Generator
+        self,
+        calibration: Calibration,
+        X_val: Any,
+        y_val: Any,
+        weight_val: Any,
+        rng: np.random.Generator,
     ) -> tuple[np.ndarray, Held]:
         """Return fitting indices, and the held-out samples."""
         if X_val is None:
             if y_val is not None:
                 raise ValueError("y_val is given without X_val.")
+            if weight_val is not None:
+                raise ValueError("sample_weight_val is given without X_val.")
             fit, held = hold_out(calibration.codes, self.validation_fraction, rng)
-            return fit, Held(calibration.X, held, calibration.codes[held])
+            codes = calibration.codes[held]
+            return fit, Held(calibration.X, held, codes, calibration.weights(held))
         X_val = validate_X(self, X_val, reset=False)
-        codes = calibration.table.encode(validate_y(y_val, len(X_val)))
+        y_val = validate_y(y_val, len(X_val))
+        weight = validate_weight(weight_val, len(X_val), "sample_weight_val")
+        X_val, y_val, weight = without_zeros(X_val, y_val, weight)
+        codes = calibration.table.encode(y_val)
         if (codes < 0).any():
             raise ValueError("y_val has labels that are not in y.")
-        return np.arange(len(calibration.codes)), Held(X_val, np.arange(len(codes)), codes)
+        return np.arange(len(calibration.codes)), Held(X_val, np.arange(len(codes)), codes, weight)
 
     def _link(self) -> None:
         """Let `clusterer_` route through this network's own prefix, which is stored once."""

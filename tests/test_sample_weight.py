@@ -13,16 +13,26 @@ from torch import nn
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
 from sinfkit._ridge import fit_ridge
 from sinfkit._validation import validate_weight
+from sinfkit.assembly import ROUTER_WEIGHTS, HeldOut, choose_weight
 from sinfkit.capability import discriminative_capability
+from sinfkit.clusterer import activation_affinity, confusion_affinity
 from sinfkit.graph import trace
 from sinfkit.moments import gather_moments
 from sinfkit.probe import fit_probe
 from sinfkit.repair import repair
+from sinfkit.routing import choose_exit, choose_threshold, fit_route_predictor
 from sinfkit.scores import CRITERIA
 from sinfkit.surgery import slice_channels
 from sinfkit.training import train_network
 
 UNWEIGHTED = {"dcs_shuffled", "mmd"}
+CHOSEN = (
+    "router_weight_",
+    "confidence_threshold_",
+    "exit_threshold_",
+    "temperatures_",
+    "route_accuracy_",
+)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +191,7 @@ def test_pruner(repair, frozen, data):
     np.testing.assert_allclose(weighted, twice, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", [DCSPruner])
+@pytest.mark.parametrize("kind", [DCSPruner, SemanticClusterer, SINFClassifier])
 def test_weight_zero_is_no_sample_and_weight_one_is_no_weight(kind, frozen, data):
     X, y, weight = data
     method = "transform" if kind is SemanticClusterer else "predict_proba"
@@ -203,7 +213,7 @@ def test_weight_zero_is_no_sample_and_weight_one_is_no_weight(kind, frozen, data
     np.testing.assert_array_equal(gone, answers(*tensors, sample_weight=torch.as_tensor(weight)))
 
 
-@pytest.mark.parametrize("kind", [DCSPruner])
+@pytest.mark.parametrize("kind", [DCSPruner, SemanticClusterer, SINFClassifier])
 def test_nearly_equal_weights_give_nearly_what_none_give(kind, frozen, data):
     # The same splits, and nothing jumps where weights come in.
     X, y, _ = data
@@ -238,6 +248,134 @@ def test_wrong_weights(kind, weight, match, frozen, data):
 def test_whole_numbers_are_weights():
     assert validate_weight([1, 1], 2) is None
     assert validate_weight([1, 2], 2).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("method", ["confusion", "activation"])
+def test_affinities(method):
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 4
+    x = torch.as_tensor(rng.normal(size=(80, 6)) + rng.normal(size=(4, 6))[y])
+    weight = rng.integers(1, 4, 80)
+    x2, y2 = x.repeat_interleave(torch.as_tensor(weight), 0), np.repeat(y, weight)
+    if method == "activation":
+        found, twice = activation_affinity(x, y, weight.astype(float)), activation_affinity(x2, y2)
+        np.testing.assert_allclose(found, twice, rtol=1e-6)
+        assert np.abs(found - activation_affinity(x, y)).max() > 0.01
+    else:
+        # Halves are drawn from the samples: equal for equal weights, and near for others.
+        found = confusion_affinity(x, y, 0.01, 0, np.full(80, 3.0))
+        np.testing.assert_allclose(found, confusion_affinity(x, y, 0.01, 0), atol=1e-6)
+        # What is worth next to nothing counts next to nothing.
+        weight = np.where(np.arange(80) < 60, 1.0, 1e-9)
+        found = confusion_affinity(x, y, 0.01, 0, weight)
+        x[60:] += 5.0 * torch.as_tensor(rng.normal(size=(20, 6)))
+        np.testing.assert_allclose(found, confusion_affinity(x, y, 0.01, 0, weight), atol=1e-5)
+
+
+def test_route_predictor():
+    rng = np.random.default_rng(0)
+    y, y_held = np.arange(60) % 3, np.arange(40) % 3
+    x = torch.as_tensor(rng.normal(size=(60, 6)) + rng.normal(size=(3, 6))[y])
+    held = torch.as_tensor(rng.normal(size=(40, 6)) + rng.normal(size=(3, 6))[y_held])
+    a, b = rng.integers(1, 4, 60), rng.integers(1, 4, 40)
+    found = fit_route_predictor(
+        x, y, held, y_held, pool_size=1, weight=a.astype(float), held_out_weight=b.astype(float)
+    )
+    twice = fit_route_predictor(
+        x.repeat_interleave(torch.as_tensor(a), 0),
+        np.repeat(y, a),
+        held.repeat_interleave(torch.as_tensor(b), 0),
+        np.repeat(y_held, b),
+        pool_size=1,
+    )
+    assert found.penalty == twice.penalty
+    close = torch.testing.assert_close
+    close(found.predictor.weight, twice.predictor.weight, rtol=1e-2, atol=1e-3)
+    close(
+        found.log_posterior.repeat_interleave(torch.as_tensor(b), 0),
+        twice.log_posterior,
+        rtol=1e-2,
+        atol=1e-2,
+    )
+
+
+def test_thresholds():
+    rng = np.random.default_rng(0)
+    confidence = rng.random(200)
+    first, second = rng.random(200) < 0.5 + confidence / 2, rng.random(200) < 0.9
+    weight = rng.integers(1, 5, 200)
+    again = [np.repeat(a, weight) for a in (confidence, first, second)]
+    for choose in (choose_threshold, choose_exit):
+        chosen = []
+        for target in (0.7, 0.8, 0.85, 0.88, 0.99):
+            found = choose(confidence, first, second, target=target, weight=weight.astype(float))
+            assert found == choose(*again, target=target)
+            chosen.append(found == choose(confidence, first, second, target=target))
+        assert not all(chosen)
+
+
+def test_router_weight_and_temperatures():
+    rng = np.random.default_rng(0)
+    n, k = 60, 4
+    codes, cluster = rng.integers(0, k, n), torch.as_tensor(rng.integers(0, 2, n))
+    logits = rng.normal(size=(2, n, k)) + 2 * np.eye(k)[codes]
+    log_p = torch.log_softmax(torch.as_tensor(logits[0]), 1)
+    held = HeldOut(log_p, cluster, torch.ones(n), torch.as_tensor(3 * logits[1]))
+    weight = rng.integers(0, 6, n) + 1
+    rows = torch.arange(n).repeat_interleave(torch.as_tensor(weight))
+    again = HeldOut(*(part[rows] for part in (log_p, cluster, held.confidence, held.logits)))
+    answered = torch.ones(2, k, dtype=torch.bool)
+    found = choose_weight(held, codes, answered, ROUTER_WEIGHTS, weight.astype(float))
+    twice = choose_weight(again, codes[rows], answered, ROUTER_WEIGHTS)
+    assert found[0] == twice[0] and found[1].tolist() == twice[1].tolist()
+    # Less than ten samples' worth is too little for a temperature.
+    little = choose_weight(held, codes, answered, ROUTER_WEIGHTS, np.full(n, 9.0 / n))
+    assert little[1].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("fallback", ["none", "base", "topk"])
+def test_sinf_with_given_held_out_samples(fallback, frozen, data):
+    X, y, weight = data
+    X_val, y_val = blobs(n_classes=4, per_class=15, seed=3, noise=1.5)
+    weight_val = np.random.default_rng(2).integers(0, 4, len(y_val))
+    sinf = SINFClassifier(
+        frozen,
+        clusterer=SemanticClusterer(method="given", mapping={"a": [0, 1], "b": [2, 3]}),
+        pruner=DCSPruner(repair="static_least_squares"),
+        prefix_criterion="dcs",
+        route_layer="3",
+        fallback=fallback,
+        answers="cluster",  # which samples go where is then no matter of the probe's last digits
+        random_state=0,
+        device="cpu",
+    )
+    sinf.set_params(prefix_ratio=0.0)
+    weighted = sinf.fit(X, y, weight, X_val=X_val, y_val=y_val, sample_weight_val=weight_val)
+    found, row = weighted.predict_proba(X_val), weighted.search_results_[0]
+    chosen = {name: getattr(weighted, name) for name in CHOSEN}
+    val = repeated(X_val, y_val, weight_val)
+    twice = sinf.fit(*repeated(*data), X_val=val[0], y_val=val[1])
+    # The probe is solved to three digits.
+    np.testing.assert_allclose(found, twice.predict_proba(X_val), atol=2e-2)
+    for name, value in row.items():
+        assert value == pytest.approx(twice.search_results_[0][name], abs=1e-6), name
+    for name, value in chosen.items():
+        np.testing.assert_allclose(value, getattr(twice, name), atol=1e-2, err_msg=name)
+    plain = sinf.fit(X, y, X_val=X_val, y_val=y_val)
+    assert np.abs(found - plain.predict_proba(X_val)).max() > 0.03
+    with pytest.raises(ValueError, match="sample_weight_val is given without X_val"):
+        sinf.fit(X, y, sample_weight_val=weight_val)
+    with pytest.raises(ValueError, match="sample_weight_val must hold one number for each of"):
+        sinf.fit(X, y, X_val=X_val, y_val=y_val, sample_weight_val=weight)
+
+
+def test_sinf_searches_with_weights(frozen, data):
+    X, y, weight = data
+    fitted = SINFClassifier(frozen, random_state=0, device="cpu").fit(X, y, sample_weight=weight)
+    assert fitted.score(X, y) > 0.6
+    for names in ({"pruner": DCSPruner(criterion="mmd")}, {"prefix_criterion": "mmd"}):
+        with pytest.raises(ValueError, match="'mmd' takes no sample_weight"):
+            SINFClassifier(frozen, **names).fit(X, y, sample_weight=weight)
 
 
 def test_a_class_without_weight_is_missing(frozen, data):
