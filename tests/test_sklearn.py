@@ -39,8 +39,20 @@ from sinfkit import (
 )
 
 
-# No check is expected to fail.
-@parametrize_with_checks([SemanticClusterer(), DCSPruner(), SINFClassifier()])
+def expected_failures(estimator):
+    """One, the same for all three; that it passes would fail the run."""
+    return {
+        "check_sample_weight_equivalence_on_dense_data": (
+            "the default network is trained in random batches, and samples are held out by chance; "
+            "for a given network see test_sample_weight.py"
+        )
+    }
+
+
+@parametrize_with_checks(
+    [SemanticClusterer(), DCSPruner(), SINFClassifier()],
+    expected_failed_checks=expected_failures,
+)
 @pytest.mark.filterwarnings("ignore")
 def test_sklearn_checks(estimator, check):
     check(estimator)
