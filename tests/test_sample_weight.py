@@ -8,7 +8,6 @@ import torch
 from helpers import blobs, small_cnn
 from sklearn import config_context
 from sklearn.model_selection import GridSearchCV, cross_validate
-from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
 from sinfkit._ridge import fit_ridge
@@ -17,6 +16,7 @@ from sinfkit.assembly import ROUTER_WEIGHTS, HeldOut, choose_weight
 from sinfkit.capability import discriminative_capability
 from sinfkit.clusterer import activation_affinity, confusion_affinity
 from sinfkit.graph import trace
+from sinfkit.models import default_network
 from sinfkit.moments import gather_moments
 from sinfkit.probe import fit_probe
 from sinfkit.repair import repair
@@ -453,12 +453,12 @@ def test_default_network_is_trained_with_weights():
     X, y = rng.normal(size=(200, 4)).astype(np.float32), np.arange(200) % 2
     X[:100] += 2 * y[:100, None]  # the first half says one thing, the second the opposite
     X[100:] -= 2 * y[100:, None]
-    network = nn.Linear(4, 2)
+    network = default_network((4,), 2, random_state=0)
     for half in (slice(0, 100), slice(100, 200)):
         weight = np.full(200, 0.01)
         weight[half] = 1.0
         trained = train_network(
-            network, X, y, epochs=5, sample_weight=weight, random_state=0, device="cpu"
+            network, X, y, epochs=10, sample_weight=weight, random_state=0, device="cpu"
         )
         answers = trained(torch.as_tensor(X[half])).argmax(1).numpy()
         assert (answers == y[half]).mean() > 0.8
