@@ -137,11 +137,12 @@ def validate_weight(
     if sample_weight is None:
         return None
     if isinstance(sample_weight, torch.Tensor):
-        sample_weight = sample_weight.detach().cpu().numpy()
-    if np.ndim(sample_weight) == 0:
+        sample_weight = sample_weight.detach().cpu()
+    sample_weight = np.asarray(sample_weight)
+    if sample_weight.ndim == 0:
         raise ValueError(
             f"{name} must hold one number for each of the {n_samples} samples, got "
-            f"{sample_weight!r}."
+            f"{sample_weight.item()!r}."
         )
     weight = check_array(sample_weight, ensure_2d=False, dtype=np.float64, input_name=name)
     if weight.shape != (n_samples,):
