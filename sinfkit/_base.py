@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import joblib
 import numpy as np
 import torch
+from sklearn import get_config
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from torch import fx, nn
@@ -25,11 +26,14 @@ from ._validation import (
     check_channels,
     hold_out,
     match_classes,
+    mean,
+    validate_weight,
     validate_X,
     validate_y,
     warn_if_mismatched,
+    without_zeros,
 )
-from .frozen import FrozenModel, as_frozen
+from .frozen import FrozenModel, as_frozen, describe
 from .graph import output_layer, trace
 from .surgery import ChannelGroup, find_groups
 
@@ -79,6 +83,8 @@ class Calibration:
     example : Tensor of shape (1, ...)
         One normalised sample.
     seed : int
+    weight : ndarray of shape (n_samples,) or None
+        How many times each sample counts, larger than 0; None where all count once.
     """
 
     frozen: FrozenModel
@@ -91,6 +97,11 @@ class Calibration:
     batcher: Batcher
     example: torch.Tensor
     seed: int
+    weight: np.ndarray | None = None
+
+    def weights(self, index: np.ndarray) -> np.ndarray | None:
+        """How many times each of the samples `index` counts; None where all count once."""
+        return None if self.weight is None else self.weight[index]
 
     @functools.cached_property
     def key(self) -> tuple[str, ...]:
@@ -136,12 +147,18 @@ class TorchEstimator(BaseEstimator):
     verbose: int
 
     def _calibrate(
-        self, X: Any, y: Any, classes: Any = None, held_out: float | None = None
+        self,
+        X: Any,
+        y: Any,
+        classes: Any = None,
+        sample_weight: Any = None,
+        held_out: float | None = None,
     ) -> Calibration:
         """Validate everything that ``fit`` is given, and trace the network.
 
-        A network that is trained here does not see the samples that ``hold_out`` gives for the
-        share `held_out` and a generator of the calibration's seed.
+        Samples of weight 0 are left out here, so that nothing behind knows of them.  A network that
+        is trained here does not see the samples that ``hold_out`` gives for the share `held_out`
+        and a generator of the calibration's seed.
         """
         if not isinstance(self.batch_size, (int, np.integer)) or self.batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}.")
@@ -152,6 +169,7 @@ class TorchEstimator(BaseEstimator):
         )
         check_channels(X)
         y = validate_y(y, len(X))
+        X, y, weight = without_zeros(X, y, validate_weight(sample_weight, len(X)))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if frozen is None:
             if self.model_classes is not None:
@@ -159,7 +177,8 @@ class TorchEstimator(BaseEstimator):
                     "model_classes describes the outputs of `model`, but model is None."
                 )
             rows = _unseen(y, held_out, seed)
-            frozen = _train_default(X[rows], y[rows], device, seed, self.verbose)
+            seen = None if weight is None else weight[rows]
+            frozen = _train_default(X[rows], y[rows], device, seed, self.verbose, seen)
         module = frozen.module(device)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         batcher = Batcher(frozen, device, dtype, int(self.batch_size))
@@ -183,6 +202,7 @@ class TorchEstimator(BaseEstimator):
             batcher,
             example,
             seed,
+            weight,
         )
 
     def _check_base(self, logits: torch.Tensor, calibration: Calibration) -> None:
@@ -201,7 +221,7 @@ class TorchEstimator(BaseEstimator):
         known = calibration.codes >= 0
         columns = torch.as_tensor(calibration.table.outputs)
         answers = logits[torch.as_tensor(known)][:, columns].argmax(1).cpu().numpy()
-        accuracy = float(np.mean(answers == calibration.codes[known]))
+        accuracy = mean(answers == calibration.codes[known], calibration.weights(known))
         warn_if_mismatched(accuracy, len(calibration.table.classes), int(known.sum()))
 
     def _batcher(self, module: nn.Module) -> Batcher:
@@ -225,6 +245,48 @@ class TorchEstimator(BaseEstimator):
             if isinstance(value, nn.Module) and value is not self.model:
                 value.to(self.device_)
         return self
+
+    def _home(self, X: Any) -> torch.device:
+        """Where answers for `X` go batch by batch: to the host, or where `X` is."""
+        return X.device if answers_in_torch(X) else torch.device("cpu")
+
+    def _joined(self, rows: list[torch.Tensor], X: Any, double: bool | None = None) -> Any:
+        """Join batches of answers to a tensor or an array, see `answers_in_torch`.
+
+        `double` asks for float64 (True) or float32 (False).
+        """
+        # Not in inference mode: what that makes may not be changed in place, as scikit-learn does.
+        joined = torch.cat(rows)
+        if double is not None:
+            joined = joined.to(torch.float64 if double else torch.float32)
+        return joined if answers_in_torch(X) else joined.numpy()
+
+    def _labels(self, best: Any) -> Any:
+        """Labels of classes given by their positions: a tensor if these are one, and numbers."""
+        classes: np.ndarray = self.classes_
+        if isinstance(best, torch.Tensor):
+            if classes.dtype.kind in "biuf":
+                return torch.from_numpy(classes.copy()).to(best.device)[best]
+            best = best.cpu().numpy()
+        return classes[best]
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        return BaseEstimator.__repr__(self._for_display(), N_CHAR_MAX)
+
+    def _for_display(self) -> BaseEstimator:
+        """An estimator of the same name and parameters, but with one line for a module."""
+        # Not of this class: scikit-learn breaks the lines of those that keep its own `__repr__`.
+        kind = type(self)
+        twin: Any = object.__new__(
+            type(kind.__name__, (BaseEstimator,), {"__init__": kind.__init__})
+        )
+        for name, value in self.get_params(deep=False).items():
+            if isinstance(value, TorchEstimator):
+                value = value._for_display()
+            elif isinstance(value, nn.Module):
+                value = _Text(describe(value))
+            setattr(twin, name, value)
+        return cast(BaseEstimator, twin)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
@@ -256,6 +318,24 @@ class TorchEstimator(BaseEstimator):
         tags.input_tags.two_d_array = True
         tags.input_tags.three_d_array = False
         return tags
+
+
+class _Text:
+    """Something whose repr is a given text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def answers_in_torch(X: Any) -> bool:
+    """Whether answers for `X` are tensors: it is one, and scikit-learn's array API dispatch is on.
+
+    Without dispatch they are NumPy arrays, whatever `X` is.
+    """
+    return isinstance(X, torch.Tensor) and bool(get_config()["array_api_dispatch"])
 
 
 def check_normalisation(frozen: FrozenModel, X: Images) -> None:
@@ -304,7 +384,12 @@ def _unseen(y: np.ndarray, held_out: float | None, seed: int) -> np.ndarray | sl
 
 
 def _train_default(
-    X: Images, y: np.ndarray, device: torch.device, seed: int, verbose: int
+    X: Images,
+    y: np.ndarray,
+    device: torch.device,
+    seed: int,
+    verbose: int,
+    weight: np.ndarray | None,
 ) -> FrozenModel:
     """Train the small default network on the calibration samples themselves."""
     from .models import default_network, train_network
@@ -332,6 +417,7 @@ def _train_default(
         epochs=epochs,
         mean=mean.tolist(),
         std=std.tolist(),
+        sample_weight=weight,
         device=device,
         random_state=seed,
         verbose=verbose,

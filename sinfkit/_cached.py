@@ -90,7 +90,7 @@ def score(
     # A function of the user's may depend on what no cache can see.
     if CRITERIA.get(criterion.name) is not criterion or not _stores(memory):
         return _score(None, calibration, groups, statistics, index, classes, recipe, rows)
-    key = (
+    key: tuple[Any, ...] = (
         *calibration.key,
         criterion.name,
         sorted(recipe.options.items()),
@@ -101,6 +101,8 @@ def score(
         calibration.codes[index],
         calibration.table.outputs[classes],
     )
+    if calibration.weight is not None:
+        key = (*key, calibration.weight[index])
     cached = check_memory(memory).cache(
         _score,
         ignore=["calibration", "groups", "statistics", "index", "classes", "recipe", "rows"],
@@ -142,4 +144,5 @@ def _score(
         outputs=calibration.table.outputs[classes].tolist(),
         batches=functools.partial(calibration.batcher, calibration.X if rows is None else rows),
         seed=calibration.seed,
+        weight=calibration.weights(index),
     )

@@ -42,7 +42,12 @@ class RidgeFit:
 
 
 def fit_ridge(
-    X: Tensor, Y: Tensor, n_train: int, alphas: Sequence[float], weight: Tensor
+    X: Tensor,
+    Y: Tensor,
+    n_train: int,
+    alphas: Sequence[float],
+    weight: Tensor,
+    counts: Tensor | None = None,
 ) -> RidgeFit:
     """Fit ``Y ~ X @ coef + intercept`` with a small ``coef``.
 
@@ -61,6 +66,8 @@ def fit_ridge(
         outwards, as long as the error falls.
     weight : Tensor of shape (n_problems, n_outputs)
         Of the outputs, when errors are compared. It does not change the fit with a given penalty.
+    counts : Tensor of shape (n_rows,), optional
+        How many times each row counts, larger than 0; takes a copy of `X`. Default: once.
 
     Returns
     -------
@@ -76,15 +83,20 @@ def fit_ridge(
     """
     centre = X.mean(1, keepdim=True)
     X -= centre
-    products = _Products(X, n_train, centre)
-    alpha, error = _best_alpha(products.system(n_train), X, Y, alphas, double(weight))
+    products = _Products(X, n_train, centre) if counts is None else _Weighed(X, counts, centre)
+    alpha, error = _best_alpha(products.system(n_train), X, Y, alphas, double(weight), counts)
     system = products.system(X.shape[1])
     coef, intercept = system.solve(system.right_hand_side(Y), Y, alpha)
     return RidgeFit(coef, intercept - (double(centre) @ coef)[:, 0], alpha, error)
 
 
 def _best_alpha(
-    system: _System, X: Tensor, Y: Tensor, alphas: Sequence[float], weight: Tensor
+    system: _System,
+    X: Tensor,
+    Y: Tensor,
+    alphas: Sequence[float],
+    weight: Tensor,
+    counts: Tensor | None,
 ) -> tuple[float, float]:
     """The penalty with the smallest error on the rows that are not in a system, and that error."""
     n_train, n_rows = system.X.shape[1], X.shape[1]
@@ -95,7 +107,9 @@ def _best_alpha(
     right_hand_side = system.right_hand_side(Y[:, train])
 
     def error(residual: Tensor) -> float:
-        return float((double(residual.square().sum(1)) * weight).sum())
+        square = residual.square()
+        total = square.sum(1) if counts is None else counts[held].to(square) @ square
+        return float((double(total) * weight).sum())
 
     def attempt(alpha: float) -> tuple[float, float]:
         coef, intercept = system.solve(right_hand_side, Y[:, train], alpha)
@@ -111,7 +125,7 @@ def _best_alpha(
                 break
             best = other
     if n_train < n_rows:
-        best = min(best, (error(Y[:, held] - Y[:, train].mean(1, keepdim=True)), float("inf")))
+        best = min(best, (error(Y[:, held] - system.mean(Y[:, train])), float("inf")))
     return best[1], best[0]
 
 
@@ -124,27 +138,41 @@ class _System:
     noise: Tensor
     by_rows: bool
 
+    @property
+    def size(self) -> int | float:
+        """How many rows there are."""
+        return self.X.shape[1]
+
+    def mean(self, Y: Tensor) -> Tensor:
+        """Mean over rows, of shape (n_problems, 1, n_outputs)."""
+        return Y.mean(1, keepdim=True)
+
+    @property
+    def centre(self) -> Tensor:
+        """Mean of the inputs."""
+        return self.X.mean(1, keepdim=True)
+
     def right_hand_side(self, Y: Tensor) -> Tensor:
         """What the matrix is solved for: one column per output."""
-        Y = Y - Y.mean(1, keepdim=True)
+        Y = Y - self.mean(Y)
         return double(Y) if self.by_rows else _product(self.X, Y)
 
     def solve(self, right_hand_side: Tensor, Y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         """Coefficients and intercept for one penalty."""
         n_problems, _, n_columns = self.X.shape
-        mean = double(Y.mean(1))
+        mean = double(self.mean(Y)[:, 0])
         if alpha == float("inf"):
             return mean.new_zeros(n_problems, n_columns, Y.shape[2]), mean
         coef = torch.cholesky_solve(right_hand_side, self._factor(alpha))
         if self.by_rows:
             coef = double(self.X).transpose(1, 2) @ coef
-        return coef, mean - (double(self.X.mean(1, keepdim=True)) @ coef)[:, 0]
+        return coef, mean - (double(self.centre) @ coef)[:, 0]
 
     def _factor(self, alpha: float) -> Tensor:
         """Cholesky factor of the matrix and its penalty."""
         diagonal = self.matrix.diagonal(dim1=1, dim2=2)
         # The noise keeps rounding from being fitted where inputs are all but constant.
-        penalty = alpha * diagonal.sum(1) / self.X.shape[2] + self.X.shape[1] * self.noise
+        penalty = alpha * diagonal.sum(1) / self.X.shape[2] + self.size * self.noise
         penalty = torch.where(penalty > 0, penalty, torch.ones_like(penalty))
         for _ in range(_ATTEMPTS):
             matrix = self.matrix.clone()
@@ -181,6 +209,57 @@ class _Products:
             mean = double(X.mean(1))
             matrix = matrix - n_rows * mean[:, :, None] * mean[:, None]
         return _System(X, matrix, self.noise, self.by_rows)
+
+
+@dataclass(frozen=True)
+class _WeighedSystem(_System):
+    """The same for rows that count differently: `X` is centred, and multiplied by their roots."""
+
+    counts: Tensor
+    middle: Tensor
+
+    @property
+    def size(self) -> float:
+        """How many rows there are, each as often as it counts."""
+        return float(self.counts.sum())
+
+    def mean(self, Y: Tensor) -> Tensor:
+        """Mean over rows, of shape (n_problems, 1, n_outputs)."""
+        return _mean(Y, self.counts)
+
+    @property
+    def centre(self) -> Tensor:
+        """Mean of the inputs."""
+        return self.middle
+
+    def right_hand_side(self, Y: Tensor) -> Tensor:
+        """What the matrix is solved for: one column per output."""
+        Y = (Y - self.mean(Y)) * self.counts.sqrt().to(Y)[:, None]
+        return double(Y) if self.by_rows else _product(self.X, Y)
+
+
+class _Weighed:
+    """Makes systems of rows that count differently."""
+
+    def __init__(self, X: Tensor, counts: Tensor, centre: Tensor) -> None:
+        self.X, self.counts = X, counts
+        rounding = 10 * torch.finfo(X.dtype).eps
+        self.noise = rounding**2 * double(centre).square().mean((1, 2))
+
+    def system(self, n_rows: int) -> _System:
+        """The equations of the first rows: those to train with, or all."""
+        counts = self.counts[:n_rows]
+        middle = _mean(self.X[:, :n_rows], counts)
+        X = (self.X[:, :n_rows] - middle) * counts.sqrt().to(self.X)[:, None]
+        by_rows = X.shape[1] < X.shape[2]
+        matrix = _gram(X.transpose(1, 2)) if by_rows else _gram(X)
+        return _WeighedSystem(X, matrix, self.noise, by_rows, counts, middle)
+
+
+def _mean(X: Tensor, counts: Tensor) -> Tensor:
+    """Mean over rows that count differently, of shape (n_problems, 1, n_columns)."""
+    share = (counts / counts.sum()).to(X)
+    return (share @ X)[:, None]
 
 
 def _gram(X: Tensor) -> Tensor:

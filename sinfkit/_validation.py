@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn import get_config
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import column_or_1d, validate_data
+from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
 from ._calls import caller_level
 from .frozen import FrozenModel
@@ -19,7 +20,12 @@ Images = np.ndarray | torch.Tensor
 
 
 def validate_X(
-    estimator: Any, X: Any, *, reset: bool, input_shape: tuple[int, ...] | None = None
+    estimator: Any,
+    X: Any,
+    *,
+    reset: bool,
+    input_shape: tuple[int, ...] | None = None,
+    finite: bool = True,
 ) -> Images:
     """Check samples and give them the shape that the network takes.
 
@@ -35,6 +41,9 @@ n_features)
         True in ``fit``.
     input_shape : tuple of int, optional
         Shape of one sample; lets flattened 2-D `X` through.
+    finite : bool, default=True
+        Whether tensors are searched for NaN and infinity here, for which the host waits for their
+        device.  False: the caller does.
 
     Returns
     -------
@@ -47,7 +56,7 @@ n_features)
         For a wrong shape, NaN or infinity, or no samples; the message names what and where.
     """
     if isinstance(X, torch.Tensor):
-        checked: Images = _validate_tensor(estimator, X, reset=reset)
+        checked: Images = _validate_tensor(estimator, X, reset=reset, finite=finite)
     else:
         checked = validate_data(
             estimator,
@@ -103,7 +112,69 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
     return y
 
 
-def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool) -> torch.Tensor:
+def validate_weight(
+    sample_weight: Any, n_samples: int, name: str = "sample_weight"
+) -> np.ndarray | None:
+    """Check how many times each sample counts.
+
+    Parameters
+    ----------
+    sample_weight : array-like or Tensor of shape (n_samples,), or None
+    n_samples : int
+    name : str, default="sample_weight"
+        For messages.
+
+    Returns
+    -------
+    ndarray of shape (n_samples,) or None
+        Float64; None where each sample counts once.
+
+    Raises
+    ------
+    ValueError
+        For a single number, a wrong length, what is not finite or negative, or zeros throughout.
+    """
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, torch.Tensor):
+        sample_weight = sample_weight.detach().cpu()
+    sample_weight = np.asarray(sample_weight)
+    if sample_weight.ndim == 0:
+        raise ValueError(
+            f"{name} must hold one number for each of the {n_samples} samples, got "
+            f"{sample_weight.item()!r}."
+        )
+    weight = check_array(sample_weight, ensure_2d=False, dtype=np.float64, input_name=name)
+    if weight.shape != (n_samples,):
+        raise ValueError(
+            f"{name} must hold one number for each of the {n_samples} samples, got shape "
+            f"{weight.shape}."
+        )
+    if (weight < 0).any():
+        raise ValueError(f"{name} must not be negative, but its smallest value is {weight.min()}.")
+    if not weight.any():
+        raise ValueError(f"{name} holds only zeros; at least one sample weight must not be zero.")
+    return None if (weight == 1).all() else weight
+
+
+def without_zeros(
+    X: Images, y: np.ndarray, weight: np.ndarray | None
+) -> tuple[Images, np.ndarray, np.ndarray | None]:
+    """Leave samples of weight 0 out; weights of 1 throughout become None."""
+    if weight is None or weight.all():
+        return X, y, weight
+    kept = np.flatnonzero(weight)
+    rows = torch.as_tensor(kept, device=X.device) if isinstance(X, torch.Tensor) else kept
+    weight = weight[kept]
+    return X[rows], y[kept], None if (weight == 1).all() else weight
+
+
+def mean(values: np.ndarray, weight: np.ndarray | None = None) -> float:
+    """Mean over samples, of which some may count more than others."""
+    return float(np.mean(values) if weight is None else np.average(values, weights=weight))
+
+
+def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool, finite: bool) -> torch.Tensor:
     """`validate_data` for tensors, which stay on their device."""
     X = X.detach()
     if X.ndim < 2:
@@ -114,7 +185,8 @@ def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool) -> torch.T
         raise ValueError("Complex data not supported")
     if X.dtype not in (torch.uint8, torch.float32, torch.float64):
         X = X.to(torch.float32 if X.is_floating_point() else torch.float64)
-    if X.is_floating_point() and not bool(torch.isfinite(X).all()):
+    finite = finite and not get_config()["assume_finite"]
+    if finite and X.is_floating_point() and not bool(torch.isfinite(X).all()):
         raise ValueError(f"X contains NaN or infinity, as {type(estimator).__name__} cannot use.")
     if reset:
         estimator.n_features_in_ = int(X.shape[1])

@@ -157,6 +157,7 @@ def taylor_scores(
     outputs: Sequence[int] | None = None,
     *,
     power: int = 1,
+    sample_weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     r"""First-order Taylor scores of channels, after Molchanov et al. (2017, 2019).
 
@@ -173,6 +174,8 @@ def taylor_scores(
         stands for all.
     power : {1, 2}, default=1
         Of each sample's change of the loss, before the mean over samples is taken.
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, in the order of the batches. Default: once.
 
     Returns
     -------
@@ -216,6 +219,7 @@ def taylor_scores(
     wanted = {key: node for node, key in first_key.items()}
     axes = {key: channel_axis(gm, node) for key, node in wanted.items()}
     totals: dict[str, Tensor] = {}
+    weights = None if sample_weight is None else _Slices(sample_weight.double())
 
     def attend(key: str, value: Tensor) -> None:
         if not value.requires_grad:
@@ -225,7 +229,10 @@ def taylor_scores(
 
         def add(gradient: Tensor) -> None:
             change = _over_positions(numbers * gradient, axes[key]).abs().double()
-            score = change.pow(power).sum(0)
+            change = change.pow(power)
+            if weights is not None:
+                change = change * weights.here.to(change)[:, None]
+            score = change.sum(0)
             totals[key] = totals[key] + score if key in totals else score
 
         value.register_hook(add)
@@ -237,6 +244,8 @@ def taylor_scores(
     constants = {name: p.detach() for name, p in watched.named_parameters()}
 
     def attribute(batch: Tensor, labels: Tensor) -> int:
+        if weights is not None:
+            weights.advance(len(batch))
         logits = _checked(torch.func.functional_call(watched, constants, (batch.detach(),)))
         if outputs is not None:
             logits = logits[:, torch.as_tensor(outputs, device=logits.device)]
@@ -251,8 +260,22 @@ def taylor_scores(
         n_samples = sum(attribute(batch, labels) for batch, labels in batches)
     if n_samples == 0:
         raise ValueError("there is no sample to compute Taylor scores from")
-    means = {key: total.cpu() / n_samples for key, total in totals.items()}
+    size = n_samples if weights is None else float(weights.values.sum())
+    means = {key: total.cpu() / size for key, total in totals.items()}
     return {key: means[first_key[node]] for key, node in nodes.items()}
+
+
+class _Slices:
+    """What belongs to the samples of the batch at hand, `here`."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self._start = values, 0
+        self.here = values[:0]
+
+    def advance(self, n: int) -> None:
+        """Go on to the next batch, of `n` samples."""
+        self.here = self.values[self._start : self._start + n]
+        self._start += n
 
 
 def _to_cpu(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ._base import Calibration
 from ._jobs import Rows
 from ._packing import Packed, pack
 from .activations import pool
+from .capability import average
 from .graph import CutPoint, layer_names, split
 from .network import SINFNetwork
 from .repair import repair
@@ -30,6 +31,7 @@ def slice_prefix(
     keep: Mapping[str, np.ndarray],
     samples: Tensor,
     method: str,
+    weight: np.ndarray | None = None,
 ) -> fx.GraphModule:
     """Slice what lies before the cut, for all classes, and refit it to the dense prefix.
 
@@ -44,6 +46,8 @@ def slice_prefix(
         Normalised samples for the check and the repair.
     method : str
         Of repair.
+    weight : ndarray of shape (n,), optional
+        How many times each sample counts.  Default: once.
 
     Returns
     -------
@@ -63,6 +67,7 @@ def slice_prefix(
         method=method,
         batch_size=calibration.batcher.batch_size,
         seed=calibration.seed,
+        sample_weight=weight,
     )
     return prefix
 
@@ -173,6 +178,7 @@ def build_subgraph(
         method=method,
         batch_size=calibration.batcher.batch_size,
         seed=calibration.seed,
+        sample_weight=calibration.weights(sample),
     )
     behind = set(layer_names(rest))
     kept = {k: v for k, v in support.items() if k in behind and k != calibration.output}
@@ -217,7 +223,11 @@ def observe(network: SINFNetwork, batches: Iterable[Tensor]) -> HeldOut:
 
 
 def choose_weight(
-    held: HeldOut, codes: np.ndarray, answered: Tensor, weights: Sequence[float]
+    held: HeldOut,
+    codes: np.ndarray,
+    answered: Tensor,
+    weights: Sequence[float],
+    sample_weight: np.ndarray | None = None,
 ) -> tuple[float, Tensor]:
     """Choose the router's weight and one temperature per subgraph by held-out log loss.
 
@@ -229,6 +239,8 @@ def choose_weight(
         The classes that each subgraph answers.
     weights : sequence of float
         Candidates.
+    sample_weight : ndarray of shape (n_samples,), optional
+        How many times each sample counts.  Default: once.
 
     Returns
     -------
@@ -240,6 +252,7 @@ def choose_weight(
     y = torch.as_tensor(codes)
     members = answered[held.cluster]
     open_ = members.gather(1, y[:, None])[:, 0]
+    counts = None if sample_weight is None else torch.as_tensor(sample_weight)
     best: tuple[float, float, Tensor] | None = None
     for weight in weights:
         temperatures = torch.ones(len(answered), dtype=held.logits.dtype)
@@ -251,10 +264,14 @@ def choose_weight(
         table = torch.stack(losses)
         for c in range(len(answered)):
             rows = open_ & (held.cluster == c)
-            if int(rows.sum()) >= 10:
+            if counts is not None and float(counts[rows].sum()) >= 10:
+                mean = table[:, rows].to(counts) @ counts[rows]
+                temperatures[c] = TEMPERATURES[int(mean.argmin())]
+            elif counts is None and int(rows.sum()) >= 10:
                 temperatures[c] = TEMPERATURES[int(table[:, rows].mean(1).argmin())]
         fused = _fused(held, answered, temperatures, weight)
-        loss = float(-fused.gather(1, y[:, None]).clamp_min(1e-12).log().mean())
+        each = -fused.gather(1, y[:, None]).clamp_min(1e-12).log()
+        loss = float(each.mean() if counts is None else average(each, counts.to(each)))
         if best is None or loss < best[0]:
             best = (loss, weight, temperatures)
     assert best is not None

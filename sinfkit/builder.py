@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ._base import Calibration, progress
 from ._cached import gather, score, selected
 from ._jobs import Rows, Shared, run, with_shared
-from ._validation import Images
+from ._validation import Images, mean
 from .activations import Statistics
 from .assembly import (
     ROUTER_WEIGHTS,
@@ -96,11 +96,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Held:
-    """Held-out samples: rows `index` of `X`, of classes `codes`."""
+    """Held-out samples: rows `index` of `X`, of classes `codes`, which count `weight` times."""
 
     X: Images
     index: np.ndarray
     codes: np.ndarray
+    weight: np.ndarray | None = None
+
+    def mean(self, values: np.ndarray) -> float:
+        """Mean over the samples."""
+        return mean(values, self.weight)
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,8 @@ class Built:
     fallback_share, exit_share : float
         Shares of held-out samples below the confidence threshold, and of those that leave at the
         route predictor.
-    lost : ndarray of shape (n_held_out,)
-        Of each held-out sample: 1 where only the base is right, -1 where only this network is.
+    drop_error : float
+        Standard error of the outcome's drop in accuracy.
     outcome : Outcome
     """
 
@@ -138,7 +143,7 @@ class Built:
     route_accuracy: float
     fallback_share: float
     exit_share: float
-    lost: np.ndarray
+    drop_error: float
     outcome: Outcome
 
 
@@ -208,7 +213,7 @@ class Builder:
     @property
     def target(self) -> float:
         """Accuracy to keep on the held-out samples."""
-        return float(self.base_right.mean()) - self.settings.max_accuracy_drop
+        return self.held.mean(self.base_right) - self.settings.max_accuracy_drop
 
     def gather(self, plans: Sequence[Plan]) -> Statistics:
         """Collect, in one pass, what the criteria ask for in any of the plans."""
@@ -257,8 +262,16 @@ class Builder:
             pooled_output(prefix.module, self.held_batches(), clusterer.pool_size),
             self.held.codes,
             pool_size=clusterer.pool_size,
+            weight=self.calibration.weights(self.index),
+            held_out_weight=self.held.weight,
         )
-        clusterer._group(features, codes[self.index], route, self.calibration.seed)
+        clusterer._group(
+            features,
+            codes[self.index],
+            route,
+            self.calibration.seed,
+            self.calibration.weights(self.index),
+        )
         routed = self._routed(features, route, clusterer.class_clusters_)
         subgraphs = self._subgraphs(plan, prefix, clusterer.class_clusters_, routed)
         network = self._network(
@@ -342,7 +355,9 @@ class Builder:
         n_images = affordable_images(dense, calibration.example, self.settings.repair_samples)
         sample = self._rng().permutation(self.index)[:n_images]
         samples = torch.cat(list(self.batches(sample)))
-        module = slice_prefix(calibration, cut, keep, samples, recipe.repair)
+        module = slice_prefix(
+            calibration, cut, keep, samples, recipe.repair, calibration.weights(sample)
+        )
         return Prefix(module, keep, widths or {})
 
     def _shared_widths(self, groups: list[ChannelGroup], size: Size) -> dict[str, int]:
@@ -381,7 +396,8 @@ class Builder:
         # Whatever is sent there, rightly or not: that is what it will have to answer.
         log_posterior = route.predictor.of_pooled(features)
         sent = cluster_posterior(log_posterior, clusters, n_clusters).argmax(1).numpy()
-        few = np.bincount(sent, minlength=n_clusters) < _FEW_ROUTED
+        weight = self.calibration.weights(self.index)
+        few = np.bincount(sent, weights=weight, minlength=n_clusters) < _FEW_ROUTED
         return [self.index[(sent == c) | ((own == c) & few[c])] for c in range(n_clusters)]
 
     def _subgraphs(
@@ -530,7 +546,9 @@ class Builder:
         automatic = settings.router_weight == "auto"
         weights = ROUTER_WEIGHTS if automatic else (float(settings.router_weight),)
         answered = network.answered.cpu()
-        network.router_weight, temperatures = choose_weight(held, codes, answered, weights)
+        network.router_weight, temperatures = choose_weight(
+            held, codes, answered, weights, self.held.weight
+        )
         network.temperatures.copy_(temperatures)
         routed = routed_answers(held, answered, temperatures, network.router_weight) == codes
         right = routed
@@ -542,23 +560,33 @@ class Builder:
             fallback = _answers(network, self.held_batches()) == codes
             if settings.confidence_threshold == "auto":
                 network.threshold = choose_threshold(
-                    held.confidence.numpy(), routed, fallback, target=self.target
+                    held.confidence.numpy(),
+                    routed,
+                    fallback,
+                    target=self.target,
+                    weight=self.held.weight,
                 )
             else:
                 network.threshold = float(settings.confidence_threshold)
             right = np.where(held.confidence.numpy() < network.threshold, fallback, routed)
         sure, early = (part.numpy() for part in held.log_posterior.exp().max(1))
         if settings.exit_threshold == "auto":
-            network.exit_threshold = choose_exit(sure, early == codes, right, target=self.target)
+            network.exit_threshold = choose_exit(
+                sure, early == codes, right, target=self.target, weight=self.held.weight
+            )
         elif settings.exit_threshold is not None:
             network.exit_threshold = float(settings.exit_threshold)
         leaves = sure >= network.exit_threshold
         right = np.where(leaves, early == codes, right)
         posterior = cluster_posterior(held.log_posterior, clusters, network.n_clusters)
         route = Route(held.log_posterior, posterior, held.cluster, held.confidence)
+        rows, branch = (part.numpy() for part in network.branches(route))
+        weight = self.held.weight
         runs = np.bincount(
-            network.branches(route)[1].numpy(), minlength=network.n_clusters + 2
-        ) / len(codes)
+            branch,
+            weights=None if weight is None else weight[rows],
+            minlength=network.n_clusters + 2,
+        ) / (len(codes) if weight is None else weight.sum())
         raw = self.calibration.batcher.load(self.calibration.X[:1])
         costs = branch_costs(network, raw)
         base = count_macs(self.calibration.graph, self.calibration.example)[0]
@@ -568,12 +596,20 @@ class Builder:
             plan,
             network,
             subgraphs,
-            float((held.cluster == clusters[torch.as_tensor(codes)]).double().mean()),
-            float(np.mean((held.confidence.numpy() < network.threshold) & ~leaves)),
-            float(np.mean(leaves)),
-            lost,
-            Outcome(float(lost.mean()), cost, self._speedup(network) if time_it else float("nan")),
+            self.held.mean((held.cluster == clusters[torch.as_tensor(codes)]).numpy()),
+            self.held.mean((held.confidence.numpy() < network.threshold) & ~leaves),
+            self.held.mean(leaves),
+            self._standard_error(lost),
+            Outcome(
+                self.held.mean(lost), cost, self._speedup(network) if time_it else float("nan")
+            ),
         )
+
+    def _standard_error(self, lost: np.ndarray) -> float:
+        """Of the mean over the held-out samples."""
+        weight = self.held.weight
+        n_samples = len(lost) if weight is None else weight.sum()
+        return float((self.held.mean((lost - self.held.mean(lost)) ** 2) / n_samples) ** 0.5)
 
     def _speedup(self, network: SINFNetwork) -> float:
         """Time of the base over that of the network on one batch, in turns."""

@@ -52,6 +52,7 @@ def discriminative_capability(
     scaling: str = "root",
     tol: float = 1e-10,
     max_iter: int = 100,
+    sample_weight: Tensor | None = None,
 ) -> DCSResult:
     r"""Score each filter by how much a linear probe relies on it to tell classes apart.
 
@@ -80,6 +81,8 @@ def discriminative_capability(
         root of its own, then all by one number.
     tol, max_iter : float and int, default=1e-10 and 100
         See `sinfkit.probe.fit_probe`.
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, larger than 0. Default: once.
 
     Returns
     -------
@@ -135,14 +138,15 @@ def discriminative_capability(
         raise ValueError(f"penalty must be positive, got {penalty}")
     x, codes, n_classes = check_features(features, y)
     n, n_filters, n_cells = x.shape
-    x = _scaled(x.flatten(1), scaling)
+    weight = None if sample_weight is None else sample_weight.to(x)
+    x = _scaled(x.flatten(1), scaling, weight)
     why_not = None
     if n_classes < 2:
         why_not = "all samples are of one class"
     elif not bool(x.any()):
         why_not = "every filter's activation is constant"
     else:
-        probe = _probe(x, codes, penalty, tol, max_iter)
+        probe = _probe(x, codes, penalty, tol, max_iter, weight)
         if not bool(probe.coef.any()):
             why_not = "the classes' mean activations are equal"
         elif not probe.converged:
@@ -158,9 +162,9 @@ def discriminative_capability(
     if variant == "norm":
         size = _NORMS[norm](blocks)
     elif variant == "contribution":
-        size = _contribution(x, blocks)
+        size = _contribution(x, blocks, weight)
     else:
-        size = _ablation(x, codes, probe, n_filters)
+        size = _ablation(x, codes, probe, n_filters, weight)
     total = size.sum()
     score = size / total if float(total) > 0.0 else torch.zeros_like(size)
     return DCSResult(score, size, blocks, probe.intercept, probe.n_iter, probe.converged)
@@ -194,22 +198,28 @@ def check_features(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
     return x, codes, len(classes)
 
 
-def centred(x: Tensor) -> Tensor:
+def average(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean over samples, of which some may count more than others."""
+    return x.mean(0) if weight is None else torch.tensordot(weight / weight.sum(), x, 1)
+
+
+def centred(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """Subtract each column's mean; what is constant becomes exactly zero."""
     x = x - x[0]
-    return x - x.mean(0)
+    return x - average(x, weight)
 
 
 _SCALINGS = {"layer": 0.0, "root": 0.5, "column": 1.0}
 
 
-def _scaled(x: Tensor, scaling: str) -> Tensor:
+def _scaled(x: Tensor, scaling: str, weight: Tensor | None) -> Tensor:
     """Centre, divide each column by a power of its deviation, and all by one root mean square."""
-    x = centred(x)
+    x = centred(x, weight)
     # Squares of very large or very small numbers would leave the range of the type.
     x = _divided(x, x.abs().amax())
-    x = _divided(x, x.square().mean(0).sqrt() ** _SCALINGS[scaling])
-    return _divided(x, x.square().mean().sqrt())
+    x = _divided(x, average(x.square(), weight).sqrt() ** _SCALINGS[scaling])
+    square = x.square()
+    return _divided(x, (square if weight is None else average(square, weight)).mean().sqrt())
 
 
 def _divided(x: Tensor, size: Tensor) -> Tensor:
@@ -217,35 +227,50 @@ def _divided(x: Tensor, size: Tensor) -> Tensor:
     return x / torch.where(size > 0.0, size, 1.0)
 
 
-def _probe(x: Tensor, codes: Tensor, penalty: float, tol: float, max_iter: int) -> Probe:
+def _probe(
+    x: Tensor, codes: Tensor, penalty: float, tol: float, max_iter: int, weight: Tensor | None
+) -> Probe:
     """Fit the probe, or take its closed form where the penalty is infinite."""
     if penalty < float("inf"):
-        return fit_probe(x, codes, penalty=penalty, tol=tol, max_iter=max_iter)
+        return fit_probe(
+            x, codes, penalty=penalty, tol=tol, max_iter=max_iter, sample_weight=weight
+        )
     one_hot = torch.nn.functional.one_hot(codes).to(x.dtype)
-    priors = one_hot.mean(0)
-    coef = (one_hot - priors).T @ x / len(x)
+    priors = average(one_hot, weight)
+    contrast = one_hot - priors
+    if weight is not None:
+        contrast = contrast * (weight * len(x) / weight.sum())[:, None]
+    coef = contrast.T @ x / len(x)
     if float(coef.norm()) <= 1e-14 * x.shape[1] ** 0.5:
         coef = torch.zeros_like(coef)  # rounding is all there is
     return Probe(coef, priors.log(), 0.0, 0, True)
 
 
-def _contribution(x: Tensor, blocks: Tensor) -> Tensor:
+def _contribution(x: Tensor, blocks: Tensor, weight: Tensor | None) -> Tensor:
     """Standard deviation over samples of each filter's part of the logits, joined over classes."""
     cells = x.unflatten(1, blocks.shape[1:])
-    covariance = torch.einsum("njs,njt->jst", cells, cells) / len(x)
+    weighed = cells
+    if weight is not None:
+        weighed = cells * (weight * len(x) / weight.sum())[:, None, None]
+    covariance = torch.einsum("njs,njt->jst", weighed, cells) / len(x)
     return torch.einsum("kjs,jst,kjt->j", blocks, covariance, blocks).clamp_min(0.0).sqrt()
 
 
-def _ablation(x: Tensor, codes: Tensor, probe: Probe, n_filters: int) -> Tensor:
+def _ablation(
+    x: Tensor, codes: Tensor, probe: Probe, n_filters: int, weight: Tensor | None
+) -> Tensor:
     """Rise of the cross-entropy without each filter; at the optimum it is never negative."""
     cells = x.unflatten(1, (n_filters, -1))
     blocks = probe.coef.unflatten(1, (n_filters, -1))
     logits = probe.logits(x)
-    base = torch.nn.functional.cross_entropy(logits, codes)
-    rise = [
-        torch.nn.functional.cross_entropy(logits - cells[:, j] @ blocks[:, j].T, codes) - base
-        for j in range(n_filters)
-    ]
+
+    def cross_entropy(logits: Tensor) -> Tensor:
+        if weight is None:
+            return torch.nn.functional.cross_entropy(logits, codes)
+        return average(torch.nn.functional.cross_entropy(logits, codes, reduction="none"), weight)
+
+    base = cross_entropy(logits)
+    rise = [cross_entropy(logits - cells[:, j] @ blocks[:, j].T) - base for j in range(n_filters)]
     return torch.stack(rise).clamp_min(0.0)
 
 

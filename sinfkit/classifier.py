@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn import get_config
 from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._base import Calibration, TorchEstimator, all_or_nothing
+from ._base import Calibration, TorchEstimator, all_or_nothing, answers_in_torch
 from ._calls import caller_level
 from ._jobs import over_chunks
-from ._validation import hold_out, validate_X, validate_y
+from ._validation import hold_out, validate_weight, validate_X, validate_y, without_zeros
 from .builder import ANSWERS, Builder, Built, Held, Plan, Settings
 from .clusterer import SemanticClusterer
 from .cuts import rank_candidates, try_cuts, usable_cuts
@@ -29,7 +30,7 @@ from .report import SINFReport, make_report
 from .runtime import Runtime
 from .schedules import OutOfReachError
 from .search import LADDER, Goal, Outcome, Size, climb
-from .subgraph import make_recipe, warn_about_whole
+from .subgraph import check_weighted, make_recipe, warn_about_whole
 
 _ROUTE_SAMPLES = 5_000
 # Of the ladder: two fifths of the multiplications stay.
@@ -235,7 +236,16 @@ class SINFClassifier(ClassifierMixin, TorchEstimator):
         self.verbose = verbose
 
     @all_or_nothing
-    def fit(self, X: Any, y: Any, *, X_val: Any = None, y_val: Any = None) -> SINFClassifier:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+    ) -> SINFClassifier:
         """Group the classes, place the route predictor, extract and repair the subgraphs.
 
         Parameters
@@ -245,11 +255,16 @@ n_features)
             Calibration samples; uint8 images are divided by 255.
         y : array-like of shape (n_samples,)
             Their labels; every class of the model must occur.
+        sample_weight : array-like of shape (n_samples,), optional
+            How many times each sample counts, in scores, router, repair and held-out choices: 2
+            stands for the sample twice, 0 for none.  Default: once.
         X_val : array-like or Tensor of shape (n_held_out, ...), optional
             Held-out samples for the automatic choices.  Give samples that the base network was NOT
             trained on: on samples that it has memorised it is too sure of itself.  Default: a part
             of `X`.
         y_val : array-like of shape (n_held_out,), optional
+        sample_weight_val : array-like of shape (n_held_out,), optional
+            How many times each of these counts.
 
         Returns
         -------
@@ -258,7 +273,8 @@ n_features)
         Raises
         ------
         ValueError
-            For a parameter out of range, or samples or labels that do not fit the model.
+            For a parameter out of range, samples, labels or weights that do not fit the model or
+            each other, or weights where a criterion knows none.
         TypeError
             If `model` is not a module.
         """
@@ -276,9 +292,11 @@ n_features)
             round_to=recipe.round_to,
         )
         held_out = None if X_val is not None else self.validation_fraction
-        calibration = self._calibrate(X, y, held_out=held_out)
+        calibration = self._calibrate(X, y, sample_weight=sample_weight, held_out=held_out)
+        for one in (recipe, prefix_recipe):
+            check_weighted(one, calibration.weight)
         rng = np.random.default_rng(calibration.seed)
-        index, held = self._hold_out(calibration, X_val, y_val, rng)
+        index, held = self._hold_out(calibration, X_val, y_val, sample_weight_val, rng)
         builder = Builder(
             calibration,
             index,
@@ -356,9 +374,11 @@ n_features)
             return [Plan(cuts[0], clusterer, size)]
 
         def grouping(one: SemanticClusterer) -> Any:
-            def group_classes(features: Any, y: np.ndarray, route: Any) -> np.ndarray:
+            def group_classes(
+                features: Any, y: np.ndarray, route: Any, weight: np.ndarray | None
+            ) -> np.ndarray:
                 one.classes_ = calibration.table.classes
-                one._group(features, y, route, calibration.seed)
+                one._group(features, y, route, calibration.seed, weight)
                 return one.class_clusters_
 
             return group_classes
@@ -368,8 +388,8 @@ n_features)
             calibration,
             cuts,
             builder.settings.recipe,
-            train=(builder.batches(few), calibration.codes[few]),
-            held=(builder.held_batches(), builder.held.codes),
+            train=(builder.batches(few), calibration.codes[few], calibration.weights(few)),
+            held=(builder.held_batches(), builder.held.codes, builder.held.weight),
             base_logits=builder.base_logits,
             groupings={n: grouping(clone(one)) for n, one in clusterers.items()},
             pool_size=clusterer.pool_size,
@@ -479,10 +499,10 @@ n_features)
             )
         if self.target_speedup is not None or self.confidence_threshold != "auto":
             return
-        lost = built.lost
-        if lost.mean() - lost.std() / len(lost) ** 0.5 > self.max_accuracy_drop:
+        drop = built.outcome.drop
+        if drop - built.drop_error > self.max_accuracy_drop:
             warnings.warn(
-                f"On held-out samples the routed network loses {lost.mean():.1%} of accuracy, "
+                f"On held-out samples the routed network loses {drop:.1%} of accuracy, "
                 f"more than max_accuracy_drop={self.max_accuracy_drop}, whatever the thresholds. "
                 "A larger budget of the pruner (smaller ratios), or more repair_samples, keep "
                 "more; fallback='base' lets unsure samples through the whole network.",
@@ -554,19 +574,30 @@ n_features)
             )
 
     def _hold_out(
-        self, calibration: Calibration, X_val: Any, y_val: Any, rng: np.random.Generator
+        self,
+        calibration: Calibration,
+        X_val: Any,
+        y_val: Any,
+        weight_val: Any,
+        rng: np.random.Generator,
     ) -> tuple[np.ndarray, Held]:
         """Return fitting indices, and the held-out samples."""
         if X_val is None:
             if y_val is not None:
                 raise ValueError("y_val is given without X_val.")
+            if weight_val is not None:
+                raise ValueError("sample_weight_val is given without X_val.")
             fit, held = hold_out(calibration.codes, self.validation_fraction, rng)
-            return fit, Held(calibration.X, held, calibration.codes[held])
+            codes = calibration.codes[held]
+            return fit, Held(calibration.X, held, codes, calibration.weights(held))
         X_val = validate_X(self, X_val, reset=False)
-        codes = calibration.table.encode(validate_y(y_val, len(X_val)))
+        y_val = validate_y(y_val, len(X_val))
+        weight = validate_weight(weight_val, len(X_val), "sample_weight_val")
+        X_val, y_val, weight = without_zeros(X_val, y_val, weight)
+        codes = calibration.table.encode(y_val)
         if (codes < 0).any():
             raise ValueError("y_val has labels that are not in y.")
-        return np.arange(len(calibration.codes)), Held(X_val, np.arange(len(codes)), codes)
+        return np.arange(len(calibration.codes)), Held(X_val, np.arange(len(codes)), codes, weight)
 
     def _link(self) -> None:
         """Let `clusterer_` route through this network's own prefix, which is stored once."""
@@ -605,7 +636,7 @@ n_features)
             self.clusterer_.device_ = self.device_
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Any:
         """Predict the class of each sample.
 
         Parameters
@@ -615,12 +646,13 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples,)
+            Under scikit-learn's array API dispatch, a Tensor on the device of `X` where that is a
+            Tensor and labels are numbers.
         """
-        best = self.predict_proba(X).argmax(1)
-        return self.classes_[best]
+        return self._labels(self.predict_proba(X).argmax(1))
 
     @over_chunks
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: Any) -> Any:
         """Class probabilities: the routed subgraph's answer fused with the router's.
 
         Parameters
@@ -630,16 +662,18 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples, n_classes)
-            Rows sum to 1; columns as in `classes_`.
+            Rows sum to 1; columns as in `classes_`.  A Tensor as with `predict`.
         """
         check_is_fitted(self)
-        X = validate_X(self, X, reset=False)
+        late = answers_in_torch(X) and not get_config()["assume_finite"]
+        X = validate_X(self, X, reset=False, finite=not late)
+        home, run = self._home(X), self.network_.forward_finite if late else self.network_
         with torch.inference_mode():
-            batches = self._batcher(self.network_).raw(X)
-            return torch.cat([self.network_(x).cpu() for x in batches]).numpy()
+            rows = [run(x).to(home) for x in self._batcher(self.network_).raw(X)]
+        return self._joined(rows, X)
 
     @over_chunks
-    def predict_cluster(self, X: Any) -> np.ndarray:
+    def predict_cluster(self, X: Any) -> Any:
         """Predict the semantic cluster of each sample; runs the prefix and the router only.
 
         Parameters
@@ -649,13 +683,16 @@ n_features)
         Returns
         -------
         int ndarray of shape (n_samples,)
-            Positions in `cluster_names_`.
+            Positions in `cluster_names_`.  Under scikit-learn's array API dispatch, a Tensor on the
+            device of `X` where that is a Tensor.
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
+        home = self._home(X)
         with torch.inference_mode():
             batches = self._batcher(self.network_).raw(X)
-            return torch.cat([self.network_.route(x).cluster.cpu() for x in batches]).numpy()
+            rows = [self.network_.route(x).cluster.to(home) for x in batches]
+        return self._joined(rows, X)
 
     def runtime(
         self,

@@ -17,7 +17,8 @@ from ._base import TorchEstimator, all_or_nothing
 from ._cached import gather
 from ._calls import caller_level
 from ._jobs import over_chunks
-from ._validation import hold_out, validate_X
+from ._validation import hold_out, mean, validate_X
+from .capability import average, centred
 from .graph import CutPoint, cut_points, find_cut, layer_names, split
 from .probe import fit_probe
 from .profiling import count_macs
@@ -144,7 +145,7 @@ class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Torch
         self.verbose = verbose
 
     @all_or_nothing
-    def fit(self, X: Any, y: Any) -> SemanticClusterer:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SemanticClusterer:
         """Group the classes, and fit the probe that predicts the cluster.
 
         Parameters
@@ -152,6 +153,9 @@ class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Torch
         X : array-like or Tensor of shape (n_samples, channels, height, width) or (n_samples, \
 n_features)
         y : array-like of shape (n_samples,)
+        sample_weight : array-like of shape (n_samples,), optional
+            How many times each sample counts, in the probe, the affinities and the held-out
+            accuracy: 2 stands for the sample twice, 0 for none.  Default: once.
 
         Returns
         -------
@@ -161,10 +165,12 @@ n_features)
         ------
         ValueError
             For a parameter out of range, a mapping that misses a class or names one twice, or
-            samples or labels that do not fit the model.
+            samples, labels or weights that do not fit the model or each other.
         """
         self._check_parameters()
-        calibration = self._calibrate(X, y, held_out=self.validation_fraction)
+        calibration = self._calibrate(
+            X, y, sample_weight=sample_weight, held_out=self.validation_fraction
+        )
         graph = calibration.graph
         if self.layer == "auto":
             cut = half_way_cut(graph, calibration.example)
@@ -183,12 +189,21 @@ n_features)
             features[held],
             calibration.codes[held],
             pool_size=self.pool_size,
+            weight=calibration.weights(fit),
+            held_out_weight=calibration.weights(held),
         )
-        self._group(features[fit], calibration.codes[fit], route, calibration.seed)
+        self._group(
+            features[fit],
+            calibration.codes[fit],
+            route,
+            calibration.seed,
+            calibration.weights(fit),
+        )
         clusters = torch.as_tensor(self.class_clusters_)
         posterior = cluster_posterior(route.log_posterior, clusters, len(self.cluster_names_))
         truth = self.class_clusters_[calibration.codes[held]]
-        self.route_accuracy_ = float(np.mean(posterior.argmax(1).numpy() == truth))
+        right = posterior.argmax(1).numpy() == truth
+        self.route_accuracy_ = mean(right, calibration.weights(held))
         self.layer_ = cut.name
         self.network_ = nn.Sequential(split(graph, cut)[0], route.predictor.to(self.device_))
         return self
@@ -214,13 +229,20 @@ n_features)
                 f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}."
             )
 
-    def _group(self, features: Tensor, codes: np.ndarray, route: RouteFit, seed: int) -> None:
+    def _group(
+        self,
+        features: Tensor,
+        codes: np.ndarray,
+        route: RouteFit,
+        seed: int,
+        weight: np.ndarray | None = None,
+    ) -> None:
         """Set `affinity_`, `class_clusters_` and `cluster_names_` from pooled features."""
         if self.method == "activation":
-            self.affinity_ = activation_affinity(features, codes)
+            self.affinity_ = activation_affinity(features, codes, weight)
         else:
             penalty = max(route.penalty, _LEAST_PENALTY)
-            self.affinity_ = confusion_affinity(features, codes, penalty, seed)
+            self.affinity_ = confusion_affinity(features, codes, penalty, seed, weight)
         if self.method == "given":
             self.class_clusters_, self.cluster_names_ = read_mapping(self.mapping, self.classes_)
             return
@@ -239,7 +261,7 @@ n_features)
         self.cluster_names_ = np.arange(n_clusters)
 
     @over_chunks
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Any:
         """Predict the cluster of each sample.
 
         Parameters
@@ -249,12 +271,13 @@ n_features)
         Returns
         -------
         int ndarray of shape (n_samples,)
-            Positions in `cluster_names_`.
+            Positions in `cluster_names_`.  Under scikit-learn's array API dispatch, a Tensor on the
+            device of `X` where that is a Tensor.
         """
-        return self._posterior(X).argmax(1).numpy()
+        return self._joined([self._posterior(X).argmax(1)], X)
 
     @over_chunks
-    def transform(self, X: Any) -> np.ndarray:
+    def transform(self, X: Any) -> Any:
         """Compute the route probability of each cluster.
 
         Parameters
@@ -264,19 +287,19 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples, n_clusters)
-            Rows sum to 1; float64 for float64 `X`, float32 otherwise.
+            Rows sum to 1; float64 for float64 `X`, float32 otherwise.  A Tensor as with `predict`.
         """
-        posterior = self._posterior(X).numpy()
         double = getattr(X, "dtype", None) in (np.float64, torch.float64)
-        return posterior.astype(np.float64 if double else np.float32, copy=False)
+        return self._joined([self._posterior(X)], X, double)
 
     def _posterior(self, X: Any) -> Tensor:
-        """Cluster probabilities on the host."""
+        """Cluster probabilities, on the host or where `X` is."""
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        clusters = torch.as_tensor(self.class_clusters_)
+        home = self._home(X)
+        clusters = torch.as_tensor(self.class_clusters_).to(home)
         with torch.inference_mode():
-            log_p = [self.network_(x).cpu() for x in self._batcher(self.network_)(X)]
+            log_p = [self.network_(x).to(home) for x in self._batcher(self.network_)(X)]
         return cluster_posterior(torch.cat(log_p), clusters, len(self.cluster_names_))
 
     @property
@@ -351,7 +374,11 @@ def read_mapping(mapping: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def confusion_affinity(
-    features: Tensor, codes: np.ndarray, penalty: float, seed: int
+    features: Tensor,
+    codes: np.ndarray,
+    penalty: float,
+    seed: int,
+    weight: np.ndarray | None = None,
 ) -> np.ndarray:
     """How often a probe confuses two classes, measured on samples that it was not fitted on.
 
@@ -362,6 +389,8 @@ def confusion_affinity(
     penalty : float
         Of the probe.
     seed : int
+    weight : ndarray of shape (n_samples,), optional
+        How many times each sample counts.  Default: once.
 
     Returns
     -------
@@ -374,31 +403,40 @@ def confusion_affinity(
     for k in range(n_classes):
         rows = rng.permutation(np.flatnonzero(codes == k))
         half[rows[: len(rows) // 2]] = True
-    x = (features - features.mean(0)).to(features.dtype)
-    x = x / x.std(0, correction=0).clamp_min(1e-12 + 1e-7 * float(x.abs().max()))
+    counts = None if weight is None else torch.as_tensor(weight).to(features)
+    x = (features - average(features, counts)).to(features.dtype)
+    spread = x.std(0, correction=0) if counts is None else average(x.square(), counts).sqrt()
+    x = x / spread.clamp_min(1e-12 + 1e-7 * float(x.abs().max()))
     y = torch.as_tensor(codes, device=features.device)
-    mean = np.zeros((n_classes, n_classes))
+    given = np.zeros((n_classes, n_classes))
     if np.bincount(codes[half], minlength=n_classes).min() == 0:
         folds = [(np.ones_like(half), np.ones_like(half))]  # too few samples to part
     else:
         folds = [(half, ~half), (~half, half)]
     for train, test in folds:
         a, b = torch.as_tensor(train), torch.as_tensor(test)
-        probe = fit_probe(x[a], y[a], penalty=penalty, tol=1e-2, dtype=x.dtype)
+        part = None if counts is None else counts[a]
+        probe = fit_probe(x[a], y[a], penalty=penalty, tol=1e-2, dtype=x.dtype, sample_weight=part)
         p = torch.softmax(probe.logits(x[b]), 1)
+        if counts is not None:
+            p = p * counts[b][:, None]
         sums = torch.zeros(n_classes, n_classes, dtype=p.dtype).index_add_(0, y[b].cpu(), p.cpu())
-        mean += sums.numpy()
-    mean /= np.bincount(codes, minlength=n_classes)[:, None]
-    return (mean + mean.T) / 2
+        given += sums.numpy()
+    given /= np.bincount(codes, weights=weight, minlength=n_classes)[:, None]
+    return (given + given.T) / 2
 
 
-def activation_affinity(features: Tensor, codes: np.ndarray) -> np.ndarray:
+def activation_affinity(
+    features: Tensor, codes: np.ndarray, weight: np.ndarray | None = None
+) -> np.ndarray:
     """How alike two classes' mean activations are.
 
     Parameters
     ----------
     features : Tensor of shape (n_samples, n_features)
     codes : int ndarray of shape (n_samples,)
+    weight : ndarray of shape (n_samples,), optional
+        How many times each sample counts.  Default: once.
 
     Returns
     -------
@@ -409,9 +447,15 @@ def activation_affinity(features: Tensor, codes: np.ndarray) -> np.ndarray:
     n_classes = int(codes.max()) + 1
     x = features.to(torch.float64).cpu()
     y = torch.as_tensor(codes)
-    means = torch.zeros(n_classes, x.shape[1], dtype=x.dtype).index_add_(0, y, x)
-    means /= torch.bincount(y, minlength=n_classes)[:, None]
-    spread = x.std(0, correction=0)
+    counts = None if weight is None else torch.as_tensor(weight)
+    weighed = x if counts is None else x * counts[:, None]
+    means = torch.zeros(n_classes, x.shape[1], dtype=x.dtype).index_add_(0, y, weighed)
+    means /= torch.bincount(y, counts, minlength=n_classes)[:, None]
+    if counts is None:
+        spread = x.std(0, correction=0)
+    else:
+        # As far as rounding lets one tell: what is constant has no spread.
+        spread = average(centred(x, counts).square(), counts).sqrt()
     signature = (means - means.mean(0)) / torch.where(spread > 0, spread, torch.inf)
     signature = torch.nn.functional.normalize(signature, dim=1)
     return ((1 + signature @ signature.T) / 2).clamp(0, 1).numpy()

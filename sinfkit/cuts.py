@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ._base import Calibration
 from ._calls import caller_level
+from ._validation import mean
 from .activations import collect
 from .graph import CutPoint, layer_names, split
 from .profiling import count_macs
@@ -21,8 +22,8 @@ from .search import Size
 from .subgraph import Recipe, choose_channels, sliceable
 from .surgery import ChannelGroup, slice_channels
 
-Grouping = Callable[[Tensor, np.ndarray, Any], np.ndarray]
-"""From pooled features, codes and a fitted probe to the cluster of each class."""
+Grouping = Callable[[Tensor, np.ndarray, Any, np.ndarray | None], np.ndarray]
+"""From pooled features, codes, a fitted probe and weights to the cluster of each class."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,8 @@ def try_cuts(
     cuts: Sequence[CutPoint],
     recipe: Recipe,
     *,
-    train: tuple[Iterable[Tensor], np.ndarray],
-    held: tuple[Iterable[Tensor], np.ndarray],
+    train: tuple[Iterable[Tensor], np.ndarray, np.ndarray | None],
+    held: tuple[Iterable[Tensor], np.ndarray, np.ndarray | None],
     base_logits: Tensor,
     groupings: Mapping[int, Grouping],
     pool_size: int,
@@ -171,12 +172,14 @@ def try_cuts(
     calibration : Calibration
     cuts : sequence of CutPoint
     recipe : Recipe
-    train, held : (batches, codes)
-        Normalised batches and their classes, for the probes and for the estimates.
+    train, held : (batches, codes, weight)
+        Normalised batches, their classes and how many times each sample counts (None: once), for
+        the probes and for the estimates.
     base_logits : Tensor of shape (n_held_out, n_classes)
         The base's answers on the held-out samples.
     groupings : mapping of int to callable
-        For each number of clusters to try: ``(features, codes, route) -> class_clusters``.
+        For each number of clusters to try: ``(features, codes, route, weight)`` to the cluster of
+        each class.
     pool_size : int
     size : Size
     fallback : str
@@ -195,7 +198,7 @@ def try_cuts(
     nodes = {cut.name: cut.node for cut in cuts}
     seen = collect(calibration.graph, train[0], nodes, pool_size)
     unseen = collect(calibration.graph, held[0], nodes, pool_size)
-    codes = held[1]
+    codes, weight = held[1:]
     base_correct = base_logits.argmax(1).numpy() == codes
     found = []
     for cut in cuts:
@@ -205,10 +208,12 @@ def try_cuts(
             unseen.pooled[cut.name],
             codes,
             pool_size=pool_size,
+            weight=train[2],
+            held_out_weight=weight,
         )
         prefix, subgraph, rest = expected_macs(calibration, cut, recipe, size)
         for n_clusters, group_classes in groupings.items():
-            class_clusters = group_classes(seen.pooled[cut.name], train[1], route)
+            class_clusters = group_classes(seen.pooled[cut.name], train[1], route, train[2])
             clusters = torch.as_tensor(class_clusters)
             posterior = cluster_posterior(
                 route.log_posterior, clusters, int(class_clusters.max()) + 1
@@ -220,22 +225,24 @@ def try_cuts(
             below = np.zeros(len(codes), dtype=bool)
             if fallback == "base":
                 threshold = choose_threshold(
-                    confidence.numpy(), correct, base_correct, target=target
+                    confidence.numpy(), correct, base_correct, target=target, weight=weight
                 )
                 below = confidence.numpy() < threshold
                 correct = np.where(below, base_correct, correct)
             leaves = np.zeros(len(codes), dtype=bool)
             if exits:
                 sure, early = (part.numpy() for part in route.log_posterior.exp().max(1))
-                leaves = sure >= choose_exit(sure, early == codes, correct, target=target)
+                leaves = sure >= choose_exit(
+                    sure, early == codes, correct, target=target, weight=weight
+                )
                 correct = np.where(leaves, early == codes, correct)
-            unsure, routed = float((below & ~leaves).mean()), float((~below & ~leaves).mean())
+            unsure, routed = mean(below & ~leaves, weight), mean(~below & ~leaves, weight)
             found.append(
                 Candidate(
                     cut,
                     n_clusters,
-                    float(np.mean(chosen.numpy() == class_clusters[codes])),
-                    float(correct.mean()),
+                    mean(chosen.numpy() == class_clusters[codes], weight),
+                    mean(correct, weight),
                     prefix + routed * subgraph + unsure * rest,
                 )
             )

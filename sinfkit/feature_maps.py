@@ -160,6 +160,7 @@ def map_statistics(
     batches: Iterable[Tensor],
     nodes: Mapping[str, str],
     names: Collection[str],
+    sample_weight: Tensor | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Gather statistics of feature maps in one pass.
 
@@ -173,6 +174,8 @@ def map_statistics(
         From a key of the caller's choice to the name of a node, as from `observation_nodes`.
     names : collection of str
         Keys of `STATISTICS`.
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each image counts, in the order of the batches. Default: once.
 
     Returns
     -------
@@ -210,6 +213,7 @@ def map_statistics(
     totals: dict[str, dict[str, Tensor]] = {key: {} for key in wanted}
     limits: dict[str, tuple[Tensor, Tensor]] = {}
     n_samples = 0
+    here: Tensor | None = None
 
     def add(key: str, value: Tensor) -> None:
         maps = _as_maps(value, axes[key])
@@ -217,21 +221,27 @@ def map_statistics(
         if key in limits:
             low, high = torch.minimum(low, limits[key][0]), torch.maximum(high, limits[key][1])
         limits[key] = low, high
-        for part in maps.split(max(1, _CELLS // maps[0].numel())):
+        size = max(1, _CELLS // maps[0].numel())
+        weights = None if here is None else here.to(maps.device).split(size)
+        for i, part in enumerate(maps.split(size)):
             for name in names:
-                total = STATISTICS[name](part).sum(0)
+                values = STATISTICS[name](part)
+                total = values.sum(0) if weights is None else weights[i].to(values) @ values
                 totals[key][name] = totals[key].get(name, 0.0) + total
 
     watched = with_capture(gm, wanted, add)
     with torch.inference_mode():
         for batch in batches:
             if len(batch):
+                if sample_weight is not None:
+                    here = sample_weight[n_samples : n_samples + len(batch)]
                 watched(batch)
                 n_samples += len(batch)
     if n_samples == 0:
         raise ValueError("there is no sample to compute statistics of feature maps from")
+    size = n_samples if sample_weight is None else float(sample_weight.double().sum())
     found = {
-        key: {name: total.cpu() / n_samples for name, total in totals[key].items()}
+        key: {name: total.cpu() / size for name, total in totals[key].items()}
         | {"map_range": double(limits[key][1]).cpu() - double(limits[key][0]).cpu()}
         for key in wanted
     }

@@ -265,9 +265,13 @@ class FrozenModel:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        module = self.module()
-        n = sum(p.numel() for p in module.parameters())
-        return f"FrozenModel({type(module).__name__}, {_abbreviate(n)} parameters)"
+        return f"FrozenModel({describe(self.module())[:-1].replace('(', ', ', 1)})"
+
+
+def describe(module: nn.Module) -> str:
+    """A network in a few words, where its own repr would list every layer."""
+    n = sum(p.numel() for p in module.parameters())
+    return f"{type(module).__name__}({_abbreviate(n)} parameters)"
 
 
 def as_frozen(model: Any) -> FrozenModel:

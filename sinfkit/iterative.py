@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ._calls import caller_level
+from ._validation import mean
 from .activations import Statistics, collect
 from .graph import observation_nodes
 from .repair import repair
@@ -71,6 +72,7 @@ def prune_in_rounds(
     batch_size: int,
     seed: int,
     verbose: int = 0,
+    weight: np.ndarray | None = None,
 ) -> Pruned:
     """Prune a network in rounds that keep the accuracy on held-out samples.
 
@@ -102,6 +104,8 @@ def prune_in_rounds(
     seed : int
     verbose : int, default=0
         Print a line for each round.
+    weight : ndarray of shape (n_samples,), optional
+        How many times each sample counts, by its index. Default: once.
 
     Returns
     -------
@@ -126,8 +130,18 @@ def prune_in_rounds(
     model, support = extract(
         graph, groups, {whole: np.asarray(outputs)}, images[:64], outputs=outputs
     )
-    floor = _accuracy(model, batches, held) - recipe.max_accuracy_drop
-    errors = repair(graph, model, support, images, method="none", batch_size=batch_size, seed=seed)
+    counts = None if weight is None else weight[sample]
+    floor = _accuracy(model, batches, held, weight) - recipe.max_accuracy_drop
+    errors = repair(
+        graph,
+        model,
+        support,
+        images,
+        method="none",
+        batch_size=batch_size,
+        seed=seed,
+        sample_weight=counts,
+    )
     scores: dict[str, np.ndarray] = {}
     fresh: _Round | None = None
     refused: dict[str, int] = {}
@@ -143,6 +157,7 @@ def prune_in_rounds(
                     recipe,
                     seed,
                     None if scores else statistics,
+                    None if weight is None else weight[fit[0]],
                 )
                 _record(scores, fresh.scored.layers, support)
             widths = fresh.widths(factor)
@@ -153,9 +168,16 @@ def prune_in_rounds(
             # The base, not the round before, is what the repair aims at: errors do not add up.
             left = {layer: support[layer][index] for layer, index in kept.items()}
             found = repair(
-                graph, trial, left, images, method=recipe.repair, batch_size=batch_size, seed=seed
+                graph,
+                trial,
+                left,
+                images,
+                method=recipe.repair,
+                batch_size=batch_size,
+                seed=seed,
+                sample_weight=counts,
             )
-            accuracy = _accuracy(trial, batches, held)
+            accuracy = _accuracy(trial, batches, held, weight)
             accepted = accuracy >= floor - 1e-9
             if verbose:
                 n_filters = sum(len(index) for name, index in left.items() if name != output)
@@ -211,6 +233,7 @@ def _score(
     recipe: Recipe,
     seed: int,
     statistics: Statistics | None,
+    weight: np.ndarray | None,
 ) -> _Round:
     """Score the filters of the network as it is now."""
     index, y = fit
@@ -237,6 +260,7 @@ def _score(
         outputs=list(range(n_outputs)),
         batches=chosen_batches,
         seed=seed,
+        weight=weight,
     )
     return _Round(groups, chosen, scored)
 
@@ -253,9 +277,10 @@ def _accuracy(
     model: fx.GraphModule,
     batches: Callable[[np.ndarray], Iterable[Tensor]],
     held: tuple[np.ndarray, np.ndarray],
+    weight: np.ndarray | None,
 ) -> float:
     """Share of right answers."""
     index, y = held
     with torch.inference_mode():
         answers = torch.cat([model(x).argmax(1).cpu() for x in batches(index)])
-    return float((answers.numpy() == y).mean())
+    return mean(answers.numpy() == y, None if weight is None else weight[index])

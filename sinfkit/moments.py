@@ -57,6 +57,7 @@ def gather_moments(
     n_images: int,
     max_rows: int = MAX_ROWS,
     seed: int = 0,
+    sample_weight: Tensor | None = None,
 ) -> dict[str, Moments]:
     """Gather the moments of what some layers read.
 
@@ -76,6 +77,8 @@ def gather_moments(
         each.
     seed : int, default=0
         Of the positions.
+    sample_weight : Tensor of shape (n_images,), optional
+        How many times each image counts, in the order of the batches. Default: once.
 
     Returns
     -------
@@ -109,6 +112,7 @@ def gather_moments(
     sums = {name: _Sums() for name in names}
     generator = torch.Generator().manual_seed(seed)
     per_image = max(1, max_rows // max(n_images, 1))
+    here: Tensor | None = None
 
     def add(source: str, value: Tensor) -> None:
         for name in wanted[source]:
@@ -117,11 +121,16 @@ def gather_moments(
             order = torch.rand((len(value), n_positions), generator=generator)
             where = order.topk(min(per_image, n_positions), dim=1).indices.to(value.device)
             rows = sample_patches(value, layer, where).flatten(0, 1)
-            sums[name].add(rows, n_blocks(layer))
+            weight = None if here is None else here.to(rows).repeat_interleave(where.shape[1])
+            sums[name].add(rows, n_blocks(layer), weight)
 
     watched = with_capture(graph, {source: source for source in wanted}, add)
     with torch.inference_mode():
+        start = 0
         for batch in batches:
+            if sample_weight is not None:
+                here = sample_weight[start : start + len(batch)]
+                start += len(batch)
             watched(batch)
     # One after the other, so that sums and covariances of all layers never stand side by side.
     return {name: sums.pop(name).moments(modules[name]) for name in names}
@@ -178,11 +187,11 @@ class _Sums:
     """Sums over rows, of which moments are made."""
 
     def __init__(self) -> None:
-        self._n = 0
+        self._n: int | float = 0
         self._shift, self._sum, self._products = (torch.zeros(()) for _ in range(3))
 
-    def add(self, rows: Tensor, n_blocks: int) -> None:
-        """Take rows of shape (n_rows, n_blocks * n_inputs) in."""
+    def add(self, rows: Tensor, n_blocks: int, weight: Tensor | None = None) -> None:
+        """Take rows of shape (n_rows, n_blocks * n_inputs) in, and how often each counts."""
         rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
         blocks = rows.unflatten(1, (n_blocks, -1)).transpose(0, 1)
         if self._n == 0:
@@ -190,10 +199,11 @@ class _Sums:
             self._shift = blocks.mean(1, keepdim=True)
             self._eps = torch.finfo(blocks.dtype).eps
         blocks = blocks - self._shift
-        total, products = double(blocks.sum(1)), double(blocks.mT @ blocks)
+        weighed = blocks if weight is None else blocks * weight[:, None]
+        total, products = double(weighed.sum(1)), double(weighed.mT @ blocks)
         self._sum = self._sum.to(total.device) + total
         self._products = self._products.to(products.device) + products
-        self._n += len(rows)
+        self._n += len(rows) if weight is None else float(double(weight).sum())
 
     def moments(self, layer: nn.Conv2d | nn.Linear) -> Moments:
         """Of all rows so far."""

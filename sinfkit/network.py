@@ -170,6 +170,29 @@ class SINFNetwork(nn.Module):
         h, log_posterior = self.features(x)
         return self.process(h, self._routes(log_posterior))
 
+    def forward_finite(self, x: Tensor) -> Tensor:
+        """Return class probabilities as `forward` does, but refuse samples with NaN or infinity.
+
+        Whether there are any is told by the copy that tells the host how many samples each cluster
+        has: to ask beforehand would be a second one.
+
+        Parameters
+        ----------
+        x : Tensor of shape (n_samples, ...)
+            Samples before normalisation.
+
+        Returns
+        -------
+        Tensor of shape (n_samples, n_classes)
+
+        Raises
+        ------
+        ValueError
+            If `x` holds NaN or infinity.
+        """
+        h, log_posterior = self.features(x)
+        return self.process(h, self._routes(log_posterior), torch.isfinite(x).all())
+
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run what every sample passes: the prefix's output, and the fine log-posterior."""
         h = self.prefix(self.normalise(x))
@@ -189,7 +212,7 @@ class SINFNetwork(nn.Module):
         confidence, cluster = posterior.max(1)
         return Route(log_posterior, posterior, cluster, confidence)
 
-    def process(self, h: Tensor, route: Route) -> Tensor:
+    def process(self, h: Tensor, route: Route, finite: Tensor | None = None) -> Tensor:
         """Run each sample's branch on the prefix's output, and put the answers back in order.
 
         Parameters
@@ -198,6 +221,8 @@ class SINFNetwork(nn.Module):
         route : Route
             Routes of the same samples; `cluster` may be replaced by the true one to see what a
             perfect router would give.
+        finite : bool Tensor of shape (), optional
+            Where it is false a ValueError is raised, see `forward_finite`.
 
         Returns
         -------
@@ -205,7 +230,7 @@ class SINFNetwork(nn.Module):
         """
         rows, branch = self.branches(route)
         probabilities = route.log_posterior.exp()  # what stands for samples that leave
-        order, logits, fallback = self._run(h, rows, branch)
+        order, logits, fallback = self._run(h, rows, branch, finite)
         if fallback is not None:
             below, answers = fallback
             probabilities[below] = answers
@@ -310,7 +335,7 @@ class SINFNetwork(nn.Module):
         return module
 
     def _run(
-        self, h: Tensor, rows: Tensor, branch: Tensor
+        self, h: Tensor, rows: Tensor, branch: Tensor, finite: Tensor | None = None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Run every branch on its rows.
 
@@ -324,8 +349,15 @@ class SINFNetwork(nn.Module):
             The base network's answers, if any sample took that branch.
         """
         order = torch.argsort(branch, stable=True)
-        # The one place where the host must know: how many rows each branch has.
-        counts = torch.bincount(branch, minlength=self.n_clusters + 2).tolist()
+        # The one place where the host must know: how many rows each branch has.  Not by bincount,
+        # which on a GPU asks for the smallest and the largest branch as well.
+        told = branch.new_zeros(self.n_clusters + 2)
+        told = told.scatter_add(0, branch, torch.ones_like(branch))
+        if finite is not None:
+            told = torch.cat((told, finite[None].to(told.dtype)))
+        counts = told.tolist()
+        if finite is not None and not counts.pop():
+            raise ValueError("X contains NaN or infinity, which no network can use.")
         ends = list(itertools.accumulate(counts))
         fallback = None
         if counts[self.n_clusters]:

@@ -90,6 +90,7 @@ def gather_consumers(
     outputs: Sequence[int] | None = None,
     max_rows: int = MAX_ROWS,
     seed: int = 0,
+    sample_weight: Tensor | None = None,
 ) -> dict[str, list[Consumer]]:
     """Gather the input covariances of all layers that read the channels of some groups.
 
@@ -110,6 +111,8 @@ def gather_consumers(
         Positions that enter a covariance, spread evenly over the images, at least one of each.
     seed : int, default=0
         Of the positions.
+    sample_weight : Tensor of shape (n_images,), optional
+        How many times each image counts, in the order of the batches. Default: once.
 
     Returns
     -------
@@ -130,7 +133,13 @@ def gather_consumers(
     members = [m for group in groups for m in group._members if m.side == "in"]
     readers = list(dict.fromkeys(m.module for m in members if m.module in calls))
     moments = gather_moments(
-        graph, readers, batches, n_images=n_images, max_rows=max_rows, seed=seed
+        graph,
+        readers,
+        batches,
+        n_images=n_images,
+        max_rows=max_rows,
+        seed=seed,
+        sample_weight=sample_weight,
     )
     wide = [name for name in readers if name not in moments]
     if wide:

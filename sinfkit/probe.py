@@ -60,6 +60,7 @@ def fit_probe(
     max_iter: int = 100,
     dtype: torch.dtype = torch.float64,
     start: Probe | None = None,
+    sample_weight: Tensor | None = None,
 ) -> Probe:
     r"""Fit a softmax regression with a ridge penalty on its weights.
 
@@ -87,6 +88,8 @@ def fit_probe(
     start : Probe, optional
         Where to begin, such as the solution for another penalty. The optimum is unique, so it
         changes nothing but the time.
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, not negative: means are weighted. Default: once.
 
     Returns
     -------
@@ -121,7 +124,13 @@ def fit_probe(
     if len(counts) == 0 or int(counts.min()) == 0:
         raise ValueError("every class from 0 to max(y) needs at least one sample")
     x = features.to(dtype)
-    mean = x.mean(0)
+    weight = None
+    if sample_weight is not None:
+        weight = sample_weight.to(x) * (len(x) / sample_weight.sum().to(x))
+        counts = torch.zeros_like(counts, dtype=dtype).index_add_(0, y, weight)
+        if not bool((counts > 0).all()):
+            raise ValueError("every class needs a sample of a weight that is not zero")
+    mean = x.mean(0) if weight is None else weight @ x / len(x)
     x = x - mean
     basis = None
     if x.shape[0] < x.shape[1]:
@@ -133,7 +142,7 @@ def fit_probe(
         coef = start.coef.to(x)
         bias = start.intercept.to(x) + coef @ mean
         w = torch.cat((coef if basis is None else coef @ basis, bias[:, None]), 1)
-    weights, loss, n_iter, converged = _newton(x, y, counts, penalty, tol, max_iter, w)
+    weights, loss, n_iter, converged = _newton(x, y, counts, penalty, tol, max_iter, w, weight)
     coef, bias = weights[:, :-1], weights[:, -1]
     if basis is not None:
         coef = coef @ basis.T
@@ -148,16 +157,21 @@ def _newton(
     tol: float,
     max_iter: int,
     start: Tensor | None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, float, int, bool]:
-    """Minimise the objective for centred `x`; the weights' last column is the bias."""
+    """Minimise the objective for centred `x`; the weights' last column is the bias.
+
+    The samples' `weight`, of which `counts` are the sums, has a mean of 1.
+    """
     n, p = x.shape
     k = len(counts)
     priors = counts.to(x.dtype) / n
     one_hot = torch.nn.functional.one_hot(y, k).to(x.dtype)
+    target = one_hot if weight is None else one_hot * weight[:, None]
     ridge = 2.0 * penalty
     # Mean of the non-zero eigenvalues of diag(p) - p p': 1 / k for balanced classes.
     curvature = ((1.0 - priors.square().sum()) / max(k - 1, 1)).clamp_min(1e-12)
-    hessian = x.T @ x * (curvature / n)
+    hessian = (x if weight is None else x * weight[:, None]).T @ x * (curvature / n)
     hessian.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(hessian)
 
@@ -167,10 +181,11 @@ def _newton(
 
     def evaluate(w: Tensor) -> tuple[Tensor, Tensor]:
         log_p = torch.log_softmax(x @ w[:, :p].T + w[:, p], 1)
-        return penalty * w[:, :p].square().sum() - (log_p * one_hot).sum() / n, log_p
+        return penalty * w[:, :p].square().sum() - (log_p * target).sum() / n, log_p
 
     def pull_back(residual: Tensor, w: Tensor) -> Tensor:
         """Gradient (or Hessian product) from the derivative by the logits."""
+        residual = residual if weight is None else residual * weight[:, None]
         inner = residual.T @ x / n + ridge * w[:, :p]
         return torch.cat((inner, residual.sum(0, keepdim=True).T / n), 1)
 
@@ -212,7 +227,7 @@ def _newton(
         size = float(gradient.norm())
     # Centring over the classes changes no prediction; at the optimum it changes nothing.
     w = w - w.mean(0)
-    loss = -float((log_p * one_hot).sum()) / n
+    loss = -float((log_p * target).sum()) / n
     return w, loss, n_iter, size <= max(tol * first, floor)
 
 

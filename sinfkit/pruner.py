@@ -22,6 +22,7 @@ from .iterative import Pruned, prune_in_rounds
 from .repair import affordable_images, repair
 from .subgraph import (
     Recipe,
+    check_weighted,
     choose_channels,
     extract,
     make_recipe,
@@ -213,7 +214,7 @@ default="least_squares"
         self.verbose = verbose
 
     @all_or_nothing
-    def fit(self, X: Any, y: Any) -> DCSPruner:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> DCSPruner:
         """Score the filters on calibration samples, slice the network and repair it.
 
         Parameters
@@ -223,6 +224,9 @@ n_features)
             Calibration samples; uint8 images are divided by 255.
         y : array-like of shape (n_samples,)
             Their labels.
+        sample_weight : array-like of shape (n_samples,), optional
+            How many times each sample counts, in scores, repair and held-out accuracies: 2 stands
+            for the sample twice, 0 for none.  Default: once.
 
         Returns
         -------
@@ -231,7 +235,8 @@ n_features)
         Raises
         ------
         ValueError
-            For a parameter out of range, or samples or labels that do not fit the model.
+            For a parameter out of range, samples, labels or weights that do not fit the model or
+            each other, or weights where the criterion knows none.
         TypeError
             If `model` is not a module.
         SlicingError
@@ -240,7 +245,8 @@ n_features)
         recipe = self._recipe()
         chooses = recipe.schedule == "iterative" and self.classes is None
         held_out = self.validation_fraction if chooses else None
-        calibration = self._calibrate(X, y, self.classes, held_out)
+        calibration = self._calibrate(X, y, self.classes, sample_weight, held_out)
+        check_weighted(recipe, calibration.weight)
         graph, groups = calibration.graph, calibration.groups
         within = self._layers_from(graph, calibration.output)
         warn_about_whole(groups, within)
@@ -296,7 +302,8 @@ n_features)
 
         rng = np.random.default_rng(calibration.seed)
         n_images = affordable_images(graph, calibration.example, int(self.repair_samples))
-        samples = torch.cat(list(batches(draw(rng, index, n_images))))
+        drawn = draw(rng, index, n_images)
+        samples = torch.cat(list(batches(drawn)))
         small, support = extract(graph, groups, keep, samples[:64], outputs=outputs.tolist())
         errors = repair(
             graph,
@@ -306,6 +313,7 @@ n_features)
             method=recipe.repair,
             batch_size=self.batch_size,
             seed=calibration.seed,
+            sample_weight=calibration.weights(drawn),
         )
         return Pruned(small, support, scored.layers, errors)
 
@@ -337,9 +345,10 @@ n_features)
             batch_size=int(self.batch_size),
             seed=calibration.seed,
             verbose=self.verbose,
+            weight=calibration.weight,
         )
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Any:
         """Predict the class of each sample.
 
         Parameters
@@ -349,12 +358,13 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples,)
+            Under scikit-learn's array API dispatch, a Tensor on the device of `X` where that is a
+            Tensor and labels are numbers.
         """
-        best = self.predict_proba(X).argmax(1)
-        return self.classes_[best]
+        return self._labels(self.predict_proba(X).argmax(1))
 
     @over_chunks
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: Any) -> Any:
         """Softmax of the smaller network's outputs.
 
         Parameters
@@ -364,17 +374,20 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples, n_classes)
-            float64 for float64 networks, float32 otherwise; columns as in `classes_`.
+            float64 for float64 networks, float32 otherwise; columns as in `classes_`.  A Tensor as
+            with `predict`.
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        batcher = self._batcher(self.model_)
+        home = self._home(X)
         with torch.inference_mode():
-            rows = [torch.softmax(self.model_(x), 1).cpu() for x in batcher(X)]
-        return torch.cat(rows).numpy()
+            rows = [
+                torch.softmax(self.model_(x), 1).to(home) for x in self._batcher(self.model_)(X)
+            ]
+        return self._joined(rows, X)
 
     @over_chunks
-    def transform(self, X: Any) -> np.ndarray:
+    def transform(self, X: Any) -> Any:
         """Compute the smaller network's penultimate features.
 
         Parameters
@@ -384,16 +397,15 @@ n_features)
         Returns
         -------
         ndarray of shape (n_samples, n_features_out)
-            Input of the output layer; float64 for float64 `X`, float32 otherwise.
+            Input of the output layer; float64 for float64 `X`, float32 otherwise.  A Tensor as with
+            `predict`.
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        batcher = self._batcher(self.model_)
-        features = penultimate(self.model_, self._output)
+        home, features = self._home(X), penultimate(self.model_, self._output)
         with torch.inference_mode():
-            rows = torch.cat([pool(features(x), 1).cpu() for x in batcher(X)])
-        double = X.dtype in (np.float64, torch.float64)
-        return rows.numpy().astype(np.float64 if double else np.float32, copy=False)
+            rows = [pool(features(x), 1).to(home) for x in self._batcher(self.model_)(X)]
+        return self._joined(rows, X, X.dtype in (np.float64, torch.float64))
 
     @property
     def _n_features_out(self) -> int:

@@ -66,6 +66,7 @@ def repair(
     alphas: Sequence[float] = ALPHAS,
     batch_size: int = 256,
     seed: int = 0,
+    sample_weight: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Correct the layers of a sliced network against the dense one, in place.
 
@@ -103,6 +104,8 @@ default="least_squares"
         Images per forward pass. The result does not depend on it beyond rounding.
     seed : int, default=0
         Of the positions and of the held-out images.
+    sample_weight : ndarray of shape (n_images,), optional
+        How many times each image counts, larger than 0. Default: once.
 
     Returns
     -------
@@ -167,6 +170,12 @@ default="least_squares"
             f"X and X_sliced must hold the same images, at least one; got {len(X)} and "
             f"{len(X_sliced)}."
         )
+    if sample_weight is not None and sample_weight.shape != (len(X),):
+        raise ValueError(
+            f"sample_weight must hold one number for each of the {len(X)} images; got shape "
+            f"{sample_weight.shape}."
+        )
+    weight = None if sample_weight is None else torch.as_tensor(sample_weight)
     if method == "static_least_squares":
         moments = gather_moments(
             dense,
@@ -175,10 +184,11 @@ default="least_squares"
             n_images=len(X),
             max_rows=max_rows,
             seed=seed,
+            sample_weight=weight,
         )
         return static_least_squares(dense, sliced, support, moments, X)
     walk = Lockstep(dense, sliced, X, X_sliced, batch_size)
-    rows = _Rows(len(X), max_rows, seed)
+    rows = _Rows(len(X), max_rows, seed, weight)
     errors: dict[str, float] = {}
     skipped: list[str] = []
     for node in walk.nodes:
@@ -203,7 +213,7 @@ default="least_squares"
             if method == "least_squares":
                 errors[name] = _least_squares(site, rows, alphas)
             else:
-                errors[name] = _match_moments(site, method)
+                errors[name] = _match_moments(site, method, weight)
             if not math.isfinite(errors[name]):
                 raise ValueError(
                     f"The inputs or outputs of the layer {name!r} are not finite numbers. Look for "
@@ -253,18 +263,24 @@ class _Sizes(fx.Interpreter):
         return value
 
 
-def _match_moments(site: Site, method: str) -> float:
+def _match_moments(site: Site, method: str, weight: Tensor | None) -> float:
     """Pass a layer whose channels are scaled and shifted (or left alone); return its error."""
     walk, layer = site.walk, site.layer
     sums = torch.zeros(7, len(site.kept), dtype=torch.float64, device=site.gain.device)
-    n = 0
+    n: int | float = 0
     both = zip(walk.advance(site.node, "dense"), walk.advance(site.node, "sliced"), strict=True)
     for (chunk, dense), (_, now) in both:
         own, target = site.targets(dense, chunk)
         axes = [axis for axis in range(now.ndim) if axis != site.axis % now.ndim]
         products = (own, own * own, now, now * now, target, target * target, target * now)
-        sums += torch.stack([_total(product, axes) for product in products])
-        n += now.numel() // len(site.kept)
+        if weight is None:
+            sums += torch.stack([_total(product, axes) for product in products])
+            n += now.numel() // len(site.kept)
+        else:
+            counts = weight[walk.images[chunk]]
+            along = counts.to(now).reshape(-1, *[1] * (now.ndim - 1))
+            sums += torch.stack([_total(product * along, axes) for product in products])
+            n += now[0].numel() // len(site.kept) * float(counts.sum())
     own, own2, now, now2, target, target2, cross = sums / n
 
     ratio, shift = torch.ones_like(own), torch.zeros_like(own)
@@ -275,8 +291,8 @@ def _match_moments(site: Site, method: str) -> float:
     if method != "none":
         shift = target - ratio * now
         bias = 0.0 if layer.bias is None else double(layer.bias)
-        weight = double(layer.weight) * ratio.reshape(-1, *[1] * (layer.weight.ndim - 1))
-        here = site.install(weight, shift + (ratio - 1) * bias)
+        scaled = double(layer.weight) * ratio.reshape(-1, *[1] * (layer.weight.ndim - 1))
+        here = site.install(scaled, shift + (ratio - 1) * bias)
         added = shift if here else torch.zeros_like(shift)
         walk.amend(
             site.node,
@@ -284,11 +300,11 @@ def _match_moments(site: Site, method: str) -> float:
         )
     square = target2 + ratio**2 * now2 + shift**2
     square += 2 * (ratio * shift * now - ratio * cross - shift * target)
-    weight = site.gain.square()
+    gain = site.gain.square()
     return _relative(
-        float((square * weight).sum()),
-        float(((target2 - target.square()) * weight).sum()),
-        float((target2 * weight).sum()),
+        float((square * gain).sum()),
+        float(((target2 - target.square()) * gain).sum()),
+        float((target2 * gain).sum()),
     )
 
 
@@ -300,14 +316,22 @@ def _least_squares(site: Site, rows: _Rows, alphas: Sequence[float]) -> float:
     n_train = n_rows * rows.n_train // len(rows.place)
     weight = site.gain.square().reshape(n_groups, -1)
     held = Y[:, n_train:] if n_train < n_rows else Y
-    spread = float((double(held.var(1, correction=0)) * weight).sum()) * held.shape[1]
-    power = float((double(held.square().mean(1)) * weight).sum()) * held.shape[1]
+    counts = rows.counts(n_rows)
+    if counts is None:
+        spread = float((double(held.var(1, correction=0)) * weight).sum()) * held.shape[1]
+        power = float((double(held.square().mean(1)) * weight).sum()) * held.shape[1]
+    else:
+        counts = counts.to(Y.device)
+        own = counts[-held.shape[1] :].to(held)
+        centred = held - (own @ held / own.sum())[:, None]
+        spread, power = (float((double(own @ y.square()) * weight).sum()) for y in (centred, held))
+        del centred
 
     old = layer.weight.reshape(n_groups, -1, X.shape[2])
     Y -= X @ old.to(X).mT
     if layer.bias is not None:
         Y -= layer.bias.to(Y).reshape(n_groups, 1, -1)
-    fit = fit_ridge(X, Y, n_train, alphas, weight)
+    fit = fit_ridge(X, Y, n_train, alphas, weight, counts)
     del X, Y, held
     site.install((double(old) + fit.coef.mT).reshape(layer.weight.shape), fit.intercept.flatten())
     for _ in site.walk.advance(site.node, "sliced"):
@@ -342,12 +366,22 @@ def _gather(site: Site, rows: _Rows) -> tuple[Tensor, Tensor]:
 class _Rows:
     """Which positions of which images enter a regression, and which images are held out."""
 
-    def __init__(self, n_images: int, max_rows: int, seed: int) -> None:
+    def __init__(
+        self, n_images: int, max_rows: int, seed: int, weight: Tensor | None = None
+    ) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._per_image = max(1, max_rows // n_images)
         # Place of each image in the regression; the last ones are held out.
         self.place = torch.randperm(n_images, generator=self._generator)
         self.n_train = n_images - round(_HELD_OUT * n_images)
+        self._weight = weight
+
+    def counts(self, n_rows: int) -> Tensor | None:
+        """How many times each row of the regression counts; None where all count once."""
+        if self._weight is None:
+            return None
+        placed = torch.empty_like(self._weight).index_copy_(0, self.place, self._weight)
+        return placed.repeat_interleave(n_rows // len(placed))
 
     def draw(self, n_positions: int) -> Tensor:
         """Positions for each image, of shape (n_images, n_drawn)."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .activations import pool
+from .capability import average
 from .probe import Probe, fit_probe
 
 PENALTIES = (0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
@@ -74,6 +76,8 @@ def fit_route_predictor(
     *,
     pool_size: int,
     penalties: Sequence[float] = PENALTIES,
+    weight: np.ndarray | None = None,
+    held_out_weight: np.ndarray | None = None,
 ) -> RouteFit:
     """Fit the probe on the fine classes; the penalty is chosen on held-out samples.
 
@@ -89,14 +93,21 @@ def fit_route_predictor(
     penalties : sequence of float
         Candidates for ``mean cross-entropy + penalty * ||W||^2`` on standardised features, in
         falling order; the search stops where the held-out log loss rises.
+    weight : ndarray of shape (n_samples,), optional
+        How many times each sample counts. Default: once.
+    held_out_weight : ndarray of shape (n_held_out,), optional
 
     Returns
     -------
     RouteFit
     """
     dtype = features.dtype
-    mean = features.mean(0)
-    std = features.std(0, correction=0)
+    counts = None if weight is None else torch.as_tensor(weight).to(features)
+    mean = average(features, counts)
+    if counts is None:
+        std = features.std(0, correction=0)
+    else:
+        std = average((features - mean).square(), counts).sqrt()
     std = torch.where(std > 1e-7 * std.max().clamp_min(1e-30), std, torch.ones_like(std))
     train, test = (features - mean) / std, (held_out - mean) / std
     y = torch.as_tensor(codes, device=features.device)
@@ -105,9 +116,14 @@ def fit_route_predictor(
     probe: Probe | None = None
     for penalty in sorted(penalties, reverse=True):
         # Enough digits for a route; the last ones cost most of the time.
-        probe = fit_probe(train, y, penalty=penalty, tol=1e-3, dtype=dtype, start=probe)
-        log_p = torch.log_softmax(probe.logits(test), 1)
-        loss = float(-log_p.gather(1, y_test[:, None]).mean())
+        probe = fit_probe(
+            train, y, penalty=penalty, tol=1e-3, dtype=dtype, start=probe, sample_weight=counts
+        )
+        losses = -torch.log_softmax(probe.logits(test), 1).gather(1, y_test[:, None])
+        if held_out_weight is None:
+            loss = float(losses.mean())
+        else:
+            loss = float(average(losses, torch.as_tensor(held_out_weight).to(losses)))
         if best is not None and loss > best[0]:
             break
         weight = probe.coef / std
@@ -175,6 +191,7 @@ def choose_threshold(
     fallback_correct: np.ndarray,
     *,
     target: float,
+    weight: np.ndarray | None = None,
 ) -> float:
     """Smallest confidence threshold whose accuracy reaches `target` on held-out samples.
 
@@ -189,6 +206,8 @@ def choose_threshold(
         Whether the routed answer and the fallback's answer are right.
     target : float
         Accuracy to reach.
+    weight : ndarray of shape (n_samples,), optional
+        How many times each sample counts. Default: once.
 
     Returns
     -------
@@ -200,9 +219,12 @@ def choose_threshold(
     order = np.argsort(confidence, kind="stable")
     ranked = confidence[order]
     gain = fallback_correct[order].astype(float) - routed_correct[order].astype(float)
+    n_samples: int | float = len(order)
+    if weight is not None:
+        gain, n_samples = gain * weight[order], float(weight.sum())
     # accuracy[i]: the i least confident samples take the fallback.
     gained = np.concatenate(([0.0], np.cumsum(gain)))
-    accuracy = np.mean(routed_correct) + gained / len(order)
+    accuracy = _mean(routed_correct, weight) + gained / n_samples
     # A threshold of at most 1 cannot part equal confidences, nor doubt a certain route.
     possible = np.concatenate(([True], ranked[1:] > ranked[:-1], [ranked[-1] < 1]))
     reached = np.flatnonzero(possible & (accuracy >= target - 1e-12))
@@ -212,7 +234,7 @@ def choose_threshold(
         best = int(np.argmax(np.where(possible, accuracy, -np.inf)))
         changed = np.concatenate(([0.0], np.cumsum(np.abs(gain))))  # answers right in one alone
         short = gained[best] - gained
-        error = np.sqrt(np.maximum(np.abs(changed[best] - changed) - short**2 / len(order), 0.0))
+        error = np.sqrt(np.maximum(np.abs(changed[best] - changed) - short**2 / n_samples, 0.0))
         index = int(np.flatnonzero(possible & (short <= error))[0])
     if index == 0:
         return 0.0
@@ -228,6 +250,7 @@ def choose_exit(
     later_correct: np.ndarray,
     *,
     target: float,
+    weight: np.ndarray | None = None,
 ) -> float:
     """Smallest probability at which samples may leave at the route predictor.
 
@@ -242,6 +265,8 @@ def choose_exit(
     target : float
         Accuracy to keep.  Where even without exits it is not reached, the accuracy without exits
         is kept instead.
+    weight : ndarray of shape (n_samples,), optional
+        How many times each sample counts. Default: once.
 
     Returns
     -------
@@ -259,8 +284,11 @@ def choose_exit(
     order = np.argsort(-confidence, kind="stable")
     ranked = confidence[order]
     gain = early_correct[order].astype(float) - later_correct[order].astype(float)
+    n_samples: int | float = len(order)
+    if weight is not None:
+        gain, n_samples = gain * weight[order], float(weight.sum())
     # accuracy[i]: the i most confident samples leave.
-    accuracy = np.mean(later_correct) + np.concatenate(([0.0], np.cumsum(gain))) / len(order)
+    accuracy = _mean(later_correct, weight) + np.concatenate(([0.0], np.cumsum(gain))) / n_samples
     possible = np.concatenate(([True], ranked[1:] < ranked[:-1], [True]))
     reached = possible & (accuracy >= min(target, float(accuracy[0])) - 1e-12)
     index = int(np.flatnonzero(reached)[-1])
@@ -270,3 +298,8 @@ def choose_exit(
         return 0.0
     # Half way between neighbours, so that rounding does not move a sample across.
     return float((ranked[index - 1] + ranked[index]) / 2)
+
+
+def _mean(values: np.ndarray, weight: np.ndarray | None) -> Any:
+    """Mean over samples, of which some may count more than others."""
+    return np.mean(values) if weight is None else np.average(values, weights=weight)

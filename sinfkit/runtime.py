@@ -251,11 +251,11 @@ class Runtime(SINFNetwork):
         return self._calls(self._kinds[branch], weights, group)[:n]
 
     def _run(
-        self, h: Tensor, rows: Tensor, branch: Tensor
+        self, h: Tensor, rows: Tensor, branch: Tensor, finite: Tensor | None = None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Run every branch on its rows; where stacked, the first of each cluster in one pass."""
-        if self.stacked is None or len(branch) == 0:
-            return super()._run(h, rows, branch)
+        if self.stacked is None or len(branch) == 0 or finite is not None:
+            return super()._run(h, rows, branch, finite)
         capacity = -(-2 * len(branch) // self.n_clusters)
         order = torch.argsort(branch, stable=True)
         slots = gather_slots(branch, order, self.n_clusters, capacity)

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from . import separability
-from .capability import DCSResult, centred, check_features, discriminative_capability
+from .capability import (
+    DCSResult,
+    average,
+    centred,
+    check_features,
+    discriminative_capability,
+)
 from .obs import Consumer, marginal_costs, removal_costs, weigh_outputs
 
 __all__ = [
@@ -36,6 +42,10 @@ class LayerData:
         Activations averaged over a grid of ``n_cells`` cells.
     y : Tensor of shape (n_samples,), optional
         Class of each sample, integers ``0 .. n_classes - 1``.
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, float64 and larger than 0; None where all count once.
+        What is collected by other means (`taylor`, `map_rank`, `consumers` ...) is weighted
+        already.
     weight : Tensor of shape (n_filters, ...), optional
         Weight of the convolution or linear layer; filters are its first axis.
     norm_scale : Tensor of shape (n_filters,), optional
@@ -68,6 +78,7 @@ class LayerData:
     name: str = ""
     features: Tensor | None = None
     y: Tensor | None = None
+    sample_weight: Tensor | None = None
     weight: Tensor | None = None
     norm_scale: Tensor | None = None
     norm_gain: Tensor | None = None
@@ -100,12 +111,15 @@ class Criterion:
         Fields of `LayerData` that must be there.
     options : frozenset of str
         Keyword arguments that the function knows.
+    weighted : bool
+        Whether it knows samples that count more than others, or looks at no sample.
     """
 
     name: str
     function: Callable[..., Tensor]
     needs: frozenset[str]
     options: frozenset[str]
+    weighted: bool = True
 
     def __reduce__(self) -> Any:
         # By name: some are made by a function, and the caches know the package's own by identity.
@@ -120,11 +134,14 @@ CRITERIA: dict[str, Criterion] = {}
 """Criteria by name."""
 
 
-def _register(name: str, needs: Iterable[str]) -> Callable[[_Function], _Function]:
+def _register(
+    name: str, needs: Iterable[str], *, weighted: bool = True
+) -> Callable[[_Function], _Function]:
     """Put a criterion into the registry; its keyword-only parameters are its options."""
 
     def decorate(function: _Function) -> _Function:
-        CRITERIA[name] = Criterion(name, function, frozenset(needs), _keywords(function))
+        options = _keywords(function)
+        CRITERIA[name] = Criterion(name, function, frozenset(needs), options, weighted)
         return function
 
     return decorate
@@ -144,7 +161,8 @@ def get_criterion(criterion: str | Criterion | Callable[..., Tensor]) -> Criteri
     criterion : str, Criterion or callable
         A key of `CRITERIA`; or a function of a `LayerData` that returns one score per filter, low
         for those to remove first. A function may say in its attribute ``needs``, a set of field
-        names, what must be collected for it. Without it: everything that costs no gradient.
+        names, what must be collected for it. Without it: everything that costs no gradient.  One
+        that looks at samples is taken to know weights if ``"sample_weight"`` is among its needs.
 
     Returns
     -------
@@ -180,7 +198,8 @@ def get_criterion(criterion: str | Criterion | Callable[..., Tensor]) -> Criteri
     unknown = needs - set(LayerData.__dataclass_fields__)
     if unknown:
         raise ValueError(f"criterion {name!r} needs {sorted(unknown)}, which no layer has")
-    return Criterion(name, criterion, needs, frozenset())
+    weighted = "sample_weight" in needs or not needs & {"features", "y", "consumer_features"}
+    return Criterion(name, criterion, needs, frozenset(), weighted)
 
 
 def _need(data: LayerData, field: str) -> Any:
@@ -189,6 +208,13 @@ def _need(data: LayerData, field: str) -> Any:
     if value is None:
         raise ValueError(f"the criterion needs {field} of layer {data.name!r}, which is missing")
     return value
+
+
+def _sample_weight(data: LayerData) -> Tensor | None:
+    """The samples' weights where the features are."""
+    if data.sample_weight is None:
+        return None
+    return data.sample_weight.to(_need(data, "features").device)
 
 
 def _weight(data: LayerData, *, folded: bool = False) -> Tensor:
@@ -214,6 +240,7 @@ def dcs(
         variant=variant,
         norm=norm,
         scaling=scaling,
+        sample_weight=data.sample_weight,
     ).score
 
 
@@ -223,7 +250,7 @@ def dcs_closed_form(data: LayerData) -> Tensor:
     return dcs(data, penalty=float("inf"), scaling="layer")
 
 
-@_register("dcs_shuffled", needs=("features", "y", "generator"))
+@_register("dcs_shuffled", needs=("features", "y", "generator"), weighted=False)
 def dcs_shuffled(data: LayerData, *, penalty: float = 3.0) -> Tensor:
     """DCS with shuffled labels, a control: what is left is the size of the signals."""
     y = _need(data, "y")
@@ -297,7 +324,9 @@ def dcs_obs(data: LayerData, *, penalty: float = 3.0, power: float = 1.0) -> Ten
     for consumer in consumers:
         if consumer.name in observed:
             x = observed[consumer.name].reshape(len(y), consumer.n_outputs, -1)
-            found = discriminative_capability(x, y, penalty=penalty)
+            found = discriminative_capability(
+                x, y, penalty=penalty, sample_weight=data.sample_weight
+            )
             importance[consumer.name] = found.score.cpu().pow(power)
     return obs(replace(data, consumers=tuple(weigh_outputs(consumers, importance))))
 
@@ -388,11 +417,11 @@ def _if_it_varies(data: LayerData, score: Tensor) -> Tensor:
     return torch.where(_need(data, "map_range") > 0, score, 0.0).detach().double()
 
 
-def _register_separability(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+def _register_separability(name: str, function: Callable[..., Tensor]) -> None:
     """Register a score of `sinfkit.separability`."""
 
     def criterion(data: LayerData) -> Tensor:
-        return function(_need(data, "features"), _need(data, "y"))
+        return function(_need(data, "features"), _need(data, "y"), data.sample_weight)
 
     criterion.__name__, criterion.__doc__ = name, function.__doc__
     _register(name, needs=("features", "y"))(criterion)
@@ -410,7 +439,7 @@ for _name, _separability in (
     _register_separability(_name, _separability)
 
 
-@_register("mmd", needs=("features", "y", "generator"))
+@_register("mmd", needs=("features", "y", "generator"), weighted=False)
 def mmd(data: LayerData) -> Tensor:
     """Maximum mean discrepancy, see `sinfkit.separability.max_mean_discrepancy`."""
     return separability.max_mean_discrepancy(
@@ -421,8 +450,8 @@ def mmd(data: LayerData) -> Tensor:
 @_register("activation_std", needs=("features",))
 def activation_std(data: LayerData) -> Tensor:
     """Standard deviation of a filter's pooled activation, mean over cells. A control: no labels."""
-    x = _need(data, "features").detach().double()
-    return centred(x).square().mean(0).sqrt().flatten(1).mean(1)
+    x, weight = _need(data, "features").detach().double(), _sample_weight(data)
+    return average(centred(x, weight).square(), weight).sqrt().flatten(1).mean(1)
 
 
 @_register("activation_mean", needs=("features",))
@@ -432,7 +461,8 @@ def activation_mean(data: LayerData) -> Tensor:
     A filter whose pooled activation is always the same scores 0: a constant can replace it.
     """
     x = _need(data, "features").detach().double()
-    return torch.where((x != x[0]).any(0), x.abs().mean(0), 0.0).flatten(1).mean(1)
+    mean = average(x.abs(), _sample_weight(data))
+    return torch.where((x != x[0]).any(0), mean, 0.0).flatten(1).mean(1)
 
 
 @_register("class_std", needs=("features", "y"))
@@ -443,9 +473,16 @@ def class_std(data: LayerData) -> Tensor:
     frequency and the mean of class c, and :math:`m` the mean of all samples.
     """
     x, codes, n_classes = check_features(_need(data, "features"), _need(data, "y"))
-    x = centred(x)
-    share = torch.bincount(codes, minlength=n_classes).to(x)[:, None, None] / len(x)
-    total = x.new_zeros(n_classes, *x.shape[1:]).index_add_(0, codes, x) / len(x)
+    weight = _sample_weight(data)
+    x = centred(x, weight)
+    if weight is None:
+        share = torch.bincount(codes, minlength=n_classes).to(x)[:, None, None] / len(x)
+        total = x.new_zeros(n_classes, *x.shape[1:]).index_add_(0, codes, x) / len(x)
+    else:
+        weight = weight / weight.sum()
+        share = x.new_zeros(n_classes).index_add_(0, codes, weight)[:, None, None]
+        x = x * weight[:, None, None]
+        total = x.new_zeros(n_classes, *x.shape[1:]).index_add_(0, codes, x)
     return (total.square() / share).sum(0).sqrt().mean(1)
 
 

@@ -54,20 +54,29 @@ class _Moments:
         return self.mean_in - self.mean_out
 
 
-def _moments(features: Tensor, y: Tensor) -> _Moments | None:
+def _moments(features: Tensor, y: Tensor, sample_weight: Tensor | None) -> _Moments | None:
     """Moments of centred features; None where there is one class only."""
     x, codes, n_classes = check_features(features, y)
     if n_classes < 2:
         return None
-    x = centred(x)
-    count = torch.bincount(codes, minlength=n_classes).to(x)[:, None, None]
+    weight = None if sample_weight is None else sample_weight.to(x)
+    x = centred(x, weight)
+
+    def weighed(value: Tensor) -> Tensor:
+        return value if weight is None else value * weight[:, None, None]
+
+    if weight is None:
+        count = torch.bincount(codes, minlength=n_classes).to(x)[:, None, None]
+        others = len(x) - count
+    else:
+        count = x.new_zeros(n_classes).index_add_(0, codes, weight)[:, None, None]
+        others = count.sum() - count
     shape = (n_classes, *x.shape[1:])
-    total = x.new_zeros(shape).index_add_(0, codes, x)
-    others = len(x) - count
+    total = x.new_zeros(shape).index_add_(0, codes, weighed(x))
     mean_in, mean_out = total / count, (total.sum(0) - total) / others
     # Around each class's own mean; what is constant in a class has variance 0, not rounding.
-    within = x.new_zeros(shape).index_add_(0, codes, (x - mean_in[codes]).square())
-    within = torch.where(within > _ROUNDING * x.square().sum(0), within, 0.0)
+    within = x.new_zeros(shape).index_add_(0, codes, weighed((x - mean_in[codes]).square()))
+    within = torch.where(within > _ROUNDING * weighed(x.square()).sum(0), within, 0.0)
     between = torch.stack(
         [
             (count * (mean_in - m).square()).sum(0) - n * (own - m).square()
@@ -89,13 +98,18 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.maximum(denominator, floor)
 
 
-def _averaged(features: Tensor, y: Tensor, score: Callable[[_Moments], Tensor]) -> Tensor:
+def _averaged(
+    features: Tensor,
+    y: Tensor,
+    sample_weight: Tensor | None,
+    score: Callable[[_Moments], Tensor],
+) -> Tensor:
     """A score of one class against the rest, averaged over classes and cells."""
-    m = _moments(features, y)
+    m = _moments(features, y, sample_weight)
     return _none(features) if m is None else score(m).mean((0, 2))
 
 
-def fisher_ratio(features: Tensor, y: Tensor) -> Tensor:
+def fisher_ratio(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
     """Fisher's discriminant ratio, ``(m+ - m-)^2 / (v+ + v-)``.
 
     Parameters
@@ -104,6 +118,8 @@ def fisher_ratio(features: Tensor, y: Tensor) -> Tensor:
         Pooled activations; computed in double precision.
     y : Tensor of shape (n_samples,)
         Class of each sample.
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, larger than 0. Default: once.
 
     Returns
     -------
@@ -117,16 +133,20 @@ def fisher_ratio(features: Tensor, y: Tensor) -> Tensor:
     >>> fisher_ratio(x, torch.tensor([0, 0, 1, 1])).tolist()   # 4^2 / (1 + 1)
     [8.0]
     """
-    return _averaged(features, y, lambda m: _ratio(m.gap.square(), m.var_in + m.var_out))
+    return _averaged(
+        features, y, sample_weight, lambda m: _ratio(m.gap.square(), m.var_in + m.var_out)
+    )
 
 
-def abs_snr(features: Tensor, y: Tensor) -> Tensor:
+def abs_snr(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
     """Absolute signal-to-noise ratio, ``|m+ - m-| / (sqrt v+ + sqrt v-)``.
 
     Parameters
     ----------
     features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
     y : Tensor of shape (n_samples,)
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, larger than 0. Default: once.
 
     Returns
     -------
@@ -139,16 +159,23 @@ def abs_snr(features: Tensor, y: Tensor) -> Tensor:
     >>> abs_snr(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.tensor([0, 0, 1, 1])).tolist()
     [2.0]
     """
-    return _averaged(features, y, lambda m: _ratio(m.gap.abs(), m.var_in.sqrt() + m.var_out.sqrt()))
+    return _averaged(
+        features,
+        y,
+        sample_weight,
+        lambda m: _ratio(m.gap.abs(), m.var_in.sqrt() + m.var_out.sqrt()),
+    )
 
 
-def t_statistic(features: Tensor, y: Tensor) -> Tensor:
+def t_statistic(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
     """Welch's t, ``|m+ - m-| / sqrt(v+ / n+ + v- / n-)``.
 
     Parameters
     ----------
     features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
     y : Tensor of shape (n_samples,)
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, larger than 0. Default: once.
 
     Returns
     -------
@@ -168,11 +195,12 @@ def t_statistic(features: Tensor, y: Tensor) -> Tensor:
     return _averaged(
         features,
         y,
+        sample_weight,
         lambda m: _ratio(m.gap.abs(), (m.var_in / m.n_in + m.var_out / m.n_out).sqrt()),
     )
 
 
-def sym_div(features: Tensor, y: Tensor) -> Tensor:
+def sym_div(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
     """Symmetric divergence in the form that published code has.
 
     ``0.5 (v+ / v- + v- / v+) + 0.5 (m+ - m-)^2 / (v+ + v-) - 1``
@@ -181,6 +209,8 @@ def sym_div(features: Tensor, y: Tensor) -> Tensor:
     ----------
     features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
     y : Tensor of shape (n_samples,)
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, larger than 0. Default: once.
 
     Returns
     -------
@@ -200,11 +230,12 @@ def sym_div(features: Tensor, y: Tensor) -> Tensor:
     return _averaged(
         features,
         y,
+        sample_weight,
         lambda m: _spread(m) + 0.5 * _ratio(m.gap.square(), m.var_in + m.var_out),
     )
 
 
-def j_divergence(features: Tensor, y: Tensor) -> Tensor:
+def j_divergence(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
     """Symmetric Kullback-Leibler divergence of two Gaussians.
 
     ``0.5 (v+ / v- + v- / v+) + 0.5 (m+ - m-)^2 (1 / v+ + 1 / v-) - 1``
@@ -213,6 +244,8 @@ def j_divergence(features: Tensor, y: Tensor) -> Tensor:
     ----------
     features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
     y : Tensor of shape (n_samples,)
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, larger than 0. Default: once.
 
     Returns
     -------
@@ -231,7 +264,7 @@ def j_divergence(features: Tensor, y: Tensor) -> Tensor:
         gap = m.gap.square()
         return _spread(m) + 0.5 * (_ratio(gap, m.var_in) + _ratio(gap, m.var_out))
 
-    return _averaged(features, y, divergence)
+    return _averaged(features, y, sample_weight, divergence)
 
 
 def _spread(m: _Moments) -> Tensor:
@@ -240,7 +273,7 @@ def _spread(m: _Moments) -> Tensor:
     return 0.5 * _ratio(difference, m.var_in * m.var_out)
 
 
-def hellinger(features: Tensor, y: Tensor) -> Tensor:
+def hellinger(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
     r"""Smallest separation of any two classes: TVSPrune's score.
 
     Of two classes with means :math:`m_1, m_2` and deviations :math:`s_1, s_2`, the squared
@@ -253,6 +286,8 @@ def hellinger(features: Tensor, y: Tensor) -> Tensor:
     ----------
     features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
     y : Tensor of shape (n_samples,)
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, larger than 0. Default: once.
 
     Returns
     -------
@@ -267,7 +302,7 @@ def hellinger(features: Tensor, y: Tensor) -> Tensor:
     >>> hellinger(x, torch.tensor([0, 0, 1, 1])).round(decimals=4).tolist()   # 1 - exp(-16 / 8)
     [0.8647]
     """
-    m = _moments(features, y)
+    m = _moments(features, y, sample_weight)
     if m is None:
         return _none(features)
     mean, var = m.mean_in, m.var_in
@@ -281,7 +316,9 @@ def hellinger(features: Tensor, y: Tensor) -> Tensor:
     return smallest.clamp_min(0.0).mean(1)
 
 
-def discriminant_information(features: Tensor, y: Tensor, *, ridge: float = 1e-3) -> Tensor:
+def discriminant_information(
+    features: Tensor, y: Tensor, sample_weight: Tensor | None = None, *, ridge: float = 1e-3
+) -> Tensor:
     r"""Discriminant information, :math:`\operatorname{tr} (S + \rho I)^{-1} B`.
 
     :math:`S` is the scatter of a filter's cells, :math:`B = \sum_c n_c d_c d_c'` that of the class
@@ -292,6 +329,8 @@ def discriminant_information(features: Tensor, y: Tensor, *, ridge: float = 1e-3
     ----------
     features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
     y : Tensor of shape (n_samples,)
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, larger than 0. Default: once.
     ridge : float, default=1e-3
         :math:`\rho`, relative to the mean diagonal of :math:`S` over the layer, so that what hardly
         moves counts little.
@@ -310,11 +349,14 @@ def discriminant_information(features: Tensor, y: Tensor, *, ridge: float = 1e-3
     >>> discriminant_information(x, y, ridge=1e-9).round(decimals=4).tolist()
     [0.8]
     """
-    m = _moments(features, y)
+    m = _moments(features, y, sample_weight)
     if m is None:
         return _none(features)
-    x = centred(check_features(features, y)[0])
-    scatter = torch.einsum("njs,njt->jst", x, x)
+    x = check_features(features, y)[0]
+    weight = None if sample_weight is None else sample_weight.to(x)
+    x = centred(x, weight)
+    weighed = x if weight is None else x * weight[:, None, None]
+    scatter = torch.einsum("njs,njt->jst", weighed, x)
     between = torch.einsum("cjs,cjt->jst", m.n_in * m.mean_in, m.mean_in)
     size = float(scatter.diagonal(dim1=1, dim2=2).mean())
     if size == 0.0:

@@ -151,6 +151,16 @@ def make_recipe(
     )
 
 
+def check_weighted(recipe: Recipe, weight: np.ndarray | None) -> None:
+    """Raise where samples count differently and the criterion knows only whole ones."""
+    if weight is not None and not recipe.criterion.weighted:
+        raise ValueError(
+            f"criterion {recipe.criterion.name!r} takes no sample_weight. Choose another, fit "
+            "without weights, or (a function) say in its attribute `needs` that it uses "
+            "'sample_weight'."
+        )
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
@@ -213,6 +223,7 @@ def score_layers(
     seed: int,
     collected: Mapping[str, Mapping[str, Any]] | None = None,
     runs: Mapping[str, int] | None = None,
+    sample_weight: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
     """Score every filter of every layer.
 
@@ -232,6 +243,8 @@ def score_layers(
         By layer, further fields of its `LayerData`.
     runs : mapping of str to int, optional
         `ChannelGroup.n_groups` of each layer; default 1.
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts. Default: once.
 
     Returns
     -------
@@ -252,6 +265,7 @@ def score_layers(
             name=layer,
             features=None if pooled is None else pooled.reshape(len(pooled), n_channels, -1),
             y=y,
+            sample_weight=sample_weight,
             weight=weight,
             norm_scale=None if norm is None else modules[norm].weight,  # None without scales
             norm_gain=gains.get(layer, torch.ones(n_channels, dtype=torch.float64)),
@@ -371,6 +385,7 @@ def score_classes(
     outputs: Sequence[int],
     batches: Callable[[np.ndarray], Iterable[Tensor]],
     seed: int,
+    weight: np.ndarray | None = None,
 ) -> Scored:
     """Score filters for one set of classes.
 
@@ -393,12 +408,15 @@ def score_classes(
     batches : callable
         Normalised batches of the samples with the given indices.
     seed : int
+    weight : ndarray of shape (n_samples,), optional
+        How many times each of the samples `index` counts. Default: once.
 
     Returns
     -------
     Scored
     """
     needs = recipe.criterion.needs
+    sample_weight = None if weight is None else torch.as_tensor(weight)
     layers = [layer for group in groups for layer in group.layers]
     rows = torch.as_tensor(index)
     features = {
@@ -407,7 +425,16 @@ def score_classes(
         if "features" in needs and layer in statistics.pooled
     }
     collected = _collect(
-        graph, groups, nodes, index, y, needs, outputs=outputs, batches=batches, seed=seed
+        graph,
+        groups,
+        nodes,
+        index,
+        y,
+        needs,
+        outputs=outputs,
+        batches=batches,
+        seed=seed,
+        weight=sample_weight,
     )
     if "consumer_features" in needs:
         pooled = statistics.pooled
@@ -427,6 +454,7 @@ def score_classes(
         seed=seed,
         collected=collected,
         runs={layer: group.n_groups for group in groups for layer in group.layers},
+        sample_weight=sample_weight,
     )
     for group in groups:
         by_layer |= {layer: by_layer.get(layer, by_layer[group.name]) for layer in group.layers}
@@ -444,6 +472,7 @@ def _collect(
     outputs: Sequence[int],
     batches: Callable[[np.ndarray], Iterable[Tensor]],
     seed: int,
+    weight: Tensor | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Gather what a criterion needs beside features and weights: fields of `LayerData` by layer."""
     layers = [layer for group in groups for layer in group.layers]
@@ -452,25 +481,38 @@ def _collect(
     def places() -> dict[str, str]:
         return {layer: nodes[layer] for layer in layers}
 
-    def drawn(n: int) -> np.ndarray:
-        return np.random.default_rng(seed).permutation(index)[:n]
+    def drawn(n: int) -> tuple[np.ndarray, Tensor | None]:
+        """At most so many samples, and their weights."""
+        order = np.random.default_rng(seed).permutation(len(index))[:n]
+        return index[order], None if weight is None else weight[torch.as_tensor(order)]
 
     for name, power in (("taylor", 1), ("taylor_squared", 2)):
         if name in needs:
             labelled = _labelled(batches(index), torch.as_tensor(y))
-            scores = taylor_scores(graph, labelled, places(), list(outputs), power=power)
+            scores = taylor_scores(
+                graph, labelled, places(), list(outputs), power=power, sample_weight=weight
+            )
             for layer, score in scores.items():
                 collected[layer][name] = score
     wanted = [name for name in STATISTICS if name in needs]
     if wanted or "map_range" in needs:
         # Zeros are cheap to count; what takes decompositions is taken of some images.
-        sample = index if not _DECOMPOSED.intersection(wanted) else drawn(MAX_IMAGES)
-        for layer, found in map_statistics(graph, batches(sample), places(), wanted).items():
+        decomposed = _DECOMPOSED.intersection(wanted)
+        sample, counts = drawn(MAX_IMAGES) if decomposed else (index, weight)
+        for layer, found in map_statistics(
+            graph, batches(sample), places(), wanted, counts
+        ).items():
             collected[layer] |= found
     if "consumers" in needs:
-        sample = drawn(_CONSUMER_IMAGES)
+        sample, counts = drawn(_CONSUMER_IMAGES)
         consumers = gather_consumers(
-            graph, groups, batches(sample), n_images=len(sample), outputs=outputs, seed=seed
+            graph,
+            groups,
+            batches(sample),
+            n_images=len(sample),
+            outputs=outputs,
+            seed=seed,
+            sample_weight=counts,
         )
         for group in groups:
             collected[group.name]["consumers"] = tuple(consumers[group.name])

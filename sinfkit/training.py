@@ -45,6 +45,7 @@ def train_network(
     std: float | Sequence[float] | None = None,
     X_val: np.ndarray | Tensor | None = None,
     y_val: np.ndarray | Tensor | None = None,
+    sample_weight: np.ndarray | Tensor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     device: str | torch.device = "auto",
     bfloat16: bool | str = "auto",
@@ -81,6 +82,8 @@ def train_network(
     X_val, y_val : as X and y, or None, default=None
         Samples that are never trained on. The accuracy on them after each epoch goes to the
         checkpoint and, with `verbose`, to the screen.
+    sample_weight : ndarray or Tensor of shape (n_samples,), default=None
+        How much each sample counts in the loss, relative to the others; not negative.
     checkpoint : path-like or None, default=None
         File written, atomically, after each epoch. If it exists the run resumes from it.
     device : str or torch.device, default="auto"
@@ -137,6 +140,7 @@ def train_network(
     images, labels = _check_data(X, y, "X", "y")
     if augment is not None and images.ndim != 4:
         raise ValueError(f"augment={augment!r} needs images of shape (n, channels, height, width).")
+    weights = _relative_weights(sample_weight, len(images))
     validation = None if X_val is None else _check_data(X_val, y_val, "X_val", "y_val")
 
     target = resolve_device(device)
@@ -146,7 +150,9 @@ def train_network(
     engine = _Engine(
         network,
         _Preparation(images, mean, std, _dtype_of(network), target),
-        nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+        nn.CrossEntropyLoss(
+            label_smoothing=label_smoothing, reduction="mean" if weights is None else "none"
+        ),
         _use_bfloat16(bfloat16, network, images, target),
     )
     _check_outputs(engine, images[:2], labels)
@@ -174,6 +180,7 @@ def train_network(
             "augment": augment or "none",
             "shape of X": list(images.shape),
             "labels": zlib.crc32(labels.numpy().tobytes()),
+            **({} if weights is None else {"weights": zlib.crc32(weights.numpy().tobytes())}),
         },
         parts={"model": network, "optimiser": optimiser, "scheduler": scheduler},
     )
@@ -193,6 +200,8 @@ def train_network(
                 if augment == "crop_flip":
                     batch = _crop_flip(batch, generator)
                 loss = engine.loss(batch, labels[rows])
+                if weights is not None:
+                    loss = (loss * weights[rows].to(loss)).mean()
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
@@ -267,7 +276,7 @@ class _Engine:
         return logits.to(self.prepare.dtype)
 
     def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of raw samples."""
+        """Mean loss of raw samples, or the loss of each if they are weighted."""
         return self._loss(self.logits(batch), labels.to(self.prepare.device))
 
     @torch.no_grad()
@@ -315,6 +324,21 @@ def _check_data(X: Any, y: Any, x_name: str, y_name: str) -> tuple[Tensor, Tenso
     if images.is_floating_point() and not bool(torch.isfinite(images).all()):
         raise ValueError(f"{x_name} holds NaN or infinity; clean it first.")
     return images, labels.to(torch.int64)
+
+
+def _relative_weights(sample_weight: Any, n_samples: int) -> Tensor | None:
+    """Weights with a mean of 1, or a clear error."""
+    if sample_weight is None:
+        return None
+    weights = _to_tensor(sample_weight).to(torch.float64)
+    if weights.shape != (n_samples,) or not bool(torch.isfinite(weights).all()):
+        raise ValueError(
+            f"sample_weight must hold one finite number for each of the {n_samples} samples; got "
+            f"shape {tuple(weights.shape)}."
+        )
+    if bool((weights < 0).any()) or not bool(weights.any()):
+        raise ValueError("sample_weight must not be negative, nor zero throughout.")
+    return weights / weights.mean()
 
 
 def _to_tensor(array: Any) -> Tensor:
