@@ -10,13 +10,16 @@ from typing import Any, TypeVar, cast
 import joblib
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import accuracy_score
 from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import fx, nn
 from tqdm.auto import tqdm
 
-from ._device import loaded_device, resolve_device
+from ._device import is_out_of_memory, loaded_device, resolve_device
 from ._packing import pack
+from ._parameters import check_integer, check_jobs, check_verbose, naming
 from ._validation import (
     Batcher,
     ClassTable,
@@ -48,10 +51,9 @@ def all_or_nothing(fit: Fit) -> Fit:
         twin = object.__new__(type(self))
         twin.__dict__.update({k: v for k, v in self.__dict__.items() if k in names})
         fit(twin, *args, **kwargs)
-        self.__dict__.update(twin.__dict__)
-        for stale in self.__dict__.keys() - twin.__dict__.keys():
-            if stale.endswith("_") and not stale.startswith("_"):
-                del self.__dict__[stale]
+        kept = {k: v for k, v in self.__dict__.items() if not k.endswith("_") or k.startswith("_")}
+        # One assignment: Ctrl-C comes before it or after it.
+        self.__dict__ = kept | twin.__dict__
         return self
 
     return cast(Fit, wrapper)
@@ -103,7 +105,34 @@ class Calibration:
     @functools.cached_property
     def groups(self) -> list[ChannelGroup]:
         """The network's coupled channels, in forward order."""
-        return find_groups(self.graph, self.example, self.output)
+        with naming("model"):
+            return find_groups(self.graph, self.example, self.output)
+
+
+class TorchClassifierMixin(ClassifierMixin):
+    """scikit-learn's mixin, with a score whose errors say which argument they are about."""
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Compute the share of samples whose class is predicted.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+        y : array-like of shape (n_samples,)
+            Their classes.
+        sample_weight : array-like of shape (n_samples,), optional
+
+        Returns
+        -------
+        float
+        """
+        check_is_fitted(self)
+        predicted = self.predict(X)  # type: ignore[attr-defined]
+        y = validate_y(y, len(predicted))
+        with naming("y"):
+            accuracy_score(y, predicted)
+        with naming("sample_weight"):
+            return float(accuracy_score(y, predicted, sample_weight=sample_weight))
 
 
 class TorchEstimator(BaseEstimator):
@@ -113,13 +142,14 @@ class TorchEstimator(BaseEstimator):
     model_classes: Any
     batch_size: int
     device: Any
+    n_jobs: int | None
+    memory: Any
     random_state: Any
     verbose: int
 
     def _calibrate(self, X: Any, y: Any, classes: Any = None) -> Calibration:
         """Validate everything that ``fit`` is given, and trace the network."""
-        if not isinstance(self.batch_size, (int, np.integer)) or self.batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}.")
+        self._check_shared()
         device = resolve_device(self.device)
         frozen = None if self.model is None else as_frozen(self.model)
         X = validate_X(
@@ -127,7 +157,8 @@ class TorchEstimator(BaseEstimator):
         )
         check_channels(X)
         y = validate_y(y, len(X))
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        with naming("random_state"):
+            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if frozen is None:
             if self.model_classes is not None:
                 raise ValueError(
@@ -145,11 +176,13 @@ class TorchEstimator(BaseEstimator):
         self.classes_ = table.classes
         self.device_ = device
         self.base_model_ = frozen
-        graph = trace(module)
+        with naming("model"):
+            graph = trace(module)
+            output = output_layer(graph, n_outputs)
         return Calibration(
             frozen,
             graph,
-            output_layer(graph, n_outputs),
+            output,
             X,
             table.encode(y),
             table,
@@ -158,6 +191,14 @@ class TorchEstimator(BaseEstimator):
             example,
             seed,
         )
+
+    def _check_shared(self) -> None:
+        """Raise for values of the parameters that all estimators have, before anything costly."""
+        check_integer("batch_size", self.batch_size)
+        check_jobs(self.n_jobs)
+        check_verbose(self.verbose)
+        with naming("memory"):
+            check_memory(self.memory)
 
     def _check_base(self, logits: torch.Tensor, calibration: Calibration) -> None:
         """Refuse outputs that are not finite; warn where outputs and labels disagree.
@@ -180,6 +221,7 @@ class TorchEstimator(BaseEstimator):
 
     def _batcher(self, module: nn.Module) -> Batcher:
         """Batches for prediction with a fitted `module`."""
+        check_integer("batch_size", self.batch_size)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         return Batcher(self.base_model_, self.device_, dtype, int(self.batch_size))
 
@@ -194,6 +236,7 @@ class TorchEstimator(BaseEstimator):
         -------
         self
         """
+        check_is_fitted(self)
         self.device_ = resolve_device(device)
         for value in self.__dict__.values():
             if isinstance(value, nn.Module) and value is not self.model:
@@ -255,7 +298,9 @@ def _n_outputs(module: nn.Module, example: torch.Tensor) -> int:
     try:
         with torch.inference_mode():
             logits = module(example)
-    except RuntimeError as error:
+    except Exception as error:  # a network may raise what it likes
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"The model cannot take samples of shape {tuple(example.shape[1:])}: {error}"
         ) from error
@@ -275,18 +320,17 @@ def _train_default(
 
     classes, codes = np.unique(y, return_inverse=True)
     double = X.dtype in (np.float64, torch.float64) and X.ndim == 2
+    network_type = torch.float64 if double else torch.float32
     data = X.cpu().numpy() if isinstance(X, torch.Tensor) else X
     scale = 255.0 if data.dtype == np.uint8 else 1.0
     axes = (0,) if data.ndim == 2 else (0, 2, 3)
-    mean = data.mean(axis=axes, dtype=np.float64) / scale
-    std = data.std(axis=axes, dtype=np.float64) / scale
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = data.mean(axis=axes, dtype=np.float64) / scale
+        std = data.std(axis=axes, dtype=np.float64) / scale
+    if not np.isfinite(std).all() or np.abs(mean).max() > torch.finfo(network_type).max:
+        raise ValueError("X holds values too large to compute with. Scale them down.")
     std = np.where(std > 1e-12 * np.maximum(1.0, np.abs(mean)), std, 1.0)
-    network = default_network(
-        tuple(X.shape[1:]),
-        len(classes),
-        torch.float64 if double else torch.float32,
-        random_state=seed,
-    )
+    network = default_network(tuple(X.shape[1:]), len(classes), network_type, random_state=seed)
     # Small sets need more epochs for as many steps.
     epochs = int(np.clip(np.ceil(20_000 / len(codes)), 8, 60))
     trained = train_network(

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ._base import Calibration, progress
 from ._cached import gather, score
+from ._halving import in_pieces
 from ._validation import Images
 from .activations import Statistics
 from .assembly import (
@@ -189,7 +190,8 @@ class Builder:
         """The base's answers on the held-out samples, one column per class."""
         if self._base_logits is None:
             with torch.inference_mode():
-                rows = [self.calibration.graph(x).cpu() for x in self.held_batches()]
+                graph = self.calibration.graph
+                rows = list(in_pieces(lambda x: graph(x).cpu(), self.held_batches()))
             self._base_logits = torch.cat(rows)[:, torch.as_tensor(self.calibration.table.outputs)]
         return self._base_logits
 
@@ -566,12 +568,13 @@ class Builder:
 
 def _answers(network: SINFNetwork, batches: Iterable[Tensor]) -> np.ndarray:
     """Predicted classes for normalised batches."""
+
+    def run(x: Tensor) -> Tensor:
+        h = network.prefix(x)
+        return network.process(h, network.route_features(h)).argmax(1).cpu()
+
     with torch.inference_mode():
-        rows = []
-        for x in batches:
-            h = network.prefix(x)
-            rows.append(network.process(h, network.route_features(h)).argmax(1).cpu())
-    return torch.cat(rows).numpy()
+        return torch.cat(list(in_pieces(run, batches))).numpy()
 
 
 def _nothing() -> None:

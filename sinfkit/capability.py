@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._parameters import check_choice, check_integer, check_kind, check_number
 from .probe import Probe, fit_probe
 
 __all__ = ["DCSResult", "discriminative_capability"]
@@ -129,10 +130,10 @@ def discriminative_capability(
         ("norm", norm, tuple(_NORMS)),
         ("scaling", scaling, tuple(_SCALINGS)),
     ):
-        if value not in known:
-            raise ValueError(f"{option} must be one of {known}, got {value!r}")
-    if not penalty > 0.0:
-        raise ValueError(f"penalty must be positive, got {penalty}")
+        check_choice(option, value, known)
+    check_number("penalty", penalty, "(0, inf]")
+    check_number("tol", tol, "(0, inf)")
+    check_integer("max_iter", max_iter)
     x, codes, n_classes = check_features(features, y)
     n, n_filters, n_cells = x.shape
     x = _scaled(x.flatten(1), scaling)
@@ -175,6 +176,10 @@ _NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def check_features(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
     """Features in double precision with three axes, and labels as codes 0..k-1 that all occur."""
+    for name, value in (("features", features), ("y", y)):
+        check_kind(name, value, Tensor, "a Tensor")
+        if value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
+            raise TypeError(f"{name} must be a dense Tensor that holds real values.")
     if features.dim() == 2:
         features = features.unsqueeze(2)
     if features.dim() != 3 or 0 in features.shape:

@@ -16,7 +16,10 @@ from torch import Tensor, fx, nn
 from ._base import TorchEstimator, all_or_nothing
 from ._cached import gather
 from ._calls import caller_level
-from ._validation import hold_out, validate_X
+from ._halving import in_pieces
+from ._parameters import check_choice, check_integer, check_number, naming
+from ._validation import check_answers, hold_out, validate_X
+from .activations import MAX_POOL_SIZE
 from .graph import CutPoint, cut_points, find_cut, layer_names, split
 from .probe import fit_probe
 from .profiling import count_macs
@@ -165,7 +168,8 @@ n_features)
         if self.layer == "auto":
             cut = half_way_cut(graph, calibration.example)
         else:
-            cut = find_cut(graph, self.layer)
+            with naming("layer"):
+                cut = find_cut(graph, self.layer)
         statistics = gather(
             calibration, {cut.name: cut.node}, self.pool_size, self.memory, self.verbose
         )
@@ -191,24 +195,15 @@ n_features)
 
     def _check_parameters(self) -> None:
         """Raise for parameters that are wrong whatever the data."""
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
+        check_choice("method", self.method, METHODS)
         if (self.method == "given") != (self.mapping is not None):
             raise ValueError('mapping goes with method="given", and only with it.')
-        for name in ("n_clusters", "max_cluster_size", "pool_size"):
-            value = getattr(self, name)
-            required = name == "pool_size"
-            if (value is None and required) or (
-                value is not None
-                and (
-                    not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1
-                )
-            ):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}."
-            )
+        for name in ("n_clusters", "max_cluster_size"):
+            check_integer(name, getattr(self, name), optional=True)
+        check_integer("pool_size", self.pool_size, high=MAX_POOL_SIZE)
+        check_number("validation_fraction", self.validation_fraction, "(0, 1)")
+        if not isinstance(self.layer, str):
+            raise TypeError(f"layer must be a name, got {type(self.layer).__name__}.")
 
     def _group(self, features: Tensor, codes: np.ndarray, route: RouteFit, seed: int) -> None:
         """Set `affinity_`, `class_clusters_` and `cluster_names_` from pooled features."""
@@ -217,7 +212,9 @@ n_features)
         else:
             self.affinity_ = confusion_affinity(features, codes, route.penalty, seed)
         if self.method == "given":
-            self.class_clusters_, self.cluster_names_ = read_mapping(self.mapping, self.classes_)
+            with naming("mapping"):
+                found = read_mapping(self.mapping, self.classes_)
+            self.class_clusters_, self.cluster_names_ = found
             return
         n_classes = len(self.classes_)
         n_clusters = self.n_clusters or max(1, round(n_classes**0.5))
@@ -269,8 +266,9 @@ n_features)
         X = validate_X(self, X, reset=False)
         clusters = torch.as_tensor(self.class_clusters_)
         with torch.inference_mode():
-            log_p = [self.network_(x).cpu() for x in self._batcher(self.network_)(X)]
-        return cluster_posterior(torch.cat(log_p), clusters, len(self.cluster_names_))
+            batches = self._batcher(self.network_)(X)
+            log_p = torch.cat(list(in_pieces(lambda x: self.network_(x).cpu(), batches)))
+        return cluster_posterior(check_answers(log_p), clusters, len(self.cluster_names_))
 
     @property
     def _n_features_out(self) -> int:

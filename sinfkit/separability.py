@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._parameters import check_integer, check_kind, check_number
 from .capability import centred, check_features
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
 # Two different constants are separated without end: a large number instead of infinity.
 _FLOOR = 1e-12
 _ROUNDING = 1e-24
+_LARGEST = 1e60
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class _Moments:
 
 def _moments(features: Tensor, y: Tensor) -> _Moments | None:
     """Moments of centred features; None where there is one class only."""
-    x, codes, n_classes = check_features(features, y)
+    x, codes, n_classes = _checked(features, y)
     if n_classes < 2:
         return None
     x = centred(x)
@@ -76,6 +78,14 @@ def _moments(features: Tensor, y: Tensor) -> _Moments | None:
     )
     var_out = (within.sum(0) - within + between.clamp_min(0.0)) / others
     return _Moments(count, others, mean_in, mean_out, within / count, var_out)
+
+
+def _checked(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
+    """As `check_features`, for values whose fourth powers are numbers."""
+    x, codes, n_classes = check_features(features, y)
+    if float(x.abs().max()) > _LARGEST:
+        raise ValueError(f"features must be at most {_LARGEST:g} in size.")
+    return x, codes, n_classes
 
 
 def _none(features: Tensor) -> Tensor:
@@ -310,6 +320,7 @@ def discriminant_information(features: Tensor, y: Tensor, *, ridge: float = 1e-3
     >>> discriminant_information(x, y, ridge=1e-9).round(decimals=4).tolist()
     [0.8]
     """
+    check_number("ridge", ridge, "(0, inf)")
     m = _moments(features, y)
     if m is None:
         return _none(features)
@@ -359,7 +370,10 @@ def max_mean_discrepancy(
     >>> bool(score[0] > 0.5) and bool(score[1].abs() < 1e-9)
     True
     """
-    x, codes, n_classes = check_features(features, y)
+    check_integer("max_samples", max_samples)
+    if generator is not None:
+        check_kind("generator", generator, torch.Generator, "a torch.Generator")
+    x, codes, n_classes = _checked(features, y)
     if n_classes < 2:
         return _none(features)
     if len(x) > max_samples:
