@@ -127,7 +127,7 @@ class TorchClassifierMixin(ClassifierMixin):
         float
         """
         check_is_fitted(self)
-        predicted = self.predict(X)  # type: ignore[attr-defined]
+        predicted = self.predict(X)
         y = validate_y(y, len(predicted))
         with naming("y"):
             accuracy_score(y, predicted)

@@ -227,7 +227,9 @@ def match_classes(
         )
     unknown = present[~np.isin(present, labels)]
     if len(unknown):
-        raise ValueError(f"y has labels that the model does not know: {_list(unknown)}.")
+        raise ValueError(
+            f"y has labels that the model does not know: {_list(unknown)}. See model_classes."
+        )
     if classes is not None:
         with naming("classes"):
             wanted = np.unique(np.asarray(classes))
@@ -241,8 +243,8 @@ def match_classes(
     missing = wanted[~np.isin(wanted, present)]
     if len(missing):
         raise ValueError(
-            f"No calibration samples for class(es) {_list(missing)}. Give samples of every class "
-            "of the model; DCSPruner can also be told the classes to keep (classes=...)."
+            f"No calibration samples for class(es) {_list(missing)} in y. Give samples of every "
+            "class of the model; DCSPruner can also be told the classes to keep (classes=...)."
         )
     order = np.argsort(labels, kind="stable")
     outputs = order[np.searchsorted(labels, wanted, sorter=order)]

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from ._base import Calibration, progress
 from ._cached import gather, score
 from ._halving import in_pieces
+from ._parameters import naming
 from ._validation import Images
 from .activations import Statistics
 from .assembly import (
@@ -318,7 +319,8 @@ class Builder:
         if not groups:
             return Prefix(dense, {}, widths or {})
         # Scored with those behind the cut, where they are: one pass serves both, for every cut.
-        scored = self._score(both if widths is not None else groups, everything, recipe)
+        with naming("prefix_criterion"):
+            scored = self._score(both if widths is not None else groups, everything, recipe)
         keep = choose_channels(groups, scored.groups, recipe, widths)
         n_images = affordable_images(dense, calibration.example, self.settings.repair_samples)
         sample = self._rng().permutation(self.index)[:n_images]
@@ -330,7 +332,8 @@ class Builder:
         """Widths on both sides of the cut under one budget, by what all classes would lose."""
         calibration, settings = self.calibration, self.settings
         everything = np.arange(len(calibration.table.classes))
-        scored = self._score(groups, everything, settings.prefix_recipe)
+        with naming("prefix_criterion"):
+            scored = self._score(groups, everything, settings.prefix_recipe)
         recipe = replace(settings.prefix_recipe, max_ratio=size.max_ratio)
         return shared_widths(groups, [scored], self._cost(groups, {}), recipe, size.budget)
 

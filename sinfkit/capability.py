@@ -167,6 +167,8 @@ def discriminative_capability(
     return DCSResult(score, size, blocks, probe.intercept, probe.n_iter, probe.converged)
 
 
+_LARGEST = 1e60  # fourth powers are numbers still
+
 _NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "fro": lambda w: w.square().sum((0, 2)).sqrt(),
     "l1": lambda w: w.abs().sum((0, 2)),
@@ -189,12 +191,14 @@ def check_features(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
         )
     if y.shape != features.shape[:1]:
         raise ValueError(
-            f"y must hold one class per sample: expected shape ({len(features)},), got "
+            f"y must hold one class per sample of features: expected shape ({len(features)},), got "
             f"{tuple(y.shape)}"
         )
     x = features.detach().to(torch.float64)
     if not bool(torch.isfinite(x).all()):
         raise ValueError("features must be finite, but hold NaN or infinity")
+    if float(x.abs().max()) > _LARGEST:
+        raise ValueError(f"features must be at most {_LARGEST:g} in size")
     classes, codes = torch.unique(y.to(x.device), return_inverse=True)
     return x, codes, len(classes)
 

@@ -642,7 +642,8 @@ def _names(names: Any) -> list[str]:
     """Names as strings."""
     if isinstance(names, (str, bytes)) or not isinstance(names, (Sequence, np.ndarray)):
         raise TypeError(f"names must be a sequence of names, got {type(names).__name__}.")
-    return [str(name) for name in names]
+    with naming("names"):
+        return [str(name) for name in names]
 
 
 def _square(name: str, matrix: Any, n: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import separability
+from ._parameters import check_kind
 from .capability import DCSResult, centred, check_features, discriminative_capability
 from .obs import Consumer, marginal_costs, removal_costs, weigh_outputs
 
@@ -183,6 +184,13 @@ def _need(data: LayerData, field: str) -> Any:
     if value is None:
         raise ValueError(f"the criterion needs {field} of layer {data.name!r}, which is missing")
     return value
+
+
+def _activations(data: LayerData) -> Tensor:
+    """Pooled activations in double precision, of three axes."""
+    features = _need(data, "features")
+    check_kind("features", features, Tensor, "a Tensor")
+    return check_features(features, torch.zeros(features.shape[:1]))[0]
 
 
 def _weight(data: LayerData, *, folded: bool = False) -> Tensor:
@@ -415,7 +423,7 @@ def mmd(data: LayerData) -> Tensor:
 @_register("activation_std", needs=("features",))
 def activation_std(data: LayerData) -> Tensor:
     """Standard deviation of a filter's pooled activation, mean over cells. A control: no labels."""
-    x = _need(data, "features").detach().double()
+    x = _activations(data)
     return centred(x).square().mean(0).sqrt().flatten(1).mean(1)
 
 
@@ -425,7 +433,7 @@ def activation_mean(data: LayerData) -> Tensor:
 
     A filter whose pooled activation is always the same scores 0: a constant can replace it.
     """
-    x = _need(data, "features").detach().double()
+    x = _activations(data)
     return torch.where((x != x[0]).any(0), x.abs().mean(0), 0.0).flatten(1).mean(1)
 
 

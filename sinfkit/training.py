@@ -135,6 +135,7 @@ def train_network(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     _check_settings(epochs, batch_size, max_lr, augment)
+    epochs, batch_size = int(epochs), int(batch_size)
     check_number("weight_decay", weight_decay, "[0, inf)")
     check_number("label_smoothing", label_smoothing, "[0, 1]")
     check_verbose(verbose)
