@@ -555,7 +555,7 @@ n_features)
             return fit, Held(calibration.X, held, calibration.codes[held])
         with naming("X_val"):
             X_val = validate_X(self, X_val, reset=False)
-        with naming("y_val"):
+        with naming("y_val"), naming("X_val"):
             codes = calibration.table.encode(validate_y(y_val, len(X_val)))
         if (codes < 0).any():
             raise ValueError("y_val has labels that are not in y.")

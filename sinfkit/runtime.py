@@ -301,7 +301,9 @@ class Runtime(SINFNetwork):
             )
         branches = [c for c in range(self.n_clusters) if self.subgraph(c) is not None]
         branches += [] if self.rest is None else [self.n_clusters]
-        sizes = sorted({bucket(n) for n in range(1, max_batch + 1)})
+        sizes = [bucket(1)]
+        while sizes[-1] < max_batch:
+            sizes.append(bucket(sizes[-1] + 1))
         for n in sizes:
             rows = torch.arange(n, device=example.device)
             with naming("example"):

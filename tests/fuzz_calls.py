@@ -43,6 +43,7 @@ Rng = np.random.Generator
 Make = Callable[[Rng], Any]
 LIMIT = 120.0  # seconds for one call, after which the process ends with a traceback
 HUGE = 10**20
+_ROUNDS = ("epochs", "repeats", "max_iter", "max_batch")
 
 
 # ---------------------------------------------------------------- values that nobody expects
@@ -771,7 +772,10 @@ def draw(found: list[Target], rng: Rng) -> Case:
     wrong = list(dict.fromkeys([*(names[i] for i in chosen), *target.always]))
     for name in wrong:
         special = target.wrong.get(name)
-        arguments[name] = (anything if special is None or rng.random() < 0.4 else special)(rng)
+        value = (anything if special is None or rng.random() < 0.4 else special)(rng)
+        # So many rounds would be a valid wish.
+        endless = name in _ROUNDS and isinstance(value, int) and value > 1000
+        arguments[name] = -value if endless else value
     if rng.random() < 0.04 and target.required:
         name = target.required[rng.integers(len(target.required))]
         arguments.pop(name, None)
