@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.exceptions import NotFittedError
 
 LARGEST = 2**31 - 1  # what counts rows or seeds fits into the integers of every library
 
@@ -109,6 +110,8 @@ def naming(name: str) -> Iterator[None]:
     """
     try:
         yield
+    except NotFittedError:
+        raise
     except (ValueError, TypeError, OverflowError) as error:
         if isinstance(error, (ValueError, TypeError)) and re.search(
             rf"\b{re.escape(name)}\b", str(error)

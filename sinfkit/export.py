@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from ._device import settle_after_fork
 from ._packing import pack
 from ._parameters import check_choice, check_flag, check_integer, check_kind, check_path
 from ._tracing import trace
@@ -228,6 +229,7 @@ def _folded(module: nn.Module) -> fx.GraphModule:
 
 def _export_parts(network: SINFNetwork, input_shape: tuple[int, ...]) -> dict[str, ExportedProgram]:
     """Export the router, the subgraphs and the base's rest."""
+    settle_after_fork()
     router = _Router(network).eval()
     # Two samples: torch takes a batch of one for a fixed size.
     x = torch.zeros(2, *input_shape)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._compiled import CompiledCalls, Weights, bucket, skeleton, weights_of
-from ._device import is_out_of_memory, resolve_device
+from ._device import is_out_of_memory, resolve_device, settle_after_fork
 from ._parameters import check_choice, check_flag, check_integer, check_kind, is_integer, naming
 from ._residency import Residency
 from ._stacked import StackedSubgraphs, gather_slots
@@ -183,6 +183,7 @@ class Runtime(SINFNetwork):
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run what every sample passes: the prefix's output, and the fine log-posterior."""
+        settle_after_fork()
         check_kind("x", x, Tensor, "a Tensor")
         if x.ndim < 2 or not x.is_floating_point() or x.layout != torch.strided:
             raise ValueError(
