@@ -254,7 +254,8 @@ class Builder:
             self.held.codes,
             pool_size=clusterer.pool_size,
         )
-        clusterer._group(features, codes[self.index], route, self.calibration.seed)
+        with naming("clusterer"):
+            clusterer._group(features, codes[self.index], route, self.calibration.seed)
         routed = self._routed(features, route, clusterer.class_clusters_)
         subgraphs = self._subgraphs(plan, prefix, clusterer.class_clusters_, routed)
         network = self._network(

@@ -358,7 +358,8 @@ n_features)
         def grouping(one: SemanticClusterer) -> Any:
             def group_classes(features: Any, y: np.ndarray, route: Any) -> np.ndarray:
                 one.classes_ = calibration.table.classes
-                one._group(features, y, route, calibration.seed)
+                with naming("clusterer"):
+                    one._group(features, y, route, calibration.seed)
                 return one.class_clusters_
 
             return group_classes

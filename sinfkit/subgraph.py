@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ._calls import caller_level
-from ._parameters import check_choice, check_integer, check_number
+from ._parameters import check_choice, check_integer, check_number, naming
 from .activations import MAX_POOL_SIZE, Statistics, taylor_scores
 from .costs import UNITS
 from .data_flow import gather_couplings
@@ -240,8 +240,14 @@ def score_layers(
             generator=generator,
             **({} if collected is None else collected.get(layer, {})),
         )
-        score = torch.as_tensor(recipe.criterion.function(data, **recipe.options))
-        score = score.detach().cpu().to(torch.float64)
+        given = recipe.criterion.function(data, **recipe.options)
+        if not isinstance(given, (Tensor, np.ndarray, list, tuple)):
+            raise TypeError(
+                f"The criterion returned {type(given).__name__} for layer {layer!r}; one score for "
+                f"each of its {n_channels} filters is needed."
+            )
+        with naming("criterion"):
+            score = torch.as_tensor(given).detach().cpu().to(torch.float64)
         if score.shape != (n_channels,):
             raise ValueError(
                 f"The criterion returned shape {tuple(score.shape)} for layer {layer!r}; one score "
