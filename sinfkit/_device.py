@@ -79,6 +79,7 @@ _OUT_OF_MEMORY = (
     "not enough memory",  # torch elsewhere
     "bad_alloc",  # C++ below torch
     "ALLOC_FAILED",  # cuBLAS and cuDNN
+    "could not create a primitive",  # oneDNN, whatever the reason
 )
 
 

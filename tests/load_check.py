@@ -118,7 +118,9 @@ def in_processes(clf: SINFClassifier, method: str, n_workers: int, n: int) -> di
     """Answer `n` requests in forked or spawned workers, after torch has used threads here."""
     global _given
     _given = clf, Requests(clf)
-    clf.predict_proba(np.zeros((20_000, 1, 8, 8), np.float32))  # large enough for threads
+    clf.predict_proba(
+        np.zeros((640, 1, 8, 8), np.float32)
+    )  # in threads, which a fork leaves behind
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = None
