@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import resource
 import signal
 import sys
 import warnings
@@ -22,6 +21,7 @@ from torch import nn
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
 from sinfkit._halving import in_pieces
 
+resource = pytest.importorskip("resource")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory as on Linux")
 ESTIMATORS = ("SemanticClusterer", "DCSPruner", "SINFClassifier")
 
