@@ -230,7 +230,7 @@ def test_a_killed_fit_goes_on_from_the_last_finished_stage(fresh, data, name, tm
     written = statistics.stat().st_mtime_ns
     capsys.readouterr()
     # At this level joblib tells of every call that it has to make.
-    memory = joblib.Memory(tmp_path, verbose=1)
+    memory = joblib.Memory(str(tmp_path), verbose=1)
     resumed = clone(fresh[name]).set_params(memory=memory).fit(X, y)
     calls = capsys.readouterr().out
     assert "Calling sinfkit._cached._score" in calls
