@@ -12,17 +12,22 @@ import joblib
 import numpy as np
 import torch
 from sklearn import get_config
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import accuracy_score
 from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import fx, nn
 from tqdm.auto import tqdm
 
-from ._device import loaded_device, resolve_device
+from ._device import is_out_of_memory, loaded_device, resolve_device
+from ._halving import in_pieces
 from ._packing import pack
+from ._parameters import check_integer, check_jobs, check_verbose, naming
 from ._validation import (
     Batcher,
     ClassTable,
     Images,
+    check_answers,
     check_channels,
     hold_out,
     match_classes,
@@ -54,10 +59,9 @@ def all_or_nothing(fit: Fit) -> Fit:
         twin = object.__new__(type(self))
         twin.__dict__.update({k: v for k, v in self.__dict__.items() if k in names})
         fit(twin, *args, **kwargs)
-        self.__dict__.update(twin.__dict__)
-        for stale in self.__dict__.keys() - twin.__dict__.keys():
-            if stale.endswith("_") and not stale.startswith("_"):
-                del self.__dict__[stale]
+        kept = {k: v for k, v in self.__dict__.items() if not k.endswith("_") or k.startswith("_")}
+        # One assignment: Ctrl-C comes before it or after it.
+        self.__dict__ = kept | twin.__dict__
         return self
 
     return cast(Fit, wrapper)
@@ -116,7 +120,8 @@ class Calibration:
     @functools.cached_property
     def groups(self) -> list[ChannelGroup]:
         """The network's coupled channels, in forward order."""
-        return find_groups(self.graph, self.example, self.output)
+        with naming("model"):
+            return find_groups(self.graph, self.example, self.output)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a job elsewhere: the samples stay here, and the graph is traced anew there."""
@@ -136,6 +141,33 @@ class Calibration:
         self.graph = trace(self.frozen.module(device))
 
 
+class TorchClassifierMixin(ClassifierMixin):
+    """scikit-learn's mixin, with a score whose errors say which argument they are about."""
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Compute the share of samples whose class is predicted.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+        y : array-like of shape (n_samples,)
+            Their classes.
+        sample_weight : array-like of shape (n_samples,), optional
+
+        Returns
+        -------
+        float
+        """
+        check_is_fitted(self)
+        predicted = self.predict(X)
+        if isinstance(predicted, torch.Tensor):
+            predicted = predicted.cpu().numpy()
+        y = validate_y(y, len(predicted))
+        weight = validate_weight(sample_weight, len(predicted))
+        with naming("y"):
+            return float(accuracy_score(y, predicted, sample_weight=weight))
+
+
 class TorchEstimator(BaseEstimator):
     """Base class of the estimators: device, pickling, calibration data."""
 
@@ -143,6 +175,8 @@ class TorchEstimator(BaseEstimator):
     model_classes: Any
     batch_size: int
     device: Any
+    n_jobs: int | None
+    memory: Any
     random_state: Any
     verbose: int
 
@@ -160,8 +194,7 @@ class TorchEstimator(BaseEstimator):
         is trained here does not see the samples that ``hold_out`` gives for the share `held_out`
         and a generator of the calibration's seed.
         """
-        if not isinstance(self.batch_size, (int, np.integer)) or self.batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}.")
+        self._check_shared()
         device = resolve_device(self.device)
         frozen = None if self.model is None else as_frozen(self.model)
         X = validate_X(
@@ -170,7 +203,8 @@ class TorchEstimator(BaseEstimator):
         check_channels(X)
         y = validate_y(y, len(X))
         X, y, weight = without_zeros(X, y, validate_weight(sample_weight, len(X)))
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        with naming("random_state"):
+            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if frozen is None:
             if self.model_classes is not None:
                 raise ValueError(
@@ -190,11 +224,13 @@ class TorchEstimator(BaseEstimator):
         self.classes_ = table.classes
         self.device_ = device
         self.base_model_ = frozen
-        graph = trace(module)
+        with naming("model"):
+            graph = trace(module)
+            output = output_layer(graph, n_outputs)
         return Calibration(
             frozen,
             graph,
-            output_layer(graph, n_outputs),
+            output,
             X,
             table.encode(y),
             table,
@@ -204,6 +240,14 @@ class TorchEstimator(BaseEstimator):
             seed,
             weight,
         )
+
+    def _check_shared(self) -> None:
+        """Raise for values of the parameters that all estimators have, before anything costly."""
+        check_integer("batch_size", self.batch_size)
+        check_jobs(self.n_jobs)
+        check_verbose(self.verbose)
+        with naming("memory"):
+            check_memory(self.memory)
 
     def _check_base(self, logits: torch.Tensor, calibration: Calibration) -> None:
         """Refuse outputs that are not finite; warn where outputs and labels disagree.
@@ -226,6 +270,7 @@ class TorchEstimator(BaseEstimator):
 
     def _batcher(self, module: nn.Module) -> Batcher:
         """Batches for prediction with a fitted `module`."""
+        check_integer("batch_size", self.batch_size)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         return Batcher(self.base_model_, self.device_, dtype, int(self.batch_size))
 
@@ -240,6 +285,7 @@ class TorchEstimator(BaseEstimator):
         -------
         self
         """
+        check_is_fitted(self)
         self.device_ = resolve_device(device)
         for value in self.__dict__.values():
             if isinstance(value, nn.Module) and value is not self.model:
@@ -250,16 +296,26 @@ class TorchEstimator(BaseEstimator):
         """Where answers for `X` go batch by batch: to the host, or where `X` is."""
         return X.device if answers_in_torch(X) else torch.device("cpu")
 
-    def _joined(self, rows: list[torch.Tensor], X: Any, double: bool | None = None) -> Any:
-        """Join batches of answers to a tensor or an array, see `answers_in_torch`.
+    def _run(
+        self, network: Callable[..., torch.Tensor], batches: Iterable[torch.Tensor], X: Any
+    ) -> torch.Tensor:
+        """Answers for all batches of `X`, which must be numbers, where `_home` wants them."""
+        home = self._home(X)
+        with torch.inference_mode():
+            rows = list(in_pieces(lambda x: network(x).to(home), batches))
+        # Not in inference mode: what that makes may not be changed in place, as scikit-learn does.
+        joined = torch.cat(rows)
+        # What stays on a device is not looked at, as the host would have to wait for it.
+        return joined if answers_in_torch(X) else check_answers(joined)
+
+    def _as_wanted(self, answers: torch.Tensor, X: Any, double: bool | None = None) -> Any:
+        """Answers as a tensor or an array, see `answers_in_torch`.
 
         `double` asks for float64 (True) or float32 (False).
         """
-        # Not in inference mode: what that makes may not be changed in place, as scikit-learn does.
-        joined = torch.cat(rows)
         if double is not None:
-            joined = joined.to(torch.float64 if double else torch.float32)
-        return joined if answers_in_torch(X) else joined.numpy()
+            answers = answers.to(torch.float64 if double else torch.float32)
+        return answers if answers_in_torch(X) else answers.numpy()
 
     def _labels(self, best: Any) -> Any:
         """Labels of classes given by their positions: a tensor if these are one, and numbers."""
@@ -361,7 +417,9 @@ def _n_outputs(module: nn.Module, example: torch.Tensor) -> int:
     try:
         with torch.inference_mode():
             logits = module(example)
-    except RuntimeError as error:
+    except Exception as error:  # a network may raise what it likes
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"The model cannot take samples of shape {tuple(example.shape[1:])}: {error}"
         ) from error
@@ -396,18 +454,17 @@ def _train_default(
 
     classes, codes = np.unique(y, return_inverse=True)
     double = X.dtype in (np.float64, torch.float64) and X.ndim == 2
+    network_type = torch.float64 if double else torch.float32
     data = X.cpu().numpy() if isinstance(X, torch.Tensor) else X
     scale = 255.0 if data.dtype == np.uint8 else 1.0
     axes = (0,) if data.ndim == 2 else (0, 2, 3)
-    mean = data.mean(axis=axes, dtype=np.float64) / scale
-    std = data.std(axis=axes, dtype=np.float64) / scale
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = data.mean(axis=axes, dtype=np.float64) / scale
+        std = data.std(axis=axes, dtype=np.float64) / scale
+    if not np.isfinite(std).all() or np.abs(mean).max() > torch.finfo(network_type).max:
+        raise ValueError("X holds values too large to compute with. Scale them down.")
     std = np.where(std > 1e-12 * np.maximum(1.0, np.abs(mean)), std, 1.0)
-    network = default_network(
-        tuple(X.shape[1:]),
-        len(classes),
-        torch.float64 if double else torch.float32,
-        random_state=seed,
-    )
+    network = default_network(tuple(X.shape[1:]), len(classes), network_type, random_state=seed)
     # Small sets need more epochs for as many steps.
     epochs = int(np.clip(np.ceil(20_000 / len(codes)), 8, 60))
     trained = train_network(

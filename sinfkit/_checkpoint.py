@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,10 @@ class Checkpoint:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         try:
-            torch.save(state, partial)
+            # By way of memory: torch's own writer does not say why the disk refuses.
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            partial.write_bytes(buffer.getbuffer())
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)

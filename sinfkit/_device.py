@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -32,10 +34,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"device={device!r} is not a torch device, such as 'cpu' or 'cuda'."
-        ) from (error)
+        ) from error
     if not _is_available(resolved):
         raise ValueError(
             f"device={str(resolved)!r} is not available on this machine. Use device='cpu', or "
@@ -69,6 +71,49 @@ def _is_available(device: torch.device) -> bool:
     if device.type == "mps":
         return torch.backends.mps.is_available()
     return False
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, MPS
+    "can't allocate memory",  # torch on Linux
+    "not enough memory",  # torch elsewhere
+    "bad_alloc",  # C++ below torch
+    "ALLOC_FAILED",  # cuBLAS and cuDNN
+    "could not create a primitive",  # oneDNN, whatever the reason
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the host, had no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # Only CUDA has a type of its own for it.
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what torch holds on a device without using it."""
+    gc.collect()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+_PROCESS = os.getpid()  # that has imported this; a spawned worker imports it anew
+
+
+def settle_after_fork() -> None:
+    """Compute with one thread in a forked process, where more would wait for ever.
+
+    GNU OpenMP, which torch's wheels use, does not survive a fork: its threads stay behind in the
+    parent, and the child waits for them.
+    """
+    global _PROCESS
+    if os.getpid() != _PROCESS:
+        torch.set_num_threads(1)
+        _PROCESS = os.getpid()
 
 
 @contextmanager

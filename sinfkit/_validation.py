@@ -14,6 +14,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
 from ._calls import caller_level
+from ._device import settle_after_fork
+from ._parameters import naming
 from .frozen import FrozenModel
 
 Images = np.ndarray | torch.Tensor
@@ -58,14 +60,15 @@ n_features)
     if isinstance(X, torch.Tensor):
         checked: Images = _validate_tensor(estimator, X, reset=reset, finite=finite)
     else:
-        checked = validate_data(
-            estimator,
-            X,
-            reset=reset,
-            allow_nd=True,
-            dtype=[np.float64, np.float32, np.uint8],
-            accept_sparse=False,
-        )
+        with naming("X"):
+            checked = validate_data(
+                estimator,
+                X,
+                reset=reset,
+                allow_nd=True,
+                dtype=[np.float64, np.float32, np.uint8],
+                accept_sparse=False,
+            )
     expected = input_shape if reset else estimator.input_shape_
     if expected is not None and checked.ndim == 2 and len(expected) > 1:
         if checked.shape[1] != int(np.prod(expected)):
@@ -101,12 +104,16 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
         raise ValueError(
             "requires y to be passed, but the target y is None: class labels are needed."
         )
-    if isinstance(y, torch.Tensor):
-        y = y.detach().cpu().numpy()
-    y = column_or_1d(y, warn=True)
-    if y.dtype.kind == "f" and not np.isfinite(y).all():
-        raise ValueError("Input y contains NaN or infinity.")
-    check_classification_targets(y)
+    with naming("y"):
+        if isinstance(y, torch.Tensor):
+            if y.layout != torch.strided or y.device.type == "meta":
+                raise TypeError("y must be a dense tensor that holds its values.")
+            y = y.detach().cpu().numpy()
+        y = column_or_1d(y, warn=True)
+        if y.dtype.kind == "f" and not np.isfinite(y).all():
+            raise ValueError("Input y contains NaN or infinity.")
+        check_classification_targets(y)
+        np.unique(y)  # labels that have no order are none
     if len(y) != n_samples:
         raise ValueError(f"X has {n_samples} samples, but y has {len(y)} labels.")
     return y
@@ -177,12 +184,16 @@ def mean(values: np.ndarray, weight: np.ndarray | None = None) -> float:
 def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool, finite: bool) -> torch.Tensor:
     """`validate_data` for tensors, which stay on their device."""
     X = X.detach()
+    if X.layout != torch.strided or X.is_quantized or X.device.type == "meta":
+        raise TypeError("X must be a dense tensor that holds its values.")
     if X.ndim < 2:
         raise ValueError(f"X must have at least 2 dimensions, got shape {tuple(X.shape)}.")
     if len(X) == 0:
         raise ValueError(f"Found X with 0 samples (shape={tuple(X.shape)}); at least 1 is needed.")
+    if X.numel() == 0:
+        raise ValueError(f"X has samples without values, shape {tuple(X.shape)}.")
     if X.is_complex():
-        raise ValueError("Complex data not supported")
+        raise ValueError("Complex data not supported: X must be real.")
     if X.dtype not in (torch.uint8, torch.float32, torch.float64):
         X = X.to(torch.float32 if X.is_floating_point() else torch.float64)
     finite = finite and not get_config()["assume_finite"]
@@ -267,7 +278,9 @@ def match_classes(
     """
     present = np.unique(y)
     if model_classes is not None:
-        labels = np.asarray(model_classes)
+        with naming("model_classes"):
+            labels = np.asarray(model_classes)
+            np.unique(labels)
         if labels.ndim != 1 or len(labels) != n_outputs:
             raise ValueError(
                 f"model_classes must have one label for each of the model's {n_outputs} outputs, "
@@ -286,9 +299,12 @@ def match_classes(
         )
     unknown = present[~np.isin(present, labels)]
     if len(unknown):
-        raise ValueError(f"y has labels that the model does not know: {_list(unknown)}.")
+        raise ValueError(
+            f"y has labels that the model does not know: {_list(unknown)}. See model_classes."
+        )
     if classes is not None:
-        wanted = np.unique(np.asarray(classes))
+        with naming("classes"):
+            wanted = np.unique(np.asarray(classes))
         if wanted.size == 0:
             raise ValueError("classes is empty; name at least one class, or pass None for all.")
         unknown = wanted[~np.isin(wanted, labels)]
@@ -299,8 +315,8 @@ def match_classes(
     missing = wanted[~np.isin(wanted, present)]
     if len(missing):
         raise ValueError(
-            f"No calibration samples for class(es) {_list(missing)}. Give samples of every class "
-            "of the model; DCSPruner can also be told the classes to keep (classes=...)."
+            f"No calibration samples for class(es) {_list(missing)} in y. Give samples of every "
+            "class of the model; DCSPruner can also be told the classes to keep (classes=...)."
         )
     order = np.argsort(labels, kind="stable")
     outputs = order[np.searchsorted(labels, wanted, sorter=order)]
@@ -330,6 +346,28 @@ def warn_if_mismatched(accuracy: float, n_classes: int, n_samples: int) -> None:
         )
 
 
+def encode(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Positions of labels in the sorted `classes`; a ValueError where one is not among them."""
+    with naming("y"):
+        position = np.minimum(np.searchsorted(classes, y), len(classes) - 1)
+        unknown = np.asarray(classes[position] != y)
+    if unknown.any():
+        first = y[unknown][0] if unknown.ndim else y[0]
+        raise ValueError(f"y has labels that were not in fit: {first!r} for one.")
+    return position
+
+
+def check_answers(answers: torch.Tensor) -> torch.Tensor:
+    """Return the answers for `X`, or raise where they are not numbers."""
+    finite = torch.isfinite(answers).flatten(1).all(1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"The network's answer for sample {int((~finite).nonzero()[0, 0])} of X is NaN or "
+            "infinite. Look for very large values in X."
+        )
+    return answers
+
+
 class Batcher:
     """Batches of samples as the network wants them: on its device, in its type, normalised.
 
@@ -346,6 +384,7 @@ class Batcher:
     def __init__(
         self, frozen: FrozenModel, device: torch.device, dtype: torch.dtype, batch_size: int
     ) -> None:
+        settle_after_fork()  # whatever computes needs batches first
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
         self._mean = None if frozen.mean is None else torch.tensor(frozen.mean, dtype=dtype)
         self._std = None if frozen.std is None else torch.tensor(frozen.std, dtype=dtype)

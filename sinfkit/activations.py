@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from ._halving import in_pieces
 from ._tracing import copy_sharing_weights
 from .graph import channel_axis, with_capture
+
+MAX_POOL_SIZE = 64  # cells per side; more would only repeat what is there
 
 
 @dataclass
@@ -134,14 +137,17 @@ def collect(
     axes = {key: channel_axis(gm, node) for key, node in wanted.items()}
     parts: dict[str, list[Tensor]] = {key: [] for key in wanted}
     logits: list[Tensor] = []
+    seen: dict[str, Tensor] = {}
 
     def keep(key: str, value: Tensor) -> None:
-        parts[key].append(_to_cpu(pool(value, sizes[key], axes[key])))
+        seen[key] = _to_cpu(pool(value, sizes[key], axes[key]))
 
     watched = with_capture(gm, wanted, keep)
     with torch.inference_mode():
-        for batch in batches:
-            logits.append(_to_cpu(_checked(watched(batch))))
+        for out in in_pieces(lambda batch: _to_cpu(_checked(watched(batch))), batches):
+            logits.append(out)
+            for key, value in seen.items():
+                parts[key].append(value)
     if not logits:
         raise ValueError("there is no batch to collect activations from")
     # One key after the other, so that no more than one is held twice.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._base import Calibration
+from ._halving import in_pieces
 from ._jobs import Rows
 from ._packing import Packed, pack
 from .activations import pool
@@ -188,7 +189,7 @@ def build_subgraph(
 def pooled_output(prefix: nn.Module, batches: Iterable[Tensor], pool_size: int) -> Tensor:
     """Run the prefix and keep the pooled output of every sample, on the host."""
     with torch.inference_mode():
-        return torch.cat([pool(prefix(x), pool_size).cpu() for x in batches])
+        return torch.cat(list(in_pieces(lambda x: pool(prefix(x), pool_size).cpu(), batches)))
 
 
 @dataclass(frozen=True)
@@ -212,14 +213,16 @@ class HeldOut:
 
 def observe(network: SINFNetwork, batches: Iterable[Tensor]) -> HeldOut:
     """Route normalised samples and run each one's own cluster."""
-    parts = []
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        h = network.prefix(x)
+        route = network.route_features(h)
+        logits = network.branch_logits(h, route.cluster)
+        return route.log_posterior, route.cluster, route.confidence, logits
+
     with torch.inference_mode():
-        for x in batches:
-            h = network.prefix(x)
-            route = network.route_features(h)
-            logits = network.branch_logits(h, route.cluster)
-            parts.append((route.log_posterior, route.cluster, route.confidence, logits))
-    return HeldOut(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+        columns = zip(*in_pieces(run, batches), strict=True)
+        return HeldOut(*(torch.cat(column).cpu() for column in columns))
 
 
 def choose_weight(

@@ -15,7 +15,9 @@ from torch import Tensor, fx, nn
 
 from ._base import Calibration, progress
 from ._cached import gather, score, selected
+from ._halving import in_pieces
 from ._jobs import Rows, Shared, run, with_shared
+from ._parameters import naming
 from ._validation import Images, mean
 from .activations import Statistics
 from .assembly import (
@@ -201,7 +203,8 @@ class Builder:
         """The base's answers on the held-out samples, one column per class."""
         if self._base_logits is None:
             with torch.inference_mode():
-                rows = [self.calibration.graph(x).cpu() for x in self.held_batches()]
+                graph = self.calibration.graph
+                rows = list(in_pieces(lambda x: graph(x).cpu(), self.held_batches()))
             self._base_logits = torch.cat(rows)[:, torch.as_tensor(self.calibration.table.outputs)]
         return self._base_logits
 
@@ -265,13 +268,14 @@ class Builder:
             weight=self.calibration.weights(self.index),
             held_out_weight=self.held.weight,
         )
-        clusterer._group(
-            features,
-            codes[self.index],
-            route,
-            self.calibration.seed,
-            self.calibration.weights(self.index),
-        )
+        with naming("clusterer"):
+            clusterer._group(
+                features,
+                codes[self.index],
+                route,
+                self.calibration.seed,
+                self.calibration.weights(self.index),
+            )
         routed = self._routed(features, route, clusterer.class_clusters_)
         subgraphs = self._subgraphs(plan, prefix, clusterer.class_clusters_, routed)
         network = self._network(
@@ -350,7 +354,8 @@ class Builder:
         if not groups:
             return Prefix(dense, {}, widths or {})
         # Scored with those behind the cut, where they are: one pass serves both, for every cut.
-        scored = self._score(both if widths is not None else groups, everything, recipe)
+        with naming("prefix_criterion"):
+            scored = self._score(both if widths is not None else groups, everything, recipe)
         keep = choose_channels(groups, scored.groups, recipe, widths)
         n_images = affordable_images(dense, calibration.example, self.settings.repair_samples)
         sample = self._rng().permutation(self.index)[:n_images]
@@ -364,7 +369,8 @@ class Builder:
         """Widths on both sides of the cut under one budget, by what all classes would lose."""
         calibration, settings = self.calibration, self.settings
         everything = np.arange(len(calibration.table.classes))
-        scored = self._score(groups, everything, settings.prefix_recipe)
+        with naming("prefix_criterion"):
+            scored = self._score(groups, everything, settings.prefix_recipe)
         recipe = replace(settings.prefix_recipe, max_ratio=size.max_ratio)
         return shared_widths(groups, [scored], self._cost(groups, {}), recipe, size.budget)
 
@@ -622,12 +628,13 @@ class Builder:
 
 def _answers(network: SINFNetwork, batches: Iterable[Tensor]) -> np.ndarray:
     """Predicted classes for normalised batches."""
+
+    def answer(x: Tensor) -> Tensor:
+        h = network.prefix(x)
+        return network.process(h, network.route_features(h)).argmax(1).cpu()
+
     with torch.inference_mode():
-        rows = []
-        for x in batches:
-            h = network.prefix(x)
-            rows.append(network.process(h, network.route_features(h)).argmax(1).cpu())
-    return torch.cat(rows).numpy()
+        return torch.cat(list(in_pieces(answer, batches))).numpy()
 
 
 def _reads_samples(recipe: Recipe) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._parameters import check_choice, check_integer, check_kind, check_number
 from .probe import Probe, fit_probe
 
 __all__ = ["DCSResult", "discriminative_capability"]
@@ -132,10 +133,10 @@ def discriminative_capability(
         ("norm", norm, tuple(_NORMS)),
         ("scaling", scaling, tuple(_SCALINGS)),
     ):
-        if value not in known:
-            raise ValueError(f"{option} must be one of {known}, got {value!r}")
-    if not penalty > 0.0:
-        raise ValueError(f"penalty must be positive, got {penalty}")
+        check_choice(option, value, known)
+    check_number("penalty", penalty, "(0, inf]")
+    check_number("tol", tol, "(0, inf)")
+    check_integer("max_iter", max_iter)
     x, codes, n_classes = check_features(features, y)
     n, n_filters, n_cells = x.shape
     weight = None if sample_weight is None else sample_weight.to(x)
@@ -170,6 +171,8 @@ def discriminative_capability(
     return DCSResult(score, size, blocks, probe.intercept, probe.n_iter, probe.converged)
 
 
+_LARGEST = 1e60  # fourth powers are numbers still
+
 _NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "fro": lambda w: w.square().sum((0, 2)).sqrt(),
     "l1": lambda w: w.abs().sum((0, 2)),
@@ -179,6 +182,10 @@ _NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def check_features(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
     """Features in double precision with three axes, and labels as codes 0..k-1 that all occur."""
+    for name, value in (("features", features), ("y", y)):
+        check_kind(name, value, Tensor, "a Tensor")
+        if value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
+            raise TypeError(f"{name} must be a dense Tensor that holds real values.")
     if features.dim() == 2:
         features = features.unsqueeze(2)
     if features.dim() != 3 or 0 in features.shape:
@@ -188,12 +195,14 @@ def check_features(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
         )
     if y.shape != features.shape[:1]:
         raise ValueError(
-            f"y must hold one class per sample: expected shape ({len(features)},), got "
+            f"y must hold one class per sample of features: expected shape ({len(features)},), got "
             f"{tuple(y.shape)}"
         )
     x = features.detach().to(torch.float64)
     if not bool(torch.isfinite(x).all()):
         raise ValueError("features must be finite, but hold NaN or infinity")
+    if float(x.abs().max()) > _LARGEST:
+        raise ValueError(f"features must be at most {_LARGEST:g} in size")
     classes, codes = torch.unique(y.to(x.device), return_inverse=True)
     return x, codes, len(classes)
 

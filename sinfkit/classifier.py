@@ -12,14 +12,28 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn import get_config
-from sklearn.base import ClassifierMixin, clone
+from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._base import Calibration, TorchEstimator, all_or_nothing, answers_in_torch
+from ._base import (
+    Calibration,
+    TorchClassifierMixin,
+    TorchEstimator,
+    all_or_nothing,
+    answers_in_torch,
+)
 from ._calls import caller_level
 from ._jobs import over_chunks
-from ._validation import hold_out, validate_weight, validate_X, validate_y, without_zeros
+from ._parameters import check_choice, check_integer, check_number, naming
+from ._validation import (
+    encode,
+    hold_out,
+    validate_weight,
+    validate_X,
+    validate_y,
+    without_zeros,
+)
 from .builder import ANSWERS, Builder, Built, Held, Plan, Settings
 from .clusterer import SemanticClusterer
 from .cuts import rank_candidates, try_cuts, usable_cuts
@@ -41,7 +55,7 @@ _OPTIONAL = ("route_accuracy", "target_speedup", "exit_threshold")
 _CLUSTERS = (2, 5, 10, 20)  # tried where no clusterer is given
 
 
-class SINFClassifier(ClassifierMixin, TorchEstimator):
+class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     """Semantic Inference: a trained network made faster by running one cluster's part of it.
 
     The first layers run for every input.  A small predictor on their output says which semantic
@@ -279,18 +293,20 @@ n_features)
             If `model` is not a module.
         """
         clusterer, pruner = self._components()
-        recipe = pruner._recipe()
+        with naming("pruner"):
+            recipe = pruner._recipe()
         self._check_parameters()
-        prefix_recipe = make_recipe(
-            self.prefix_criterion,
-            "uniform",
-            0.0,
-            0.0,
-            recipe.pool_size,
-            "least_squares",
-            {"penalty": pruner.penalty},
-            round_to=recipe.round_to,
-        )
+        with naming("prefix_criterion"):
+            prefix_recipe = make_recipe(
+                self.prefix_criterion,
+                "uniform",
+                0.0,
+                0.0,
+                recipe.pool_size,
+                "least_squares",
+                {"penalty": pruner.penalty},
+                round_to=recipe.round_to,
+            )
         held_out = None if X_val is not None else self.validation_fraction
         calibration = self._calibrate(X, y, sample_weight=sample_weight, held_out=held_out)
         for one in (recipe, prefix_recipe):
@@ -362,7 +378,8 @@ n_features)
             numbers = [n for n in _CLUSTERS if 2 * n <= n_classes] or [min(2, n_classes)]
             clusterers = {n: clone(clusterer).set_params(n_clusters=n) for n in numbers}
         if self.route_layer != "auto":
-            cuts = [find_cut(graph, self.route_layer)]
+            with naming("route_layer"):
+                cuts = [find_cut(graph, self.route_layer)]
         else:
             cuts = usable_cuts(graph, cut_points(graph), calibration.output)
         if not cuts:
@@ -378,7 +395,8 @@ n_features)
                 features: Any, y: np.ndarray, route: Any, weight: np.ndarray | None
             ) -> np.ndarray:
                 one.classes_ = calibration.table.classes
-                one._group(features, y, route, calibration.seed, weight)
+                with naming("clusterer"):
+                    one._group(features, y, route, calibration.seed, weight)
                 return one.class_clusters_
 
             return group_classes
@@ -528,7 +546,7 @@ n_features)
                     raise ValueError(
                         f"{name}.{parameter} must be None: SINFClassifier supplies it."
                     )
-        if pruner.schedule == "iterative":
+        if isinstance(pruner.schedule, str) and pruner.schedule == "iterative":
             raise ValueError(
                 "pruner.schedule='iterative' prunes one whole network; choose another schedule."
             )
@@ -537,41 +555,32 @@ n_features)
             for parameter in ("device", "random_state", "n_jobs", "verbose", "batch_size"):
                 if getattr(nested, parameter) == getattr(defaults, parameter):
                     setattr(nested, parameter, getattr(self, parameter))
-        clusterer._check_parameters()
+        with naming("clusterer"):
+            clusterer._check_parameters()
         return clusterer, pruner
 
     def _check_parameters(self) -> None:
         """Raise for parameters that are wrong whatever the data."""
-        if self.fallback not in FALLBACKS:
-            raise ValueError(f"fallback must be one of {FALLBACKS}, got {self.fallback!r}.")
-        if not isinstance(self.top_k, (int, np.integer)) or self.top_k < 1:
-            raise ValueError(f"top_k must be a positive integer, got {self.top_k!r}.")
-        if self.answers not in ANSWERS:
-            raise ValueError(f"answers must be one of {ANSWERS}, got {self.answers!r}.")
-        for name, low, high, closed in (
-            ("prefix_ratio", 0.0, 1.0, False),
-            ("route_accuracy", 0.0, 1.0, True),
-            ("max_accuracy_drop", 0.0, 1.0, True),
-            ("target_speedup", 1.0, np.inf, False),
-            ("confidence_threshold", 0.0, 1.0, True),
-            ("exit_threshold", 0.0, 1.0, True),
-            ("router_weight", 0.0, np.inf, False),
+        check_choice("fallback", self.fallback, FALLBACKS)
+        check_integer("top_k", self.top_k)
+        check_choice("answers", self.answers, ANSWERS)
+        if not isinstance(self.route_layer, str):
+            raise TypeError(f"route_layer must be a name, got {type(self.route_layer).__name__}.")
+        for name, interval in (
+            ("prefix_ratio", "[0, 1)"),
+            ("route_accuracy", "[0, 1]"),
+            ("max_accuracy_drop", "[0, 1]"),
+            ("target_speedup", "[1, inf)"),
+            ("confidence_threshold", "[0, 1]"),
+            ("exit_threshold", "[0, 1]"),
+            ("router_weight", "[0, inf)"),
+            ("validation_fraction", "(0, 1)"),
         ):
             value = getattr(self, name)
-            automatic = name in _AUTOMATIC
-            if automatic and isinstance(value, str) and value == "auto":
+            if name in _AUTOMATIC and isinstance(value, str):
+                check_choice(name, value, ("auto",))
                 continue
-            if value is None and name in _OPTIONAL:
-                continue
-            number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-            if not number or not (low <= value <= high) or (value == high and not closed):
-                interval = f"[{low:g}, {high:g}{']' if closed else ')'}"
-                extra = ' or "auto"' if automatic else ""
-                raise ValueError(f"{name} must be in {interval}{extra}, got {value!r}.")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}."
-            )
+            check_number(name, value, interval, optional=name in _OPTIONAL)
 
     def _hold_out(
         self,
@@ -590,11 +599,13 @@ n_features)
             fit, held = hold_out(calibration.codes, self.validation_fraction, rng)
             codes = calibration.codes[held]
             return fit, Held(calibration.X, held, codes, calibration.weights(held))
-        X_val = validate_X(self, X_val, reset=False)
-        y_val = validate_y(y_val, len(X_val))
+        with naming("X_val"):
+            X_val = validate_X(self, X_val, reset=False)
         weight = validate_weight(weight_val, len(X_val), "sample_weight_val")
-        X_val, y_val, weight = without_zeros(X_val, y_val, weight)
-        codes = calibration.table.encode(y_val)
+        with naming("y_val"), naming("X_val"):
+            y_val = validate_y(y_val, len(X_val))
+            X_val, y_val, weight = without_zeros(X_val, y_val, weight)
+            codes = calibration.table.encode(y_val)
         if (codes < 0).any():
             raise ValueError("y_val has labels that are not in y.")
         return np.arange(len(calibration.codes)), Held(X_val, np.arange(len(codes)), codes, weight)
@@ -667,10 +678,9 @@ n_features)
         check_is_fitted(self)
         late = answers_in_torch(X) and not get_config()["assume_finite"]
         X = validate_X(self, X, reset=False, finite=not late)
-        home, run = self._home(X), self.network_.forward_finite if late else self.network_
-        with torch.inference_mode():
-            rows = [run(x).to(home) for x in self._batcher(self.network_).raw(X)]
-        return self._joined(rows, X)
+        batches = self._batcher(self.network_).raw(X)
+        network = self.network_.forward_finite if late else self.network_
+        return self._as_wanted(self._run(network, batches, X), X)
 
     @over_chunks
     def predict_cluster(self, X: Any) -> Any:
@@ -688,11 +698,9 @@ n_features)
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        home = self._home(X)
-        with torch.inference_mode():
-            batches = self._batcher(self.network_).raw(X)
-            rows = [self.network_.route(x).cluster.to(home) for x in batches]
-        return self._joined(rows, X)
+        batches = self._batcher(self.network_).raw(X)
+        posterior = self._run(lambda x: self.network_.route(x).posterior, batches, X)
+        return self._as_wanted(posterior.argmax(1), X)
 
     def runtime(
         self,
@@ -764,8 +772,10 @@ n_features)
         turn.
         """
         check_is_fitted(self)
+        check_integer("latency_batch", latency_batch, optional=True)
+        check_integer("repeats", repeats, low=0)
         X = validate_X(self, X, reset=False)
-        codes = self._encode(validate_y(y, len(X)))
+        codes = encode(validate_y(y, len(X)), self.classes_)
         return make_report(
             self.network_,
             self.base_model_.module(self.device_),
@@ -795,14 +805,6 @@ n_features)
         from .export import to_onnx
 
         return to_onnx(self, folder, **options)
-
-    def _encode(self, y: np.ndarray) -> np.ndarray:
-        """Labels to positions in `classes_`."""
-        position = np.minimum(np.searchsorted(self.classes_, y), len(self.classes_) - 1)
-        unknown = self.classes_[position] != y
-        if unknown.any():
-            raise ValueError(f"y has labels that were not in fit: {y[unknown][0]!r} for one.")
-        return position
 
 
 def _shown(name: str, value: Any) -> str:

@@ -17,7 +17,9 @@ from ._base import TorchEstimator, all_or_nothing
 from ._cached import gather
 from ._calls import caller_level
 from ._jobs import over_chunks
+from ._parameters import check_choice, check_integer, check_number, naming
 from ._validation import hold_out, mean, validate_X
+from .activations import MAX_POOL_SIZE
 from .capability import average, centred
 from .graph import CutPoint, cut_points, find_cut, layer_names, split
 from .probe import fit_probe
@@ -175,7 +177,8 @@ n_features)
         if self.layer == "auto":
             cut = half_way_cut(graph, calibration.example)
         else:
-            cut = find_cut(graph, self.layer)
+            with naming("layer"):
+                cut = find_cut(graph, self.layer)
         statistics = gather(
             calibration, {cut.name: cut.node}, self.pool_size, self.memory, self.verbose
         )
@@ -210,24 +213,15 @@ n_features)
 
     def _check_parameters(self) -> None:
         """Raise for parameters that are wrong whatever the data."""
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
+        check_choice("method", self.method, METHODS)
         if (self.method == "given") != (self.mapping is not None):
             raise ValueError('mapping goes with method="given", and only with it.')
-        for name in ("n_clusters", "max_cluster_size", "pool_size"):
-            value = getattr(self, name)
-            required = name == "pool_size"
-            if (value is None and required) or (
-                value is not None
-                and (
-                    not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1
-                )
-            ):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}."
-            )
+        for name in ("n_clusters", "max_cluster_size"):
+            check_integer(name, getattr(self, name), optional=True)
+        check_integer("pool_size", self.pool_size, high=MAX_POOL_SIZE)
+        check_number("validation_fraction", self.validation_fraction, "(0, 1)")
+        if not isinstance(self.layer, str):
+            raise TypeError(f"layer must be a name, got {type(self.layer).__name__}.")
 
     def _group(
         self,
@@ -244,7 +238,9 @@ n_features)
             penalty = max(route.penalty, _LEAST_PENALTY)
             self.affinity_ = confusion_affinity(features, codes, penalty, seed, weight)
         if self.method == "given":
-            self.class_clusters_, self.cluster_names_ = read_mapping(self.mapping, self.classes_)
+            with naming("mapping"):
+                found = read_mapping(self.mapping, self.classes_)
+            self.class_clusters_, self.cluster_names_ = found
             return
         n_classes = len(self.classes_)
         n_clusters = self.n_clusters or max(1, round(n_classes**0.5))
@@ -274,7 +270,7 @@ n_features)
             Positions in `cluster_names_`.  Under scikit-learn's array API dispatch, a Tensor on the
             device of `X` where that is a Tensor.
         """
-        return self._joined([self._posterior(X).argmax(1)], X)
+        return self._as_wanted(self._posterior(X).argmax(1), X)
 
     @over_chunks
     def transform(self, X: Any) -> Any:
@@ -290,17 +286,15 @@ n_features)
             Rows sum to 1; float64 for float64 `X`, float32 otherwise.  A Tensor as with `predict`.
         """
         double = getattr(X, "dtype", None) in (np.float64, torch.float64)
-        return self._joined([self._posterior(X)], X, double)
+        return self._as_wanted(self._posterior(X), X, double)
 
     def _posterior(self, X: Any) -> Tensor:
         """Cluster probabilities, on the host or where `X` is."""
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        home = self._home(X)
-        clusters = torch.as_tensor(self.class_clusters_).to(home)
-        with torch.inference_mode():
-            log_p = [self.network_(x).to(home) for x in self._batcher(self.network_)(X)]
-        return cluster_posterior(torch.cat(log_p), clusters, len(self.cluster_names_))
+        log_p = self._run(self.network_, self._batcher(self.network_)(X), X)
+        clusters = torch.as_tensor(self.class_clusters_).to(log_p.device)
+        return cluster_posterior(log_p, clusters, len(self.cluster_names_))
 
     @property
     def _n_features_out(self) -> int:

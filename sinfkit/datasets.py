@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from joblib import Parallel, delayed
 
+from ._parameters import check_flag, check_integer, check_jobs, check_path
+
 __all__ = [
     "CIFAR100_SUPERCLASSES",
     "ImageDataset",
@@ -45,6 +47,7 @@ CIFAR100_SUPERCLASSES: dict[str, tuple[str, ...]] = {
 """CIFAR-100's superclasses, each with its five classes (Krizhevsky, 2009)."""
 
 _EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_LARGEST_SIDE = 16_384  # pixels; more would be a slip, and fill the memory
 _TABLE_COLUMNS = ("wnid", "name", "cluster")
 
 
@@ -180,6 +183,9 @@ def _load_cifar(
     superclasses: Mapping[str, Sequence[str]] | None,
 ) -> ImageDataset:
     """Read one of torchvision's CIFAR data sets, which check their files, into memory."""
+    check_path("root", root)
+    check_flag("train", train)
+    check_flag("download", download)
     try:
         data = source(root, train=train, download=download)
     except RuntimeError as error:
@@ -256,19 +262,23 @@ def load_image_folder(
     >>> data.X.shape, data.y.tolist(), data.class_names
     ((2, 3, 8, 8), [0, 1], ('cat', 'dog'))
     """
-    root = Path(folder)
+    root = check_path("folder", folder)
+    class_table = None if class_table is None else check_path("class_table", class_table)
+    check_integer("size", size, high=_LARGEST_SIDE, optional=True)
+    check_jobs(n_jobs)
     if not root.is_dir():
         raise FileNotFoundError(f"folder {root} does not exist or is not a folder.")
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1 pixel; got {size}.")
     wnids = sorted(path.name for path in root.iterdir() if path.is_dir() and _is_shown(path))
     if not wnids:
         raise ValueError(f"folder {root} has no sub-folders; it needs one per class.")
 
     class_names, clusters = tuple(wnids), None
     if class_table is not None:
-        table = _read_class_table(Path(class_table))
-        _match_table(wnids, list(table), root, Path(class_table))
+        try:
+            table = _read_class_table(class_table)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"class_table {class_table} is no table: {error}.") from error
+        _match_table(wnids, list(table), root, class_table)
         class_names = tuple(table[wnid][0] for wnid in wnids)
         clusters = {label: table[wnid][1] for label, wnid in enumerate(wnids)}
 
@@ -296,7 +306,7 @@ def _image_files(folder: Path) -> list[Path]:
 def _read_class_table(path: Path) -> dict[str, tuple[str, str]]:
     """Name and cluster of each wnid."""
     if not path.is_file():
-        raise FileNotFoundError(f"class table {path} does not exist.")
+        raise FileNotFoundError(f"class_table {path} does not exist.")
     table: dict[str, tuple[str, str]] = {}
     # Spreadsheets put a byte-order mark in front, which would become part of "wnid".
     with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -304,11 +314,11 @@ def _read_class_table(path: Path) -> dict[str, tuple[str, str]]:
         missing = [column for column in _TABLE_COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(
-                f"class table {path} lacks {', '.join(missing)}; its first line must name the "
+                f"class_table {path} lacks {', '.join(missing)}; its first line must name the "
                 f"columns {', '.join(_TABLE_COLUMNS)}."
             )
         for row in reader:
-            place = f"class table {path}, line {reader.line_num}"
+            place = f"class_table {path}, line {reader.line_num}"
             wnid, name, cluster = ((row[column] or "").strip() for column in _TABLE_COLUMNS)
             if not (wnid and name and cluster):
                 raise ValueError(f"{place}: wnid, name or cluster is empty.")
@@ -322,10 +332,14 @@ def _match_table(folders: Iterable[str], wnids: Iterable[str], root: Path, table
     """Every row needs its folder, every folder its row."""
     without_folder = sorted(set(wnids) - set(folders))
     if without_folder:
-        raise ValueError(f"In {table} but without a folder in {root}: {_listed(without_folder)}.")
+        raise ValueError(
+            f"In class_table {table} but without a folder in {root}: {_listed(without_folder)}."
+        )
     without_row = sorted(set(folders) - set(wnids))
     if without_row:
-        raise ValueError(f"Folders in {root} but without a row in {table}: {_listed(without_row)}.")
+        raise ValueError(
+            f"Folders in {root} but without a row in class_table {table}: {_listed(without_row)}."
+        )
 
 
 def _read_images(paths: Sequence[Path], size: int | None, n_jobs: int | None) -> np.ndarray:

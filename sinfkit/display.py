@@ -14,6 +14,15 @@ import numpy as np
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from sklearn.utils.validation import check_is_fitted
 
+from ._parameters import (
+    check_choice,
+    check_integer,
+    check_kind,
+    check_number,
+    is_integer,
+    naming,
+)
+from ._validation import encode, validate_y
 from .classifier import SINFClassifier
 from .clusterer import SemanticClusterer
 from .pruner import DCSPruner
@@ -45,6 +54,7 @@ class _Display:
             import matplotlib.pyplot as plt
 
             _, ax = plt.subplots(figsize=figsize, layout="constrained")
+        _check_axes(ax)
         self.ax_, self.figure_ = ax, ax.figure
         return ax
 
@@ -86,8 +96,13 @@ class SpeedAccuracyDisplay(_Display):
         cost: str = "macs",
     ) -> None:
         _check_cost(cost)
+        check_number("base_accuracy", base_accuracy, "[0, 1]")
+        check_kind("points", points, Mapping, "a mapping of names to points")
         self.base_accuracy = base_accuracy
-        self.points = {name: np.atleast_2d(np.asarray(p, float)) for name, p in points.items()}
+        with naming("points"):
+            self.points = {name: np.atleast_2d(np.asarray(p, float)) for name, p in points.items()}
+        if any(p.ndim != 2 or p.shape[1] != 2 or not len(p) for p in self.points.values()):
+            raise ValueError("points must be rows of cost and accuracy, at least one for a line.")
         self.cost = cost
 
     @classmethod
@@ -122,7 +137,13 @@ class SpeedAccuracyDisplay(_Display):
         SpeedAccuracyDisplay
         """
         _check_cost(cost)
-        estimators = [estimator] if isinstance(estimator, SINFClassifier) else list(estimator)
+        if not isinstance(estimator, (SINFClassifier, list, tuple)) or estimator in ([], ()):
+            raise TypeError("estimator must be a SINFClassifier, or a list of them.")
+        estimators = list(estimator) if isinstance(estimator, (list, tuple)) else [estimator]
+        for one in estimators:
+            check_kind("estimator", one, SINFClassifier, "a SINFClassifier, or a list of them")
+        check_kind("name", name, str, "a string")
+        check_integer("repeats", repeats, low=0)
         timed = repeats if cost == "latency" else 0
         reports = [e.report(X, y, repeats=timed) for e in estimators]
         return cls.from_reports({name: reports}, cost=cost, ax=ax)
@@ -147,8 +168,13 @@ class SpeedAccuracyDisplay(_Display):
         """
         _check_cost(cost)
         points: dict[str, list[tuple[float, float]]] = {}
+        check_kind("reports", reports, Mapping, "a mapping of names to lists of reports")
+        for line in reports.values():
+            check_kind("reports", line, (list, tuple), "a mapping of names to lists of reports")
+            for report in line:
+                check_kind("reports", report, SINFReport, "a mapping to lists of SINFReport")
         if not reports or not all(reports.values()):
-            raise ValueError("each line needs at least one report.")
+            raise ValueError("reports: each line needs at least one report.")
         base = {r.base_accuracy for line in reports.values() for r in line}
         if len(base) != 1:
             raise ValueError("the reports must be of one base network, on the same samples.")
@@ -235,7 +261,17 @@ class FilterScoreDisplay(_Display):
         kept: Mapping[str, int] | None = None,
         name: str = "score",
     ) -> None:
-        self.scores, self.kept, self.name = dict(scores), dict(kept or {}), name
+        check_kind("scores", scores, Mapping, "a mapping of layers to scores")
+        if kept is not None:
+            check_kind("kept", kept, Mapping, "a mapping of layers to numbers of filters")
+        with naming("scores"):
+            self.scores = {layer: np.asarray(values, float) for layer, values in scores.items()}
+        for layer, values in self.scores.items():
+            if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+                raise ValueError(f"scores of {layer!r} must be one finite number for each filter.")
+        self.kept, self.name = dict(kept or {}), name
+        for count in self.kept.values():
+            check_integer("kept", count)
 
     @classmethod
     def from_estimator(
@@ -255,13 +291,13 @@ class FilterScoreDisplay(_Display):
         -------
         FilterScoreDisplay
         """
-        check_is_fitted(estimator)
+        _check_estimator(estimator, DCSPruner, SINFClassifier)
         pruner = estimator
         if isinstance(estimator, SINFClassifier):
             with_subgraph = [c for c, own in enumerate(estimator.scores_) if own]
             if cluster is None and with_subgraph:
                 cluster = with_subgraph[0]
-            if cluster not in with_subgraph:
+            if not is_integer(cluster) or cluster not in with_subgraph:
                 raise ValueError(
                     f"cluster must be one that was sliced, of {with_subgraph}; got {cluster!r}."
                 )
@@ -337,7 +373,8 @@ class FilterOverlapDisplay(_Display):
     im_: Any
 
     def __init__(self, *, overlap: np.ndarray, names: Sequence[str]) -> None:
-        self.overlap, self.names = np.asarray(overlap, float), [str(name) for name in names]
+        self.names = _names(names)
+        self.overlap = _square("overlap", overlap, len(self.names))
 
     @classmethod
     def from_estimator(
@@ -357,17 +394,17 @@ class FilterOverlapDisplay(_Display):
         FilterOverlapDisplay
             Clusters of one class have no subgraph and are left out.
         """
-        check_is_fitted(estimator)
+        _check_estimator(estimator, SINFClassifier)
         rows = [c for c, support in enumerate(estimator.supports_) if support]
         if not rows:
-            raise ValueError("no cluster has a subgraph: each has a single class.")
+            raise ValueError("no cluster of estimator has a subgraph: each has a single class.")
         layers = [k for k in estimator.supports_[rows[0]] if k in estimator.scores_[rows[0]]]
         if layer is not None:
-            if layer not in layers:
+            if not isinstance(layer, str) or layer not in layers:
                 raise ValueError(f"layer must be one of {layers}, got {layer!r}.")
             layers = [layer]
         if not layers:
-            raise ValueError("no layer was sliced: the subgraphs share all filters.")
+            raise ValueError("no layer of estimator was sliced: the subgraphs share all filters.")
         overlap = np.zeros((len(rows), len(rows)))
         for i, a in enumerate(rows):
             for j, b in enumerate(rows):
@@ -445,12 +482,11 @@ class RouteConfusionDisplay(ConfusionMatrixDisplay):
         -------
         RouteConfusionDisplay
         """
-        check_is_fitted(estimator)
-        y = np.asarray(y)
-        place = np.minimum(np.searchsorted(estimator.classes_, y), len(estimator.classes_) - 1)
-        if (estimator.classes_[place] != y).any():
-            raise ValueError("y has labels that were not in fit.")
+        _check_estimator(estimator, SINFClassifier, SemanticClusterer)
+        check_choice("normalize", normalize, ("true", "pred", "all"), optional=True)
+        _check_axes(ax)
         routed = getattr(estimator, "predict_cluster", estimator.predict)(X)
+        place = encode(validate_y(y, len(routed)), estimator.classes_)
         n = len(estimator.cluster_names_)
         matrix = confusion_matrix(
             estimator.class_clusters_[place], routed, labels=range(n), normalize=normalize
@@ -511,8 +547,14 @@ class ClusterTreeDisplay(_Display):
     def __init__(
         self, *, affinity: np.ndarray, names: Sequence[str], clusters: np.ndarray | None = None
     ) -> None:
-        self.affinity = np.asarray(affinity, float)
-        self.names, self.clusters = [str(name) for name in names], clusters
+        self.names, self.clusters = _names(names), clusters
+        self.affinity = _square("affinity", affinity, len(self.names))
+        if clusters is not None:
+            with naming("clusters"):
+                self.clusters = np.asarray(clusters)
+            shape, kind = self.clusters.shape, self.clusters.dtype.kind
+            if shape != (len(self.names),) or kind not in "iu" or (self.clusters < 0).any():
+                raise ValueError("clusters must be one integer for each of names, none negative.")
 
     @classmethod
     def from_estimator(
@@ -535,8 +577,8 @@ class ClusterTreeDisplay(_Display):
         -------
         ClusterTreeDisplay
         """
-        check_is_fitted(estimator)
-        names = [str(c) for c in estimator.classes_] if names is None else list(names)
+        _check_estimator(estimator, SemanticClusterer, SINFClassifier)
+        names = _names(estimator.classes_ if names is None else names)
         if len(names) != len(estimator.classes_):
             raise ValueError(
                 f"names must name the {len(estimator.classes_)} classes, got {len(names)}."
@@ -563,7 +605,7 @@ class ClusterTreeDisplay(_Display):
 
         n = len(self.names)
         if n < 2:
-            raise ValueError("a tree needs at least two classes.")
+            raise ValueError("a tree needs at least two classes: names has fewer.")
         ax = self._axes(ax, (6.0, 1.0 + 0.16 * n))
         distance = self.affinity[~np.eye(n, dtype=bool)].max() - self.affinity
         np.fill_diagonal(distance, 0.0)
@@ -590,8 +632,39 @@ class ClusterTreeDisplay(_Display):
 
 def _check_cost(cost: str) -> None:
     """Raise for a cost that is not known."""
-    if cost not in _COSTS:
-        raise ValueError(f"cost must be one of {tuple(_COSTS)}, got {cost!r}.")
+    check_choice("cost", cost, _COSTS)
+
+
+def _check_axes(ax: Any) -> None:
+    """Raise unless something can be drawn on."""
+    if ax is not None and not (hasattr(ax, "plot") and hasattr(ax, "figure")):
+        raise TypeError(f"ax must be a matplotlib Axes, got {type(ax).__name__}.")
+
+
+def _check_estimator(estimator: Any, *kinds: type) -> None:
+    """Raise unless an estimator is one of those that can be drawn, and fitted."""
+    what = " or a ".join(kind.__name__ for kind in kinds)
+    check_kind("estimator", estimator, kinds, f"a {what}")
+    check_is_fitted(estimator)
+
+
+def _names(names: Any) -> list[str]:
+    """Names as strings."""
+    if isinstance(names, (str, bytes)) or not isinstance(names, (Sequence, np.ndarray)):
+        raise TypeError(f"names must be a sequence of names, got {type(names).__name__}.")
+    with naming("names"):
+        return [str(name) for name in names]
+
+
+def _square(name: str, matrix: Any, n: int) -> np.ndarray:
+    """A matrix with a row and a column for each of the names."""
+    with naming(name):
+        found = np.array(matrix, float)
+    if found.shape != (n, n) or not np.isfinite(found).all():
+        raise ValueError(
+            f"{name} must be finite and of shape ({n}, {n}), as there are names; got {found.shape}."
+        )
+    return found
 
 
 def _markers() -> list[str]:

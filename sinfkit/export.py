@@ -17,7 +17,9 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from ._device import settle_after_fork
 from ._packing import pack
+from ._parameters import check_choice, check_flag, check_integer, check_kind, check_path
 from ._tracing import trace
 from ._validation import Images, validate_X
 from .network import Route, SINFNetwork
@@ -87,7 +89,7 @@ def to_exported(classifier: SINFClassifier) -> dict[str, ExportedProgram]:
     >>> sorted(to_exported(clf))
     ['router', 'subgraph_0', 'subgraph_1']
     """
-    check_is_fitted(classifier)
+    _check_classifier(classifier)
     return _export_parts(_portable(classifier.network_), classifier.input_shape_)
 
 
@@ -158,15 +160,16 @@ def to_onnx(
     >>> sorted(path.name for path in folder.glob("*.onnx"))
     ['router.onnx', 'subgraph_0.onnx', 'subgraph_1.onnx']
     """
-    check_is_fitted(classifier)
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}.")
-    if opset < OPSET:
-        raise ValueError(f"opset must be {OPSET} or later, got {opset!r}.")
+    _check_classifier(classifier)
+    check_choice("dtype", dtype, _DTYPES)
+    check_integer("opset", opset, low=OPSET)
+    check_flag("overwrite", overwrite)
+    folder = check_path("folder", folder)
     if dtype == "int8" and X is None:
         raise ValueError('dtype="int8" needs X: some hundred samples, as the network will see.')
     _require("onnx", "onnxscript", *(("onnxruntime",) if dtype == "int8" else ()))
-    folder = Path(folder).resolve()
+    _check_opset(opset)
+    folder = folder.resolve()
     _check_target(folder, overwrite)
     manifest = _describe(classifier, dtype)
     samples = None
@@ -196,6 +199,23 @@ def to_onnx(
     return folder
 
 
+def _check_classifier(classifier: Any) -> None:
+    """Raise unless it is a fitted SINFClassifier."""
+    from .classifier import SINFClassifier
+
+    check_kind("classifier", classifier, SINFClassifier, "a SINFClassifier")
+    check_is_fitted(classifier)
+
+
+def _check_opset(opset: int) -> None:
+    """Raise for a version that the installed `onnx` does not know."""
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise ValueError(f"opset must be at most {newest} with this onnx, got {opset!r}.")
+
+
 def _portable(network: SINFNetwork) -> SINFNetwork:
     """Copy a network to the CPU, in float32."""
     copy: SINFNetwork = pack(network).unpack("cpu")
@@ -209,6 +229,7 @@ def _folded(module: nn.Module) -> fx.GraphModule:
 
 def _export_parts(network: SINFNetwork, input_shape: tuple[int, ...]) -> dict[str, ExportedProgram]:
     """Export the router, the subgraphs and the base's rest."""
+    settle_after_fork()
     router = _Router(network).eval()
     # Two samples: torch takes a batch of one for a fixed size.
     x = torch.zeros(2, *input_shape)

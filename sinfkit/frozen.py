@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ._device import resolve_device
 from ._packing import Packed, pack
+from ._parameters import check_integer, naming
 from ._weights_file import Loaded, WeightsFile
 
 # One copy of a network per device and process, however many FrozenModels hold the same weights.
@@ -85,15 +87,18 @@ class FrozenModel:
         input_shape: Sequence[int] | None = None,
     ) -> None:
         module = _unwrap(module)
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"The model's {name!r} holds NaN or infinity. Load the weights again, or train "
-                    "with a smaller learning rate."
-                )
+        _check_weights(module)
         self.mean, self.std = _check_normalisation(mean, std)
-        self.input_shape = None if input_shape is None else tuple(int(n) for n in input_shape)
-        self._packed = pack(_freeze(pack(module).unpack()))
+        with naming("input_shape"):
+            self.input_shape = None if input_shape is None else tuple(input_shape)
+            for n in self.input_shape or ():
+                check_integer("input_shape", n)
+        if self.input_shape is not None:
+            if not self.input_shape:
+                raise ValueError("input_shape must have at least one axis, got ().")
+            self.input_shape = tuple(int(n) for n in self.input_shape)
+        with naming("module"):
+            self._packed = pack(_freeze(pack(module).unpack()))
         self._finish()
 
     @classmethod
@@ -202,7 +207,7 @@ class FrozenModel:
         nn.Module
             In evaluation mode, without gradients.  The same object for the same device.
         """
-        key = str(torch.device(device))
+        key = str(resolve_device(device))
         packed = self._packed
         if key not in self._mine:
             shared = _COPIES.get((self.digest, key))
@@ -316,8 +321,20 @@ def _unwrap(module: Any) -> nn.Module:
     if hasattr(module, "initialize") and hasattr(module, "module"):
         raise TypeError("The skorch net is not fitted. Call its fit before FrozenModel(net).")
     raise TypeError(
-        f"FrozenModel needs a torch.nn.Module or a fitted skorch net, not {type(module).__name__}."
+        f"module must be a torch.nn.Module or a fitted skorch net, not {type(module).__name__}."
     )
+
+
+def _check_weights(module: nn.Module) -> None:
+    """Raise if a weight is not a finite number."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise ValueError(f"The module's {name!r} has no values: it is on the meta device.")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"The model's {name!r} holds NaN or infinity. Load the weights again, or train "
+                "with a smaller learning rate."
+            )
 
 
 def _freeze(module: nn.Module) -> nn.Module:
@@ -331,9 +348,17 @@ def _check_normalisation(
     """Validate `mean` and `std` together."""
     if mean is None and std is None:
         return None, None
-    m = np.atleast_1d(np.asarray(0.0 if mean is None else mean, dtype=np.float64))
-    s = np.atleast_1d(np.asarray(1.0 if std is None else std, dtype=np.float64))
-    if m.ndim != 1 or s.ndim != 1 or not np.isfinite(m).all() or not np.isfinite(s).all():
+    with naming("mean"):
+        m = np.atleast_1d(np.asarray(0.0 if mean is None else mean, dtype=np.float64))
+    with naming("std"):
+        s = np.atleast_1d(np.asarray(1.0 if std is None else std, dtype=np.float64))
+    if (
+        m.ndim != 1
+        or s.ndim != 1
+        or 0 in (m.size, s.size)
+        or not np.isfinite(m).all()
+        or not np.isfinite(s).all()
+    ):
         raise ValueError("mean and std must be finite, with one number per channel.")
     if (s <= 0).any():
         raise ValueError("std must be positive for every channel.")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ._parameters import check_integer, check_number, is_integer, naming, shown
 from .training import train_network
 
 __all__ = ["default_network", "resnet50", "train_network", "vgg16", "vgg19"]
@@ -20,6 +21,7 @@ __all__ = ["default_network", "resnet50", "train_network", "vgg16", "vgg19"]
 _VGG16 = (64, 64, "M", 128, 128, "M", *(256,) * 3, "M", *(512,) * 3, "M", *(512,) * 3, "M")
 _VGG19 = (64, 64, "M", 128, 128, "M", *(256,) * 4, "M", *(512,) * 4, "M", *(512,) * 4, "M")
 _RESNET50_STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
+_LARGEST = 10_000_000  # outputs or inputs; more would be a slip, and fill the memory
 _STEM_STRIDES = {"cifar": 1, "half": 2}
 
 
@@ -45,7 +47,7 @@ def vgg16(n_classes: int = 100, width: float = 1.0, in_channels: int = 3) -> nn.
     Raises
     ------
     ValueError
-        If `n_classes` or `in_channels` is below 1, or `width` is not positive.
+        If `n_classes` or `in_channels` is no positive integer, or `width` is not in (0, 100].
 
     Notes
     -----
@@ -88,7 +90,7 @@ def vgg19(n_classes: int = 100, width: float = 1.0, in_channels: int = 3) -> nn.
     Raises
     ------
     ValueError
-        If `n_classes` or `in_channels` is below 1, or `width` is not positive.
+        If `n_classes` or `in_channels` is no positive integer, or `width` is not in (0, 100].
 
     See Also
     --------
@@ -132,7 +134,8 @@ def resnet50(
     Raises
     ------
     ValueError
-        If `n_classes` or `in_channels` is below 1, `width` is not positive, or `stem` is unknown.
+        If `n_classes` or `in_channels` is no positive integer, `width` is not in (0, 100], or
+        `stem` is unknown.
 
     Notes
     -----
@@ -151,7 +154,7 @@ def resnet50(
     >>> network(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    if stem not in _STEM_STRIDES:
+    if not isinstance(stem, str) or stem not in _STEM_STRIDES:
         raise ValueError(f"stem={stem!r} is unknown; choose one of {sorted(_STEM_STRIDES)}.")
     return _ResNet50(n_classes, width, in_channels, _STEM_STRIDES[stem])
 
@@ -196,13 +199,18 @@ def default_network(
     >>> network(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
-    shape = tuple(int(size) for size in input_shape)
-    if len(shape) not in (1, 3) or min(shape) < 1:
-        raise ValueError(
-            "input_shape is the shape of one sample, (channels, height, width) or (n_features,), "
-            f"with sizes of at least 1; got {shape}."
-        )
-    _check_sizes(n_classes, 1.0, shape[0])
+    with naming("input_shape"):
+        shape = tuple(input_shape)
+        if len(shape) not in (1, 3) or not all(is_integer(n) and n > 0 for n in shape):
+            raise ValueError(
+                "input_shape is the shape of one sample, (channels, height, width) or "
+                f"(n_features,), with sizes of at least 1; got {shown(shape)}."
+            )
+        check_integer("input_shape", max(shape), high=_LARGEST)
+    check_integer("n_classes", n_classes, high=_LARGEST)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {shown(dtype)}.")
+    check_integer("random_state", random_state, low=0, optional=True)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed every GPU too, which nothing here restores.
         if random_state is None:
@@ -361,9 +369,6 @@ def _scaled(channels: int, width: float) -> int:
 
 def _check_sizes(n_classes: int, width: float, in_channels: int) -> None:
     """Refuse networks without outputs, channels or inputs."""
-    if n_classes < 1 or in_channels < 1:
-        raise ValueError(
-            f"n_classes and in_channels must be at least 1; got {n_classes} and {in_channels}."
-        )
-    if not width > 0:
-        raise ValueError(f"width must be positive; got {width}.")
+    check_integer("n_classes", n_classes, high=_LARGEST)
+    check_integer("in_channels", in_channels, high=_LARGEST)
+    check_number("width", width, "(0, 100]")

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import fx
 
-from ._base import Calibration, TorchEstimator, all_or_nothing
+from ._base import Calibration, TorchClassifierMixin, TorchEstimator, all_or_nothing
 from ._cached import gather, score
 from ._jobs import over_chunks
+from ._parameters import check_integer, check_number, naming
 from ._validation import hold_out, validate_X
 from .activations import Statistics, pool
 from .budget import budgeted_widths
@@ -32,7 +33,9 @@ from .subgraph import (
 from .surgery import ChannelGroup
 
 
-class DCSPruner(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMixin, TorchEstimator):
+class DCSPruner(
+    ClassNamePrefixFeaturesOutMixin, TorchClassifierMixin, TransformerMixin, TorchEstimator
+):
     """Remove the filters of a trained network that discriminate its classes least.
 
     Each filter gets a Discriminative Capability Score (DCS): how much a linear probe on the layer's
@@ -379,12 +382,8 @@ n_features)
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        home = self._home(X)
-        with torch.inference_mode():
-            rows = [
-                torch.softmax(self.model_(x), 1).to(home) for x in self._batcher(self.model_)(X)
-            ]
-        return self._joined(rows, X)
+        batches = self._batcher(self.model_)(X)
+        return self._as_wanted(self._run(lambda x: torch.softmax(self.model_(x), 1), batches, X), X)
 
     @over_chunks
     def transform(self, X: Any) -> Any:
@@ -402,10 +401,10 @@ n_features)
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        home, features = self._home(X), penultimate(self.model_, self._output)
-        with torch.inference_mode():
-            rows = [pool(features(x), 1).to(home) for x in self._batcher(self.model_)(X)]
-        return self._joined(rows, X, X.dtype in (np.float64, torch.float64))
+        features = penultimate(self.model_, self._output)
+        batches = self._batcher(self.model_)(X)
+        answers = self._run(lambda x: pool(features(x), 1), batches, X)
+        return self._as_wanted(answers, X, X.dtype in (np.float64, torch.float64))
 
     @property
     def _n_features_out(self) -> int:
@@ -414,16 +413,9 @@ n_features)
 
     def _recipe(self) -> Recipe:
         """Check this pruner's parameters, before anything costly."""
-        if not isinstance(self.repair_samples, (int, np.integer)) or self.repair_samples < 1:
-            raise ValueError(
-                f"repair_samples must be a positive integer, got {self.repair_samples!r}."
-            )
-        if not isinstance(self.penalty, (int, float)) or not 0 < self.penalty < float("inf"):
-            raise ValueError(f"penalty must be a positive number, got {self.penalty!r}.")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}."
-            )
+        check_integer("repair_samples", self.repair_samples)
+        check_number("penalty", self.penalty, "(0, inf)")
+        check_number("validation_fraction", self.validation_fraction, "(0, 1)")
         return make_recipe(
             self.criterion,
             self.schedule,
@@ -445,7 +437,10 @@ n_features)
         names = layer_names(graph)
         if self.first_layer is None:
             return names
-        return names[names.index(find_layer(graph, self.first_layer)) :]
+        if not isinstance(self.first_layer, str):
+            raise TypeError(f"first_layer must be a name, got {type(self.first_layer).__name__}.")
+        with naming("first_layer"):
+            return names[names.index(find_layer(graph, self.first_layer)) :]
 
 
 def draw(rng: np.random.Generator, index: np.ndarray, n: int) -> np.ndarray:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._validation import Batcher, Images
+from ._halving import in_pieces
+from ._validation import Batcher, Images, check_answers
 from .graph import trace
 from .network import SINFNetwork
 from .profiling import Latency, count_macs, count_parameters, fold_batch_norm, paired_latency
@@ -295,37 +296,35 @@ def _observe(
     network: SINFNetwork, base: nn.Module, batcher: Batcher, X: Images, truth: Tensor
 ) -> _Seen:
     """One pass: base, SINF, SINF with the true route, the true cluster's subgraph."""
-    columns: list[list[Tensor]] = [[] for _ in range(7)]
-    runs = np.zeros(network.n_clusters + 2)
-    start = 0
+
+    def look(raw: Tensor, own: Tensor) -> tuple[Tensor, ...]:
+        x = network.normalise(raw)
+        h = network.prefix(x)
+        route = network.route_features(h)
+        own = own.to(x.device)
+        certain = torch.full_like(route.confidence, 2.0)
+        oracle = replace(route, cluster=own, confidence=certain)
+        rows, branch = network.branches(route)
+        leaves = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        leaves[rows[branch == network.n_clusters + 1]] = True
+        seen = (
+            base(x)[:, network.outputs],
+            network.process(h, route),
+            network.process(h, oracle),
+            network.branch_logits(h, own),
+            route.cluster,
+            route.confidence,
+            leaves,
+            branch,
+        )
+        return tuple(value.cpu() for value in seen)
+
     with torch.inference_mode():
-        for raw in batcher.raw(X):
-            x = network.normalise(raw)
-            h = network.prefix(x)
-            route = network.route_features(h)
-            own = truth[start : start + len(x)].to(x.device)
-            start += len(x)
-            certain = torch.full_like(route.confidence, 2.0)
-            oracle = replace(route, cluster=own, confidence=certain)
-            rows, branch = network.branches(route)
-            runs += np.bincount(branch.cpu().numpy(), minlength=len(runs))
-            leaves = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            leaves[rows[branch == network.n_clusters + 1]] = True
-            for column, value in zip(
-                columns,
-                (
-                    base(x)[:, network.outputs],
-                    network.process(h, route),
-                    network.process(h, oracle),
-                    network.branch_logits(h, own),
-                    route.cluster,
-                    route.confidence,
-                    leaves,
-                ),
-                strict=True,
-            ):
-                column.append(value.cpu())
+        pieces = list(in_pieces(look, batcher.raw(X), truth))
+    *columns, branches = zip(*pieces, strict=True)
+    runs = np.bincount(torch.cat(branches).numpy(), minlength=network.n_clusters + 2)
     base_logits, answers, forced, own_logits, cluster, confidence, left = map(torch.cat, columns)
+    check_answers(answers)
     return _Seen(base_logits, answers, forced, own_logits, cluster, confidence, left, runs)
 
 

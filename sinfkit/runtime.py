@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ._compiled import CompiledCalls, Weights, bucket, skeleton, weights_of
-from ._device import resolve_device
+from ._device import is_out_of_memory, resolve_device, settle_after_fork
+from ._parameters import check_choice, check_flag, check_integer, check_kind, is_integer, naming
 from ._prepacked import can_prepack, group_size, prepacked
 from ._residency import Residency
 from ._stacked import StackedSubgraphs, gather_slots
@@ -93,13 +94,12 @@ class Runtime(SINFNetwork):
         prepack: bool = True,
         padded: bool = False,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {tuple(_DTYPES)}, got {dtype!r}.")
-        if not isinstance(offload, int) or offload < 0:
-            raise ValueError(
-                "offload must be the number of subgraphs that fit on the device, or 0 for all of "
-                f"them; got {offload!r}."
-            )
+        check_kind("network", network, SINFNetwork, "a SINFNetwork")
+        check_choice("dtype", dtype, _DTYPES)
+        check_integer("offload", offload, low=0)
+        check_flag("compile", compile)
+        check_flag("prepack", prepack)
+        check_flag("padded", padded)
         if padded and (compile or offload):
             raise ValueError("padded=True goes with neither compile nor offload; leave one out.")
         if padded and len(network.subgraphs) < network.n_clusters:
@@ -200,8 +200,29 @@ class Runtime(SINFNetwork):
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run what every sample passes: the prefix's output, and the fine log-posterior."""
+        settle_after_fork()
+        check_kind("x", x, Tensor, "a Tensor")
+        if x.ndim < 2 or not x.is_floating_point() or x.layout != torch.strided:
+            raise ValueError(
+                "x must be a batch of samples in floating point, got a Tensor of shape "
+                f"{tuple(x.shape)} and {x.dtype}."
+            )
+        if x.device != self.router.weight.device:
+            raise ValueError(f"x must be on {self.router.weight.device}, is on {x.device}.")
         if x.ndim == 4:
             x = x.contiguous(memory_format=self._layout)
+        try:
+            return self._features(x)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"x has samples of shape {tuple(x.shape[1:])}, which the network cannot take: "
+                f"{error}"
+            ) from error
+
+    def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `features`, for a batch of the right kind."""
         n = len(x)
         if self._calls is None or n == 0:
             return self._front[0](x)
@@ -294,17 +315,21 @@ class Runtime(SINFNetwork):
         ValueError
             If `example` is empty or `max_batch` not positive.
         """
-        if len(example) == 0 or max_batch < 1:
+        check_kind("example", example, Tensor, "a Tensor")
+        if example.ndim == 0 or len(example) == 0 or not is_integer(max_batch) or max_batch < 1:
             raise ValueError(
-                "warm_up needs at least one sample and max_batch >= 1; got "
-                f"{len(example)} samples and max_batch={max_batch}."
+                "warm_up needs at least one sample in example, and max_batch >= 1; got example of "
+                f"shape {tuple(example.shape)} and max_batch={max_batch}."
             )
         branches = [c for c in range(self.n_clusters) if self.subgraph(c) is not None]
         branches += [] if self.rest is None else [self.n_clusters]
-        sizes = sorted({bucket(n) for n in range(1, max_batch + 1)})
+        sizes = [bucket(1)]
+        while sizes[-1] < max_batch:
+            sizes.append(bucket(sizes[-1] + 1))
         for n in sizes:
             rows = torch.arange(n, device=example.device)
-            h, _ = self.features(example[:1].expand(n, *example.shape[1:]))
+            with naming("example"):
+                h, _ = self.features(example[:1].expand(n, *example.shape[1:]))
             more = torch.cat((h, h[:1]))
             for branch in branches:
                 self.run_branch(branch, h, rows)

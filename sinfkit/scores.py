@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import separability
+from ._parameters import check_kind
 from .capability import (
     DCSResult,
     average,
@@ -215,6 +216,13 @@ def _sample_weight(data: LayerData) -> Tensor | None:
     if data.sample_weight is None:
         return None
     return data.sample_weight.to(_need(data, "features").device)
+
+
+def _activations(data: LayerData) -> Tensor:
+    """Pooled activations in double precision, of three axes."""
+    features = _need(data, "features")
+    check_kind("features", features, Tensor, "a Tensor")
+    return check_features(features, torch.zeros(features.shape[:1]))[0]
 
 
 def _weight(data: LayerData, *, folded: bool = False) -> Tensor:
@@ -450,7 +458,7 @@ def mmd(data: LayerData) -> Tensor:
 @_register("activation_std", needs=("features",))
 def activation_std(data: LayerData) -> Tensor:
     """Standard deviation of a filter's pooled activation, mean over cells. A control: no labels."""
-    x, weight = _need(data, "features").detach().double(), _sample_weight(data)
+    x, weight = _activations(data), _sample_weight(data)
     return average(centred(x, weight).square(), weight).sqrt().flatten(1).mean(1)
 
 
@@ -460,7 +468,7 @@ def activation_mean(data: LayerData) -> Tensor:
 
     A filter whose pooled activation is always the same scores 0: a constant can replace it.
     """
-    x = _need(data, "features").detach().double()
+    x = _activations(data)
     mean = average(x.abs(), _sample_weight(data))
     return torch.where((x != x[0]).any(0), mean, 0.0).flatten(1).mean(1)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._parameters import check_integer, check_kind, check_number
 from .capability import centred, check_features
 
 __all__ = [
@@ -349,6 +350,7 @@ def discriminant_information(
     >>> discriminant_information(x, y, ridge=1e-9).round(decimals=4).tolist()
     [0.8]
     """
+    check_number("ridge", ridge, "(0, inf)")
     m = _moments(features, y, sample_weight)
     if m is None:
         return _none(features)
@@ -401,6 +403,9 @@ def max_mean_discrepancy(
     >>> bool(score[0] > 0.5) and bool(score[1].abs() < 1e-9)
     True
     """
+    check_integer("max_samples", max_samples)
+    if generator is not None:
+        check_kind("generator", generator, torch.Generator, "a torch.Generator")
     x, codes, n_classes = check_features(features, y)
     if n_classes < 2:
         return _none(features)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from ._calls import caller_level
-from .activations import Statistics, taylor_scores
+from ._parameters import check_choice, check_integer, check_number, naming
+from .activations import MAX_POOL_SIZE, Statistics, taylor_scores
 from .costs import UNITS
 from .data_flow import gather_couplings
 from .feature_maps import MAX_IMAGES, STATISTICS, map_statistics
@@ -101,13 +102,12 @@ def make_recipe(
     """
     found = get_criterion(criterion)
     if max_ratio is None:
-        max_ratio = _LARGEST_RATIO if schedule == "global" else _LAST_RATIO
+        at_once = isinstance(schedule, str) and schedule == "global"
+        max_ratio = _LARGEST_RATIO if at_once else _LAST_RATIO
     for name, value in (("min_ratio", min_ratio), ("max_ratio", max_ratio)):
-        if not _is_number(value) or not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
+        check_number(name, value, "[0, 1)")
     schedules = (*SCHEDULES, "global", *(("iterative",) if max_accuracy_drop is not None else ()))
-    if schedule not in schedules:
-        raise ValueError(f"schedule must be one of {schedules}, got {schedule!r}.")
+    check_choice("schedule", schedule, schedules)
     if max_ratio < min_ratio and schedule in ("linear", "geometric"):
         raise ValueError(f"max_ratio={max_ratio} is below min_ratio={min_ratio}.")
     if schedule == "global" and budget is None:
@@ -120,19 +120,12 @@ def make_recipe(
             f"budget has an effect with schedule='global' only, got budget={budget!r} with "
             f"schedule={schedule!r}."
         )
-    if budget is not None and not (_is_number(budget) and 0 < budget <= 1):
-        raise ValueError(f"budget must be in (0, 1], got {budget!r}.")
-    if budget_unit not in UNITS:
-        raise ValueError(f"budget_unit must be one of {UNITS}, got {budget_unit!r}.")
-    if max_accuracy_drop is not None and not (
-        _is_number(max_accuracy_drop) and 0 <= max_accuracy_drop <= 1
-    ):
-        raise ValueError(f"max_accuracy_drop must be in [0, 1], got {max_accuracy_drop!r}.")
-    if repair not in REPAIRS:
-        raise ValueError(f"repair must be one of {tuple(REPAIRS)}, got {repair!r}.")
-    for name, value in (("pool_size", pool_size), ("round_to", round_to)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    check_number("budget", budget, "(0, 1]", optional=True)
+    check_choice("budget_unit", budget_unit, UNITS)
+    check_number("max_accuracy_drop", max_accuracy_drop, "[0, 1]", optional=True)
+    check_choice("repair", repair, REPAIRS)
+    check_integer("pool_size", pool_size, high=MAX_POOL_SIZE)
+    check_integer("round_to", round_to)
     if round_to > 1 and schedule == "iterative":
         raise ValueError("round_to has no effect with schedule='iterative'.")
     known = {name: value for name, value in options.items() if name in found.options}
@@ -159,10 +152,6 @@ def check_weighted(recipe: Recipe, weight: np.ndarray | None) -> None:
             "without weights, or (a function) say in its attribute `needs` that it uses "
             "'sample_weight'."
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
 def sliceable(
@@ -274,8 +263,14 @@ def score_layers(
             generator=generator,
             **({} if collected is None else collected.get(layer, {})),
         )
-        score = torch.as_tensor(recipe.criterion.function(data, **recipe.options))
-        score = score.detach().cpu().to(torch.float64)
+        given = recipe.criterion.function(data, **recipe.options)
+        if not isinstance(given, (Tensor, np.ndarray, list, tuple)):
+            raise TypeError(
+                f"The criterion returned {type(given).__name__} for layer {layer!r}; one score for "
+                f"each of its {n_channels} filters is needed."
+            )
+        with naming("criterion"):
+            score = torch.as_tensor(given).detach().cpu().to(torch.float64)
         if score.shape != (n_channels,):
             raise ValueError(
                 f"The criterion returned shape {tuple(score.shape)} for layer {layer!r}; one score "

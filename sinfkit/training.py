@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ._checkpoint import Checkpoint
-from ._device import resolve_device
+from ._device import is_out_of_memory, resolve_device
+from ._parameters import check_integer, check_number, check_path, check_verbose, naming
 
 __all__ = ["train_network"]
 
@@ -137,6 +138,12 @@ def train_network(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     _check_settings(epochs, batch_size, max_lr, augment)
+    epochs, batch_size = int(epochs), int(batch_size)
+    check_number("weight_decay", weight_decay, "[0, inf)")
+    check_number("label_smoothing", label_smoothing, "[0, 1]")
+    check_verbose(verbose)
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
     images, labels = _check_data(X, y, "X", "y")
     if augment is not None and images.ndim != 4:
         raise ValueError(f"augment={augment!r} needs images of shape (n, channels, height, width).")
@@ -244,7 +251,10 @@ class _Preparation:
 
     def _per_channel(self, value: float | Sequence[float], images: Tensor, name: str) -> Tensor:
         """Shape a normalisation constant so that it broadcasts over a batch."""
-        constant = torch.as_tensor(value, dtype=torch.float64).reshape(-1)
+        with naming(name):
+            constant = torch.from_numpy(np.array(value, dtype=np.float64).reshape(-1))
+        if not bool(torch.isfinite(constant).all()):
+            raise ValueError(f"{name} must be finite.")
         if constant.numel() not in (1, images.shape[1]):
             raise ValueError(
                 f"{name} has {constant.numel()} entries where X has {images.shape[1]} channels; "
@@ -292,13 +302,10 @@ class _Engine:
 
 def _check_settings(epochs: int, batch_size: int, max_lr: float, augment: str | None) -> None:
     """Refuse settings with which no training is possible."""
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1; got {epochs}.")
-    if batch_size < 2:
-        raise ValueError(f"batch_size must be at least 2, for batch-norm; got {batch_size}.")
-    if not max_lr > 0:
-        raise ValueError(f"max_lr must be positive; got {max_lr}.")
-    if augment not in _AUGMENTATIONS:
+    check_integer("epochs", epochs)
+    check_integer("batch_size", batch_size, low=2)  # a batch-norm needs two
+    check_number("max_lr", max_lr, "(0, inf)")
+    if augment is not None and not (isinstance(augment, str) and augment in _AUGMENTATIONS):
         raise ValueError(f"augment={augment!r} is unknown; choose one of {_AUGMENTATIONS}.")
 
 
@@ -306,7 +313,7 @@ def _check_data(X: Any, y: Any, x_name: str, y_name: str) -> tuple[Tensor, Tenso
     """Samples and labels as tensors on the CPU, or a clear error."""
     if y is None:
         raise ValueError(f"{x_name} was given without {y_name}.")
-    images, labels = _to_tensor(X), _to_tensor(y)
+    images, labels = _to_tensor(X, x_name), _to_tensor(y, y_name)
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"{x_name} must be uint8 or floating point; got {images.dtype}.")
     if images.ndim not in (2, 4):
@@ -314,6 +321,8 @@ def _check_data(X: Any, y: Any, x_name: str, y_name: str) -> tuple[Tensor, Tenso
             f"{x_name} must have shape (n, channels, height, width) or (n, n_features); got "
             f"{tuple(images.shape)}."
         )
+    if 0 in images.shape[1:]:
+        raise ValueError(f"{x_name} has samples without values, shape {tuple(images.shape)}.")
     if len(images) < 2:
         raise ValueError(f"{x_name} needs at least two samples; got n_samples = {len(images)}.")
     if labels.is_floating_point() or labels.shape != images.shape[:1]:
@@ -330,7 +339,7 @@ def _relative_weights(sample_weight: Any, n_samples: int) -> Tensor | None:
     """Weights with a mean of 1, or a clear error."""
     if sample_weight is None:
         return None
-    weights = _to_tensor(sample_weight).to(torch.float64)
+    weights = _to_tensor(sample_weight, "sample_weight").to(torch.float64)
     if weights.shape != (n_samples,) or not bool(torch.isfinite(weights).all()):
         raise ValueError(
             f"sample_weight must hold one finite number for each of the {n_samples} samples; got "
@@ -341,15 +350,19 @@ def _relative_weights(sample_weight: Any, n_samples: int) -> Tensor | None:
     return weights / weights.mean()
 
 
-def _to_tensor(array: Any) -> Tensor:
+def _to_tensor(array: Any, name: str) -> Tensor:
     """A tensor on the CPU, sharing memory with the array where torch can."""
     if isinstance(array, Tensor):
+        if array.layout != torch.strided or array.device.type == "meta" or array.is_complex():
+            raise TypeError(f"{name} must be a dense tensor that holds real values.")
         return array.detach().cpu()
-    array = np.asarray(array)
-    if array.dtype.kind not in "buif":
-        raise TypeError(f"X and y must hold numbers; got an array of {array.dtype}.")
-    # torch takes neither negative strides nor read-only memory.
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    with naming(name):
+        array = np.asarray(array)
+        if array.dtype.kind not in "buif":
+            raise TypeError(f"{name} must hold numbers; got an array of {array.dtype}.")
+        # torch takes neither negative strides, nor read-only memory, nor another byte order.
+        native = array.dtype.newbyteorder("=")
+        return torch.from_numpy(np.require(array, native, requirements=["C", "W"]))
 
 
 def _check_outputs(engine: _Engine, sample: Tensor, labels: Tensor) -> None:
@@ -358,7 +371,9 @@ def _check_outputs(engine: _Engine, sample: Tensor, labels: Tensor) -> None:
     try:
         with torch.no_grad():
             logits = engine.logits(sample)
-    except RuntimeError as error:
+    except Exception as error:  # a network may raise what it likes
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"model cannot take samples of shape {tuple(sample.shape[1:])}: {error}"
         ) from error
@@ -385,7 +400,7 @@ def _use_bfloat16(
     """Whether to run under bfloat16 autocast."""
     if isinstance(choice, bool):
         return choice
-    if choice != "auto":
+    if not isinstance(choice, str) or choice != "auto":
         raise ValueError(f"bfloat16 must be True, False or 'auto'; got {choice!r}.")
     n_parameters = sum(p.numel() for p in network.parameters())
     if images.ndim != 4 or n_parameters < _BFLOAT16_MIN_PARAMETERS:
@@ -424,6 +439,7 @@ def _draw_seed(random_state: int | np.random.RandomState | None) -> int:
         return int(np.random.SeedSequence().generate_state(1)[0])
     if isinstance(random_state, np.random.RandomState):
         return int(random_state.randint(2**31 - 1))
+    check_integer("random_state", random_state, low=0, high=2**63 - 1)
     return int(random_state)
 
 

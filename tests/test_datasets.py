@@ -275,7 +275,7 @@ def test_missing_folder_table_classes_and_images(folder):
         load_image_folder(folder / "nowhere")
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_image_folder(folder / "classes.csv")
-    with pytest.raises(FileNotFoundError, match="class table"):
+    with pytest.raises(FileNotFoundError, match="class_table"):
         load_image_folder(folder / "train", folder / "nowhere.csv")
     with pytest.raises(ValueError, match="no sub-folders"):
         load_image_folder(folder / "train" / "n01")
