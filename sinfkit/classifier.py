@@ -582,6 +582,9 @@ n_features)
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "network_" in self.__dict__:
+            if len(self.input_shape_) == 3:
+                # As in fit: NumPy's arrays, which pickles hold, know no memory formats.
+                self.network_.to(memory_format=torch.channels_last)
             self._link()
 
     def to(self, device: str | torch.device) -> SINFClassifier:
