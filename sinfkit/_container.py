@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,13 +75,15 @@ def write(
     text = json.dumps({**manifest, "sha256": digest}, allow_nan=False, separators=(",", ":"))
     path = Path(os.path.realpath(path))  # a link stays one
     beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
-    # Made here, and not by safetensors, so that it has the permissions that any new file has.
-    os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
+        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        # safetensors makes a file for its owner alone: it gets what it replaces, or any new one, has.
+        mode = stat.S_IMODE((path if path.exists() else beside).stat().st_mode)
         try:
             safetensors.torch.save_file(own, beside, metadata={KEY: text})
         except safetensors.SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
+        beside.chmod(mode)
         with beside.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -258,7 +261,8 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _as_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def _sync_folder(folder: Path) -> None:

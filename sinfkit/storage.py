@@ -52,6 +52,7 @@ _KINDS: dict[str, type[TorchEstimator]] = {
 _NESTED = {"clusterer": SemanticClusterer, "pruner": DCSPruner}
 # A cache is a folder of pickles: a file must not say where a later fit looks for one.
 _NOT_STORED = ("model", "memory", *_NESTED)
+_LONGEST = 800  # characters of an error
 _TOLERANCE = 1e-3  # of the largest logit; another activation function is far beyond
 
 
@@ -97,8 +98,8 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
         }
     except NotPlainError as error:
         raise TypeError(
-            f"This {kind} cannot be saved without code: {error} joblib.dump can store it, for those "
-            "who trust the file."
+            f"This {kind} cannot be saved without code: {error} joblib.dump can store it, for "
+            "those who trust the file."
         ) from error
     write(path, manifest, tensors)
 
@@ -195,7 +196,9 @@ def load(
 
 
 def _failed(path: str | os.PathLike[str], why: object) -> str:
-    return f"{os.fspath(path)!r} cannot be loaded. {why}"
+    text = str(why)  # which may quote the file
+    text = text if len(text) < _LONGEST else text[:_LONGEST] + " ..."
+    return f"{os.fspath(path)!r} cannot be loaded. {text}"
 
 
 def _describe_estimator(estimator: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -481,7 +484,7 @@ class _Reader:
         return [fields.number(key, value) for value in values]
 
     def _check_probe(self, module: nn.Module, shape: tuple[int, ...]) -> None:
-        """Compare a factory's network with the one that was saved, where the file has its logits."""
+        """Compare a factory's network with the one that was saved, by their logits."""
         if "probe" not in self.tensors:
             return
         expected = self.tensors["probe"]

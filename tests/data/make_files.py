@@ -53,7 +53,7 @@ def estimators() -> dict[str, object]:
     Z, labels = images(), np.array(["long", "middle", "short"])[np.arange(60) % 3]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = vgg16(3, width=1 / 32)
+        network = vgg16(3, width=1 / 48)
     codes = np.unique(labels, return_inverse=True)[1]
     network = train_network(network, Z, codes, epochs=8, batch_size=20, random_state=0)
     frozen = FrozenModel(network, mean=[0.0] * 3, std=[0.7] * 3)
