@@ -77,7 +77,7 @@ def write(
     beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
     try:
         os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        # safetensors makes a file for its owner alone: it gets what it replaces, or any new one, has.
+        # safetensors makes a file for its owner alone; this is for whom the old or a new one is.
         mode = stat.S_IMODE((path if path.exists() else beside).stat().st_mode)
         try:
             safetensors.torch.save_file(own, beside, metadata={KEY: text})

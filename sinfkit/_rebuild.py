@@ -79,8 +79,8 @@ def build(options: Any, factory: Callable[[], nn.Module] | None) -> nn.Module:
     name = options["name"]
     if name == CUSTOM:
         raise StorageError(
-            f"It holds a network of class {options.get('class')!r:.120}, which sinfkit cannot build "
-            "by itself. Pass factory=..., a function that returns such a network."
+            f"It holds a network of class {options.get('class')!r:.120}, which sinfkit cannot "
+            "build by itself. Pass factory=..., a function that returns such a network."
         )
     if name not in _OPTIONS or set(options) != {"name", "n_classes", *_OPTIONS[name]}:
         raise StorageError(f"The manifest describes the unknown architecture {name!r:.40}.")
@@ -231,8 +231,8 @@ def describe_part(
     """
     if not isinstance(part, fx.GraphModule) or _program(part) != _program(reference):
         raise NotPlainError(
-            f"The {name} does not run the same operations as that part of the base network, so that "
-            "it cannot be built from it again."
+            f"The {name} does not run the same operations as that part of the base network, so "
+            "that it cannot be built from it again."
         )
     known, own = reference.state_dict(), part.state_dict()
     if missing := known.keys() - own.keys():
