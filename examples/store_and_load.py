@@ -2,8 +2,9 @@
 Store a fitted classifier and load it elsewhere
 ===============================================
 
-Two ways. A file of ``save`` holds weights, numbers and text, no code: it can come from anyone. A file
-of joblib is a pickle, which may run anything when it is loaded: load only those that you trust.
+Two ways. A file of ``save`` holds weights, numbers and text, no code: it can come from anyone.
+A file of joblib is a pickle, which may run anything when it is loaded: load only those that you
+trust.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ class TorchEstimator(BaseEstimator):
             base = state.get("base_model_")
             # Unsliced parts, and a `model` that is not frozen, hold the base's weights once more.
             # Where the base's own pickle only names a file, the others must do without it.
-            if base is not None and getattr(base, "_source", None) is None:
+            if isinstance(base, FrozenModel) and getattr(base, "_source", None) is None:
                 packed = borrow(whole, base._packed)
             state["_packed_modules"] = packed
         if "device_" in state:

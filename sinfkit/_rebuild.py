@@ -491,8 +491,11 @@ class _Shapes(fx.Interpreter):
         return super().call_module(target, args, kwargs)
 
 
-def output_of(what: str, gm: fx.GraphModule, x: Tensor) -> Tensor:
+def output_of(what: str, gm: fx.GraphModule, x: Tensor, is_custom: bool) -> Tensor:
     """What a graph gives for an input on the meta device: its shape, without any computation.
+
+    Code of a factory need not run there (it may hold tensors that are no buffers): where it fails,
+    it is run in earnest.
 
     Raises
     ------
@@ -514,7 +517,13 @@ def output_of(what: str, gm: fx.GraphModule, x: Tensor) -> Tensor:
     except StorageError as error:
         raise StorageError(f"The {what} does not fit together: {error}") from error
     except Exception as error:
-        raise StorageError(f"The {what} cannot run: {error}") from error
+        try:
+            if not is_custom:
+                raise
+            with torch.inference_mode():
+                found = gm(torch.zeros(x.shape, dtype=x.dtype))
+        except Exception:
+            raise StorageError(f"The {what} cannot run: {error}") from error
     if not isinstance(found, Tensor):
         raise StorageError(f"The {what} gives no tensor.")
-    return found
+    return found.to("meta")

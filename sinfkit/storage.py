@@ -394,12 +394,11 @@ class _Reader:
         base = traced(frozen.module())
         self.parts.shared = {tensor.data_ptr() for tensor in base.state_dict().values()}
         x = torch.empty((2, *shape), dtype=_dtype(frozen.module()), device="meta")
+        self.is_custom = is_custom
         if is_custom:
             self._check_probe(frozen.module(), shape)
-        else:
-            logits = output_of("base network", base, x)
-            if logits.ndim != 2:
-                raise StorageError("The base network does not give one row of logits per sample.")
+        if self._output("base network", base, x).shape != (len(x), _n_outputs(base)):
+            raise StorageError("The base network does not give one row of logits per sample.")
         estimator = self._estimator(self.kind, self.manifest["parameters"], frozen)
         vars(estimator).update(attributes)
         estimator.base_model_ = frozen
@@ -413,6 +412,9 @@ class _Reader:
         if unused:
             raise StorageError(f"It has a tensor that nothing needs: {min(unused)!r:.80}.")
         return estimator
+
+    def _output(self, what: str, part: fx.GraphModule, x: Tensor) -> Tensor:
+        return output_of(what, part, x, self.is_custom)
 
     def _take(self, name: str) -> Tensor:
         return take(name, self.tensors, self.used)
@@ -502,7 +504,7 @@ class _Reader:
     def _pruner(self, pruner: DCSPruner, base: fx.GraphModule, x: Tensor) -> None:
         entry = _check_keys("The network", self.network, {"model"})
         model = self.parts.read("model", base, entry["model"])
-        logits = output_of("smaller network", model, x)
+        logits = self._output("smaller network", model, x)
         if tuple(logits.shape) != (len(x), len(pruner.classes_)):
             raise StorageError("The smaller network has not one output for each class.")
         pruner.model_ = copy.deepcopy(model).eval().requires_grad_(False)
@@ -515,7 +517,7 @@ class _Reader:
         if entry["folded"]:
             reference = fold_batch_norm(reference)
         prefix = self.parts.read("prefix", reference, entry["prefix"])
-        h = output_of("prefix", prefix, x)
+        h = self._output("prefix", prefix, x)
         router = self._router(entry["pool_size"], h, len(clusterer.classes_))
         # A copy: what equals the base's tensors is not to move with this network.
         network = nn.Sequential(copy.deepcopy(prefix), router)
@@ -534,7 +536,7 @@ class _Reader:
                 raise StorageError(f"{key} has not one entry for each cluster.")
         dense, rest = map(fold_batch_norm, self._split(base, classifier.route_layer_))
         prefix = self.parts.read("prefix", dense, entry["prefix"])
-        h = output_of("prefix", prefix, x)
+        h = self._output("prefix", prefix, x)
         router = self._router(entry["pool_size"], h, n_classes)
         outputs = self._take("outputs")
         n_outputs = _n_outputs(base)
@@ -558,14 +560,14 @@ class _Reader:
                 continue
             name = f"subgraph.{cluster}"
             subgraph = self.parts.read(name, rest, one)
-            logits, expected = output_of(name, subgraph, h), int(answered[cluster].sum())
+            logits, expected = self._output(name, subgraph, h), int(answered[cluster].sum())
             if tuple(logits.shape) != (len(h), expected) or expected == 0:
                 raise StorageError(f"The {name} has not one output for each class it answers.")
             subgraphs.append(subgraph)
         rest_part = None
         if entry["rest"] is not None:
             rest_part = self.parts.read("rest", rest, entry["rest"])
-            logits = output_of("base network's rest", rest_part, h)
+            logits = self._output("base network's rest", rest_part, h)
             if tuple(logits.shape) != (len(h), n_outputs):
                 raise StorageError("The base network's rest has not all of its outputs.")
         fallback = entry["fallback"]
