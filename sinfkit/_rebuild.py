@@ -84,11 +84,11 @@ def build(options: Any, factory: Callable[[], nn.Module] | None) -> nn.Module:
         )
     if name not in _OPTIONS or set(options) != {"name", "n_classes", *_OPTIONS[name]}:
         raise StorageError(f"The manifest describes the unknown architecture {name!r:.40}.")
-    sizes = [options["n_classes"]]
-    sizes += options["input_shape"] if name == "default" else [options["in_channels"]]
+    given = options["input_shape"] if name == "default" else [options["in_channels"]]
+    sizes = [options["n_classes"], *(given if isinstance(given, list) else [None])]
     right = all(type(n) is int and 1 <= n <= _LARGEST for n in sizes)
     if name == "default":
-        right = right and len(options["input_shape"]) in (1, 3)
+        right = right and len(given) in (1, 3)
     else:
         width = options["width"]
         right = right and type(width) in (int, float) and 0 < width <= _WIDEST

@@ -464,11 +464,14 @@ class _Reader:
         names = self.base["tensors"]
         if not isinstance(names, list):
             raise StorageError("The base network has no list of tensors.")
-        fill_base(module, {str(name): self._take(f"base/{name}") for name in names})
+        state = {str(name): self._take(f"base/{name}") for name in names}
+        self.parts.left -= sum(tensor.nbytes for tensor in state.values())
+        fill_base(module, state)
         mean, std = (self._statistics(key, shape) for key in ("mean", "std"))
         expected = self.base["input_shape"]
         if expected is not None:
-            expected = fields.shape("input_shape", tuple(expected))
+            expected = tuple(expected) if isinstance(expected, list) else expected
+            expected = fields.shape("input_shape", expected)
             if expected != shape:
                 raise StorageError(f"input_shape={expected} does not fit input_shape_={shape}.")
         try:

@@ -319,14 +319,15 @@ def test_damage_and_other_files_have_one_error(pruner, tmp_path):
         sinfkit.load(tmp_path)
 
 
-def test_memory_is_bounded_before_it_is_taken(data, frozen, tmp_path):
+def test_memory_is_bounded_before_it_is_taken(data, tmp_path):
     """Slices of one stored weight make a small file large, as often as there are clusters."""
-    sinf = SINFClassifier(frozen, pruner=DCSPruner(repair="none"), **SLICES, **TWO).fit(*data)
+    network = small_cnn(width=24)
+    sinf = SINFClassifier(network, pruner=DCSPruner(repair="none"), **SLICES, **TWO).fit(*data)
     path = saved(sinf, tmp_path)
     size = path.stat().st_size
     with pytest.raises(StorageError, match="more memory than max_bytes"):
-        sinfkit.load(path, factory=small_cnn, max_bytes=size)
-    sinfkit.load(path, factory=small_cnn, max_bytes=2 * size)
+        sinfkit.load(path, factory=lambda: network, max_bytes=size)
+    sinfkit.load(path, factory=lambda: network, max_bytes=3 * size)
 
 
 def test_a_full_disk_leaves_the_old_file(pruner, classifier, tmp_path):
@@ -384,10 +385,11 @@ def test_the_fuzzer_notices_what_is_wrong(monkeypatch, tmp_path):
     # A check less in the package, and a forged file comes through to predict.
     forge(path, lambda stored: stored.manifest["attributes"].update(n_features_in_=7))
     assert fuzz_files.try_file(path) == "refused"
+    forge(path, lambda stored: stored.manifest["attributes"].update(n_features_in_=16))
+    forge(path, lambda stored: stored.manifest["parameters"].update(batch_size=-1))
+    assert fuzz_files.try_file(path) == "refused"
     monkeypatch.setattr("sinfkit._fields.positive", lambda what, value: value)
-    with pytest.raises(AssertionError):
-        forge(path, lambda stored: stored.manifest["attributes"].update(n_features_in_=16))
-        forge(path, lambda stored: stored.manifest["parameters"].update(batch_size=-1))
+    with pytest.raises((RuntimeError, ValueError)):
         fuzz_files.try_file(path)
 
 
