@@ -203,7 +203,14 @@ def _failed(path: str | os.PathLike[str], why: object) -> str:
 
 def _describe_estimator(estimator: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Parameters and fitted attributes as plain data; `name` is where the estimator is nested."""
-    kind = type(estimator).__name__
+    return {
+        "parameters": _describe_parameters(estimator, name, tensors),
+        "attributes": _describe_attributes(estimator, name, tensors),
+    }
+
+
+def _describe_parameters(estimator: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Parameters, those of nested estimators within; what such a one was fitted to is left out."""
     parameters: dict[str, Any] = {}
     for key, value in estimator.get_params(deep=False).items():
         what = f"{name}{key}"
@@ -213,7 +220,7 @@ def _describe_estimator(estimator: Any, name: str, tensors: dict[str, Tensor]) -
                     raise NotPlainError(
                         f"{what} is a {type(value).__name__}, not a {_NESTED[key].__name__}."
                     )
-                value = _describe_estimator(value, f"{what}.", tensors)["parameters"]
+                value = _describe_parameters(value, f"{what}.", tensors)
             parameters[key] = value
         elif key == "model":
             parameters[key] = value is not None
@@ -222,10 +229,15 @@ def _describe_estimator(estimator: Any, name: str, tensors: dict[str, Tensor]) -
         elif key not in _NOT_STORED:
             value = str(value) if isinstance(value, torch.device) else value
             parameters[key] = encode(value, f"parameters/{what}", tensors)
+    return parameters
+
+
+def _describe_attributes(estimator: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Fitted attributes, apart from what is built again."""
     attributes: dict[str, Any] = {}
-    known = fields.ATTRIBUTES[kind]
+    known = fields.ATTRIBUTES[type(estimator).__name__]
     for key, value in vars(estimator).items():
-        if key in parameters or key in fields.DERIVED or not key.endswith("_") or key[0] == "_":
+        if key in fields.DERIVED or not key.endswith("_") or key[0] == "_":
             continue
         if key not in known:
             raise NotPlainError(
@@ -233,7 +245,7 @@ def _describe_estimator(estimator: Any, name: str, tensors: dict[str, Tensor]) -
             )
         value = str(value) if isinstance(value, torch.device) else value
         attributes[key] = encode(value, f"attributes/{name}{key}", tensors)
-    return {"parameters": parameters, "attributes": attributes}
+    return attributes
 
 
 def _check_model(what: str, model: Any, estimator: Any) -> None:
@@ -338,7 +350,7 @@ def _describe_classifier(classifier: SINFClassifier, tensors: dict[str, Tensor])
         "fallback": network.fallback,
         "top_k": int(network.top_k),
         "clusterer": _describe_estimator(classifier.clusterer_, "clusterer_.", tensors),
-        "pruner": _describe_estimator(classifier.pruner_, "pruner_.", tensors)["parameters"],
+        "pruner": _describe_parameters(classifier.pruner_, "pruner_.", tensors),
     }
 
 

@@ -258,6 +258,15 @@ def test_code_is_refused_when_saving(data, frozen, pruner, classifier, tmp_path)
         again.save(path)
 
 
+def test_a_fitted_estimator_among_the_parameters_is_stored_unfitted(data, frozen, tmp_path):
+    clusterer = SemanticClusterer(frozen, n_clusters=2, random_state=0).fit(*data)
+    clusterer.set_params(model=None)
+    sinf = SINFClassifier(frozen, clusterer=clusterer, pruner=DCSPruner(), random_state=0)
+    again = sinfkit.load(saved(sinf.fit(*data), tmp_path), factory=small_cnn)
+    assert again.clusterer.n_clusters == 2 and not hasattr(again.clusterer, "classes_")
+    np.testing.assert_array_equal(again.predict(data[0]), sinf.predict(data[0]))
+
+
 def test_a_cache_folder_is_not_restored(data, frozen, tmp_path):
     """A cache is a folder of pickles, which a later fit would read."""
     pruner = DCSPruner(frozen, memory=str(tmp_path / "cache"), random_state=0).fit(*data)
