@@ -149,7 +149,7 @@ def load(
     A file from a stranger can do no more than hold wrong weights.  Besides `max_bytes`, memory is
     bounded by about three times the size of the file and forty times that of its JSON header, which
     is 8 MiB at most.  The checksum tells damage, not malice: whoever changes a file can compute it
-    anew.  With a factory, its code runs, and sees one sample of the shape that the file says.
+    anew.  With a factory, its code runs, and sees a small batch of the shape that the file says.
 
     Examples
     --------
