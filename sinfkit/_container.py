@@ -72,7 +72,8 @@ def write(
     own = {name: _own(tensor) for name, tensor in tensors.items()}
     kinds = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in own.items()}
     digest = _digest(manifest, {name: _as_bytes(tensor) for name, tensor in own.items()}, kinds)
-    text = json.dumps({**manifest, "sha256": digest}, allow_nan=False, separators=(",", ":"))
+    full = {**manifest, "sha256": digest}
+    text = json.dumps(full, allow_nan=False, sort_keys=True, separators=(",", ":"))
     path = Path(os.path.realpath(path))  # a link stays one
     beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
     try:

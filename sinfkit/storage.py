@@ -98,8 +98,8 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
         }
     except NotPlainError as error:
         raise TypeError(
-            f"This {kind} cannot be saved without code: {error} joblib.dump can store it, for "
-            "those who trust the file."
+            f"This {kind} cannot be saved without code: {str(error).removeprefix('parameters/')} "
+            "joblib.dump can store it, for those who trust the file."
         ) from error
     write(path, manifest, tensors)
 

@@ -13,6 +13,7 @@ import argparse
 import copy
 import functools
 import json
+import os
 import random
 import resource
 import struct
@@ -470,8 +471,8 @@ def check_predictions(estimator: Any) -> None:
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:
     """Write down what touches files, processes or the network."""
-    if event == "open" and isinstance(arguments[0], (str, bytes)):
-        name = arguments[0] if isinstance(arguments[0], str) else arguments[0].decode()
+    if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        name = os.fsdecode(arguments[0])
         # Modules that are imported at their first use are read from where Python lies.
         if not name.startswith((sys.prefix, sys.base_prefix)) and "/torch/" not in name:
             OPENED.append(f"open {name}")
