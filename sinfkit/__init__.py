@@ -16,6 +16,7 @@ from .models import resnet50, vgg16, vgg19
 from .pruner import DCSPruner
 from .report import SINFReport
 from .scores import discriminative_capability
+from .storage import StorageError, load
 from .surgery import SlicingError
 from .training import train_network
 
@@ -31,8 +32,10 @@ __all__ = [
     "SemanticClusterer",
     "SlicingError",
     "SpeedAccuracyDisplay",
+    "StorageError",
     "__version__",
     "discriminative_capability",
+    "load",
     "load_cifar10",
     "load_cifar100",
     "load_image_folder",

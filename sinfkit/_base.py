@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ._device import is_out_of_memory, loaded_device, resolve_device
 from ._halving import in_pieces
-from ._packing import pack
+from ._packing import Borrowed, Packed, borrow, pack
 from ._parameters import check_integer, check_jobs, check_verbose, naming
 from ._validation import (
     Batcher,
@@ -38,6 +39,7 @@ from ._validation import (
     warn_if_mismatched,
     without_zeros,
 )
+from ._versions import versions, warn_of_versions
 from .frozen import FrozenModel, as_frozen, describe
 from .graph import output_layer, trace
 from .surgery import ChannelGroup, find_groups
@@ -344,23 +346,54 @@ class TorchEstimator(BaseEstimator):
             setattr(twin, name, value)
         return cast(BaseEstimator, twin)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted estimator to one file without code, for `sinfkit.load`.
+
+        Parameters
+        ----------
+        path : path-like
+            Whatever is there is replaced when the new file is complete, and not before.
+
+        Raises
+        ------
+        NotFittedError
+            If it is not fitted.
+        TypeError
+            If it holds something that is no data, such as a callable criterion.
+        OSError
+            If the file cannot be written; what was there is left as it was.
+        """
+        from .storage import save
+
+        save(self, path)
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
+        state["_versions"] = versions()
         modules = {k: v for k, v in state.items() if isinstance(v, nn.Module)}
         for name in modules:
             del state[name]
         if modules:
-            state["_packed_modules"] = pack(modules)
+            packed: Packed | Borrowed = (whole := pack(modules))
+            base = state.get("base_model_")
+            # Unsliced parts, and a `model` that is not frozen, hold the base's weights once more.
+            # Where the base's own pickle only names a file, the others must do without it.
+            if isinstance(base, FrozenModel) and getattr(base, "_source", None) is None:
+                packed = borrow(whole, base._packed)
+            state["_packed_modules"] = packed
         if "device_" in state:
             state["device_"] = str(state["device_"])
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
+        warn_of_versions(type(self).__name__, state.pop("_versions", {}))
         packed = state.pop("_packed_modules", None)
         device = state.get("device_")
         if device is not None:
             state["device_"] = device = loaded_device(device)
+        if isinstance(packed, Borrowed):
+            packed = packed.complete(state["base_model_"]._packed)
         if packed is not None:
             modules = packed.unpack("cpu")
             for name, module in modules.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,43 @@ class Packed:
             for a, dtype in zip(self.arrays, self.dtypes, strict=True)
         ]
         return _Unpickler(io.BytesIO(self.structure), tensors).load()
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """A `Packed` without the arrays that another one has as well.
+
+    Attributes
+    ----------
+    packed : Packed
+        Its own arrays only.
+    places : tuple of int
+        For each tensor: n for the other's array n, or -1 for the next one of its own.
+    """
+
+    packed: Packed
+    places: tuple[int, ...]
+
+    def complete(self, lender: Packed) -> Packed:
+        """Put the other's arrays back."""
+        own = iter(self.packed.arrays)
+        arrays = tuple(next(own) if n < 0 else lender.arrays[n] for n in self.places)
+        return replace(self.packed, arrays=arrays)
+
+
+def borrow(packed: Packed, lender: Packed) -> Borrowed:
+    """Leave out what is stored in `lender`, which is stored beside it."""
+    places, own = [], []
+    for array, dtype in zip(packed.arrays, packed.dtypes, strict=True):
+        place = -1
+        for n, other in enumerate(lender.arrays):
+            same = array.shape == other.shape and dtype == lender.dtypes[n]
+            if same and array.tobytes() == other.tobytes():
+                place = n
+                break
+        places.append(place)
+        own += [array] if place < 0 else []
+    return Borrowed(replace(packed, arrays=tuple(own)), tuple(places))
 
 
 def pack(obj: Any) -> Packed:

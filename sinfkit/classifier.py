@@ -628,8 +628,12 @@ n_features)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "network_" in self.__dict__ and "clusterer_" in self.__dict__:
-            self._link()
+        if "network_" in self.__dict__:
+            if len(self.input_shape_) == 3:
+                # As in fit: NumPy's arrays, which pickles hold, know no memory formats.
+                self.network_.to(memory_format=torch.channels_last)
+            if "clusterer_" in self.__dict__:  # a twin that only predicts has none
+                self._link()
 
     def to(self, device: str | torch.device) -> SINFClassifier:
         """Move the routed network to a device.
