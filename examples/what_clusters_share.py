@@ -68,8 +68,7 @@ plt.show()
 # %%
 # The figures behind the pictures. All subgraphs have the same widths, so that each costs the same:
 
-print(
-    f"filters kept, by layer: { ({name: len(kept) for name, kept in sinf.supports_[0].items()}) }"
-)
+widths = {layer: len(kept) for layer, kept in sinf.supports_[0].items()}
+print(f"filters kept, by layer: {widths}")
 for c, name in enumerate(sinf.cluster_names_):
     print(f"cluster {name}: digits {sinf.classes_[sinf.class_clusters_ == c].tolist()}")
