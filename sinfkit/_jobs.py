@@ -22,6 +22,8 @@ import torch
 from joblib.parallel import get_active_backend
 from sklearn import get_config
 
+from ._parameters import check_integer
+
 Value = TypeVar("Value")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -168,6 +170,7 @@ def over_chunks(method: Method) -> Method:
             if X.device.type != "cpu" or get_config()["array_api_dispatch"]:
                 return method(self, X)
             data = X.detach().numpy()
+        check_integer("batch_size", self.batch_size)
         if not isinstance(data, np.ndarray) or data.ndim < 2 or len(data) <= self.batch_size:
             return method(self, X)
         backend, default = get_active_backend(prefer="threads")

@@ -15,10 +15,11 @@ from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
 from ._calls import caller_level
 from ._device import settle_after_fork
-from ._parameters import naming
+from ._parameters import naming, shown
 from .frozen import FrozenModel
 
 Images = np.ndarray | torch.Tensor
+LARGEST_WEIGHT = 1e30  # whose sums are numbers still, in single precision as well
 
 
 def validate_X(
@@ -143,15 +144,20 @@ def validate_weight(
     """
     if sample_weight is None:
         return None
-    if isinstance(sample_weight, torch.Tensor):
-        sample_weight = sample_weight.detach().cpu()
-    sample_weight = np.asarray(sample_weight)
-    if sample_weight.ndim == 0:
-        raise ValueError(
-            f"{name} must hold one number for each of the {n_samples} samples, got "
-            f"{sample_weight.item()!r}."
+    with naming(name):
+        if isinstance(sample_weight, torch.Tensor):
+            if sample_weight.layout != torch.strided or sample_weight.device.type == "meta":
+                raise TypeError(f"{name} must be a dense tensor that holds its values.")
+            sample_weight = sample_weight.detach().cpu()
+        sample_weight = np.asarray(sample_weight)
+        if sample_weight.ndim == 0:
+            raise ValueError(
+                f"{name} must hold one number for each of the {n_samples} samples, got "
+                f"{shown(sample_weight.item())}."
+            )
+        weight = check_array(
+            sample_weight, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name=name
         )
-    weight = check_array(sample_weight, ensure_2d=False, dtype=np.float64, input_name=name)
     if weight.shape != (n_samples,):
         raise ValueError(
             f"{name} must hold one number for each of the {n_samples} samples, got shape "
@@ -159,6 +165,8 @@ def validate_weight(
         )
     if (weight < 0).any():
         raise ValueError(f"{name} must not be negative, but its smallest value is {weight.min()}.")
+    if weight.max() > LARGEST_WEIGHT:
+        raise ValueError(f"{name} must be at most {LARGEST_WEIGHT:g}, but holds {weight.max()}.")
     if not weight.any():
         raise ValueError(f"{name} holds only zeros; at least one sample weight must not be zero.")
     return None if (weight == 1).all() else weight

@@ -144,10 +144,6 @@ def _read_state(file: BinaryIO, path: str) -> Mapping[str, torch.Tensor]:
             state: Any = load(file.read())
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from (
-            error
-        )
     except Exception as error:  # whatever a reader makes of bytes that are no weights
         raise ValueError(f"{path} cannot be read as a state dict: {error}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):

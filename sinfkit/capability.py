@@ -139,7 +139,7 @@ def discriminative_capability(
     check_integer("max_iter", max_iter)
     x, codes, n_classes = check_features(features, y)
     n, n_filters, n_cells = x.shape
-    weight = None if sample_weight is None else sample_weight.to(x)
+    weight = check_weight(sample_weight, x)
     x = _scaled(x.flatten(1), scaling, weight)
     why_not = None
     if n_classes < 2:
@@ -205,6 +205,24 @@ def check_features(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
         raise ValueError(f"features must be at most {_LARGEST:g} in size")
     classes, codes = torch.unique(y.to(x.device), return_inverse=True)
     return x, codes, len(classes)
+
+
+def check_weight(sample_weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """How many times each sample of `x` counts, in its type and where it is."""
+    if sample_weight is None:
+        return None
+    check_kind("sample_weight", sample_weight, Tensor, "a Tensor")
+    if sample_weight.layout != torch.strided or sample_weight.device.type == "meta":
+        raise TypeError("sample_weight must be a dense Tensor that holds its values.")
+    if sample_weight.shape != x.shape[:1] or sample_weight.is_complex():
+        raise ValueError(
+            f"sample_weight must hold one real number for each of the {len(x)} samples, got "
+            f"{sample_weight.dtype} of shape {tuple(sample_weight.shape)}"
+        )
+    weight = sample_weight.detach().to(x)
+    if not bool(((weight > 0) & (weight <= _LARGEST)).all()):
+        raise ValueError(f"sample_weight must be larger than 0, and at most {_LARGEST:g}")
+    return weight
 
 
 def average(x: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from .capability import (
     average,
     centred,
     check_features,
+    check_weight,
     discriminative_capability,
 )
 from .obs import Consumer, marginal_costs, removal_costs, weigh_outputs
@@ -213,9 +214,7 @@ def _need(data: LayerData, field: str) -> Any:
 
 def _sample_weight(data: LayerData) -> Tensor | None:
     """The samples' weights where the features are."""
-    if data.sample_weight is None:
-        return None
-    return data.sample_weight.to(_need(data, "features").device)
+    return check_weight(data.sample_weight, _need(data, "features").detach().double())
 
 
 def _activations(data: LayerData) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._parameters import check_integer, check_kind, check_number
-from .capability import centred, check_features
+from .capability import centred, check_features, check_weight
 
 __all__ = [
     "abs_snr",
@@ -60,7 +60,7 @@ def _moments(features: Tensor, y: Tensor, sample_weight: Tensor | None) -> _Mome
     x, codes, n_classes = check_features(features, y)
     if n_classes < 2:
         return None
-    weight = None if sample_weight is None else sample_weight.to(x)
+    weight = check_weight(sample_weight, x)
     x = centred(x, weight)
 
     def weighed(value: Tensor) -> Tensor:
@@ -355,7 +355,7 @@ def discriminant_information(
     if m is None:
         return _none(features)
     x = check_features(features, y)[0]
-    weight = None if sample_weight is None else sample_weight.to(x)
+    weight = check_weight(sample_weight, x)
     x = centred(x, weight)
     weighed = x if weight is None else x * weight[:, None, None]
     scatter = torch.einsum("njs,njt->jst", weighed, x)

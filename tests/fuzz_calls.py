@@ -31,6 +31,8 @@ from fuzz_targets import Target, World, targets
 from hostile import Rng, anything
 from sklearn.exceptions import NotFittedError
 
+from sinfkit import StorageError
+
 LIMIT = 120.0  # seconds for one call, after which the process ends with a traceback
 _ROUNDS = ("epochs", "repeats", "max_iter", "max_batch")
 
@@ -111,6 +113,8 @@ def _judge_error(case: Case, error: BaseException) -> tuple[str, str]:
         return "NotFittedError", "" if case.arguments.get("fitted", True) is not True or any(
             name in case.wrong for name in ("estimator", "classifier")
         ) else said
+    if kind is StorageError and "path" in case.wrong:  # which names the file
+        return "StorageError", ""
     if isinstance(error, OSError):
         return "OSError", "" if set(case.wrong) & set(case.target.paths) else said
     if not isinstance(error, (ValueError, TypeError)) or isinstance(error, UnicodeError):

@@ -179,6 +179,7 @@ def targets(world: World) -> list[Target]:
     """Everything public, each with valid arguments and a way to make them wrong."""
     X, y, X_wrong, y_wrong = world.X, world.y, images(world.X), labels(world.y)
     data, wrong = {"X": X, "y": y}, {"X": X_wrong, "y": y_wrong}
+    weight_wrong = labels(np.ones(len(y)) + y)
     small_ints = choice(0, -1, 1, 2.5, "3", True, None, [2])
     flags = choice("yes", 2, None, [], np.array([True, False]))
     found: list[Target] = []
@@ -193,7 +194,8 @@ def targets(world: World) -> list[Target]:
         def fit(fitted: Any = fitted, **a: Any) -> Any:
             estimator = _twin(fitted)
             held = dict(vars(estimator))
-            samples = {k: a.pop(k) for k in ("X", "y", "X_val", "y_val") if k in a}
+            given = ("X", "y", "X_val", "y_val", "sample_weight", "sample_weight_val")
+            samples = {k: a.pop(k) for k in given if k in a}
             estimator.set_params(**a)
             parameters = set(a)
             try:
@@ -207,13 +209,16 @@ def targets(world: World) -> list[Target]:
                 raise
             return estimator.predict(X)
 
-        validation = {"X_val": X[:8], "y_val": y[:8]} if name == "SINFClassifier" else {}
-        wrong_validation = {"X_val": X_wrong, "y_val": y_wrong} if validation else {}
+        more: dict[str, Any] = {"sample_weight": None}
+        more_wrong = {"sample_weight": weight_wrong}
+        if name == "SINFClassifier":
+            more |= {"X_val": X[:8], "y_val": y[:8], "sample_weight_val": None}
+            more_wrong |= {"X_val": X_wrong, "y_val": y_wrong, "sample_weight_val": weight_wrong}
         add(
             f"{name}.fit",
             fit,
-            valid | data | validation,
-            wrong=parameters_of(world, name) | wrong | wrong_validation,
+            valid | data | more,
+            wrong=parameters_of(world, name) | wrong | more_wrong,
             weight=6,
             required=("X", "y"),
         )
@@ -235,7 +240,7 @@ def targets(world: World) -> list[Target]:
                 f"{name}.score",
                 _method(fresh, fitted, "score"),
                 data | {"sample_weight": None, "fitted": True},
-                wrong=wrong | {"sample_weight": labels(y)},
+                wrong=wrong | {"sample_weight": weight_wrong},
                 weight=2,
                 never=("fitted",),
                 required=("X", "y"),
@@ -277,9 +282,10 @@ def targets(world: World) -> list[Target]:
         "SINFClassifier.runtime",
         _method(fresh, sinf, "runtime"),
         {"dtype": "float32", "compile": False, "offload": 0, "device": "cpu", "padded": False}
-        | {"fitted": True},
+        | {"prepack": True, "fitted": True},
         wrong={"dtype": choice("float16", torch.float32, "bfloat16"), "compile": flags}
-        | {"offload": small_ints, "padded": flags, "device": choice("gpu", "cuda", "meta")},
+        | {"offload": small_ints, "padded": flags, "device": choice("gpu", "cuda", "meta")}
+        | {"prepack": flags},
         never=("fitted",),
     )
     runtime = sinf.runtime()
@@ -311,6 +317,28 @@ def targets(world: World) -> list[Target]:
         always=("classifier",),
         weight=0.3,
     )
+    stored = world.folder / "stored.sinf"
+    sinf.save(stored)
+    add(
+        "save",
+        _method(fresh, sinf, "save"),
+        {"path": world.folder / "again.sinf", "fitted": True},
+        wrong={"path": choice(world.images, "", "a\0b", 3, world.folder / "none" / "x.sinf")},
+        never=("fitted",),
+        paths=("path",),
+        required=("path",),
+    )
+    add(
+        "load",
+        lambda **a: sinfkit.load(**a).predict(X),
+        {"path": stored, "factory": lambda: small_cnn(4, 4), "device": None} | {"max_bytes": 10**9},
+        wrong={"path": choice(world.file, world.images, "", "a\0b", 3, "nowhere")}
+        | {"factory": choice(None, 3, small_cnn(4, 4), int, print)}
+        | {"device": parameters_of(world, "DCSPruner")["device"], "max_bytes": small_ints},
+        paths=("path",),
+        weight=1.5,
+        required=("path",),
+    )
     pixel = choice("a", [1, "a"], [np.nan], [[0.5]], [0.0], [1.0, 2.0], -1.0, [], {}, 0.5)
     add(
         "FrozenModel()",
@@ -341,11 +369,11 @@ def targets(world: World) -> list[Target]:
         sinfkit.discriminative_capability,
         activations
         | {"penalty": 3.0, "variant": "norm", "norm": "fro", "scaling": "root"}
-        | {"tol": 1e-6, "max_iter": 20},
+        | {"tol": 1e-6, "max_iter": 20, "sample_weight": None},
         wrong=wrong_activations
         | {"penalty": number, "tol": number, "variant": choice("Norm", "ablation", "contribution")}
         | {"norm": choice("l2", "l1", "max"), "scaling": choice("none", "column")}
-        | {"max_iter": small_ints},
+        | {"max_iter": small_ints, "sample_weight": tensors(torch.ones(len(features)))},
         weight=3,
         required=("features", "y"),
     )
@@ -354,11 +382,14 @@ def targets(world: World) -> list[Target]:
             "discriminant_information": {"ridge": 1e-3},
             "max_mean_discrepancy": {"max_samples": 100, "generator": None},
         }.get(name, {})
+        weighted = {} if name == "max_mean_discrepancy" else {"sample_weight": None}
         add(
             f"separability.{name}",
             getattr(separability, name),
-            activations | options,
-            wrong=wrong_activations | dict.fromkeys(options, number),
+            activations | options | weighted,
+            wrong=wrong_activations
+            | dict.fromkeys(options, number)
+            | dict.fromkeys(weighted, tensors(torch.ones(len(features)))),
             weight=0.3,
             required=("features", "y"),
         )
@@ -413,12 +444,14 @@ def targets(world: World) -> list[Target]:
     training |= {"max_lr": 0.01, "weight_decay": 0.0, "label_smoothing": 0.0, "augment": None}
     training |= {"mean": 0.0, "std": 1.0, "X_val": X[:8], "y_val": y[:8], "checkpoint": None}
     training |= {"device": "cpu", "bfloat16": False, "random_state": 0, "verbose": 0}
+    training |= {"sample_weight": None}
     add(
         "train_network",
         lambda **a: sinfkit.train_network(**a) and None,
         training,
         wrong={k: v for k, v in parameters_of(world, "DCSPruner").items() if k in training}
         | {"X": X_wrong, "y": y_wrong, "X_val": X_wrong, "y_val": y_wrong, "epochs": small_ints}
+        | {"sample_weight": weight_wrong}
         | {"mean": pixel, "std": pixel, "augment": choice("flip", "crop_flip", 1), "max_lr": number}
         | {"weight_decay": number, "label_smoothing": number, "bfloat16": flags}
         | {"checkpoint": choice(world.file, world.images, "", "a\0b", 3)},
