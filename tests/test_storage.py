@@ -258,6 +258,20 @@ def test_code_is_refused_when_saving(data, frozen, pruner, classifier, tmp_path)
         again.save(path)
 
 
+def test_parameters_that_a_file_does_not_know_take_their_defaults(data, frozen, tmp_path):
+    pruner = DCSPruner(frozen, round_to=3, random_state=0).fit(*data)
+    path = saved(pruner, tmp_path)
+    again = sinfkit.load(path, factory=small_cnn)
+    assert again.get_params()["round_to"] == 3
+    np.testing.assert_array_equal(again.predict_proba(data[0]), pruner.predict_proba(data[0]))
+    forge(path, lambda stored: stored.manifest["parameters"].update(round_to="3"))
+    with pytest.raises(StorageError, match="round_to must be a positive integer"):
+        sinfkit.load(path, factory=small_cnn)
+    forge(path, lambda stored: stored.manifest["parameters"].pop("round_to"))
+    assert sinfkit.load(path, factory=small_cnn).round_to == DCSPruner().round_to
+    assert "round_to" not in manifest_of(DATA / "v1_pruner.sinf")["parameters"]
+
+
 def test_a_fitted_estimator_among_the_parameters_is_stored_unfitted(data, frozen, tmp_path):
     clusterer = SemanticClusterer(frozen, n_clusters=2, random_state=0).fit(*data)
     clusterer.set_params(model=None)
