@@ -444,7 +444,11 @@ def try_file(path: Path) -> str:
         assert str(error).startswith(repr(str(path))) and len(str(error)) < 2000
     else:
         outcome = "loaded"
-        check_predictions(estimator)
+        try:
+            check_predictions(estimator)
+        except ValueError as error:
+            # Other weights are a network too, even one that answers with NaN, and predict says so.
+            assert "NaN or infinite" in str(error), error
     strange = [event for event in OPENED if event != f"open {path}"]
     assert not strange, strange
     return outcome

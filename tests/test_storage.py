@@ -8,6 +8,7 @@ import os
 import resource
 import stat
 import struct
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from sinfkit.storage import SCHEMA
 pytestmark = pytest.mark.filterwarnings("ignore:The model answers")
 
 DATA = Path(__file__).parent / "data"
-TWO = {"clusterer": SemanticClusterer(n_clusters=2), "random_state": 0, "device": "cpu"}
+PAIR = SemanticClusterer(n_clusters=2, max_cluster_size=3)
+TWO = {"clusterer": PAIR, "random_state": 0, "device": "cpu"}
 # Subgraphs that all look different: their own classes only, behind a whole prefix.
 SLICES = {"answers": "cluster", "prefix_ratio": 0.0, "route_layer": "3"}
 
@@ -100,7 +102,9 @@ def test_what_was_saved_answers_bit_by_bit(make, frozen, data, tmp_path):
             assert found.dtype == expected.dtype
             np.testing.assert_array_equal(found, expected)
     if isinstance(estimator, SINFClassifier):
-        assert again.report(*data, repeats=0) == estimator.report(*data, repeats=0)
+        report, other = (one.report(*data, repeats=0) for one in (again, estimator))
+        assert report.parameters <= other.parameters  # equal tensors are one in the file
+        assert replace(report, parameters=other.parameters) == other
         inner, other = again.clusterer_, estimator.clusterer_
         np.testing.assert_array_equal(inner.transform(X), other.transform(X))
         assert again.pruner_.get_params() == estimator.pruner_.get_params()
@@ -208,7 +212,7 @@ def test_a_factory_gives_an_architecture_that_sinfkit_does_not_know(pruner, data
         sinfkit.load(path, factory=lambda: 1 / 0)
     with pytest.raises(StorageError, match="has shape"):
         sinfkit.load(path, factory=lambda: small_cnn(width=9))
-    with pytest.raises(StorageError, match="which the file has not got"):
+    with pytest.raises(StorageError, match="has shape"):
         sinfkit.load(path, factory=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 6)))
 
     def other() -> nn.Module:
@@ -296,7 +300,7 @@ def test_a_cache_folder_is_not_restored(data, frozen, tmp_path):
 @pytest.mark.parametrize("schema", range(1, SCHEMA + 1))
 def test_files_of_every_schema_load_for_ever(name, schema):
     path = DATA / f"v{schema}_{name}.sinf"
-    assert path.stat().st_size < 60_000
+    assert path.stat().st_size < 100_000
     spec = importlib.util.spec_from_file_location("make_files", DATA / "make_files.py")
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
@@ -320,7 +324,7 @@ def test_damage_and_other_files_have_one_error(pruner, tmp_path):
     middle = len(whole) - 100
     for content, why in (
         (b"", "cut short, or no safetensors file"),
-        (whole[:-1], "cut short"),
+        (whole[:-1], "cut short|outside of the file"),
         (whole + b"x", "1 bytes too many"),
         (whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "SHA-256"),
         (joblib.__file__.encode() * 3, "cut short, or no safetensors file"),
@@ -412,7 +416,7 @@ def test_the_fuzzer_notices_what_is_wrong(monkeypatch, tmp_path):
     forge(path, lambda stored: stored.manifest["parameters"].update(batch_size=-1))
     assert fuzz_files.try_file(path) == "refused"
     monkeypatch.setattr("sinfkit._fields.positive", lambda what, value: value)
-    with pytest.raises((RuntimeError, ValueError)):
+    with pytest.raises((RuntimeError, AssertionError)):
         fuzz_files.try_file(path)
 
 
