@@ -434,7 +434,7 @@ def check_normalisation(frozen: FrozenModel, X: Images) -> None:
     widths = {len(frozen.mean), len(frozen.std)} - {1}
     if widths and widths != {int(X.shape[1])}:
         raise ValueError(
-            f"FrozenModel has mean and std for {max(widths)} channels, but X has {X.shape[1]}."
+            f"The mean and std of model are for {max(widths)} channels, but X has {X.shape[1]}."
         )
 
 

@@ -126,12 +126,12 @@ def fit_route_predictor(
             loss = float(average(losses, torch.as_tensor(held_out_weight).to(losses)))
         if best is not None and loss > best[0]:
             break
-        weight = probe.coef / std
-        bias = probe.intercept - (weight * mean).sum(1)
-        best = (loss, penalty, weight, bias)
+        coef = probe.coef / std
+        bias = probe.intercept - (coef * mean).sum(1)
+        best = (loss, penalty, coef, bias)
     assert best is not None
-    _, penalty, weight, bias = best
-    predictor = RoutePredictor(weight.to(dtype), bias.to(dtype), pool_size)
+    _, penalty, coef, bias = best
+    predictor = RoutePredictor(coef.to(dtype), bias.to(dtype), pool_size)
     return RouteFit(predictor, penalty, predictor.of_pooled(held_out))
 
 

@@ -99,7 +99,7 @@ def labels(y: np.ndarray) -> Make:
     """Labels that something is wrong with."""
 
     def make(rng: Rng) -> Any:
-        n = len(y)
+        n, codes = len(y), y.astype(np.int64) % 4
         mixed = y.astype(object)
         mixed[rng.integers(n)] = [None, "a", np.nan, (1, 2), 1.5][rng.integers(5)]
         values = [
@@ -107,7 +107,13 @@ def labels(y: np.ndarray) -> Make:
             *(y.astype(float), y.astype(str), y.astype(bytes), y.astype(complex), mixed, y[::-1]),
             *(y.tolist(), tuple(y), iter(y), y.astype("M8[s]"), np.full(n, np.nan), y > 1),
             *(torch.as_tensor(y), torch.as_tensor(y).float() + 0.5, torch.as_tensor(y)[:, None]),
-            *(np.full(n, ""), [[1]] * n, np.eye(4)[y], scipy.sparse.csr_array(np.eye(4)[y]), 3),
+            *(
+                np.full(n, ""),
+                [[1]] * n,
+                np.eye(4)[codes],
+                scipy.sparse.csr_array(np.eye(4)[codes]),
+                3,
+            ),
             *(np.where(y > 0, y.astype(float), np.inf), [None] * n, [{}] * n, y.astype(np.uint64)),
             *(torch.as_tensor(y).to("meta"), torch.as_tensor(y) * 1j, y.reshape(2, -1), y[None]),
         ]

@@ -49,7 +49,9 @@ def test_documented_code_fits_the_package(block):
     # compared all the same, and these are what goes stale.
     tree = ast.parse(block)
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    others = {a.name for i in imports if not (i.module or "").startswith("sinfkit") for a in i.names}
+    others = {
+        a.name for i in imports if not (i.module or "").startswith("sinfkit") for a in i.names
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sinfkit"):
             module = importlib.import_module(node.module)
