@@ -1,4 +1,8 @@
-"""Predict on a Dask array: more images than fit into memory, on as many workers as there are.
+"""
+Predict on a Dask array, block by block
+=======================================
+
+More images than fit into memory, on as many workers as there are.
 
 ``map_blocks`` gives each block of images to a worker; the fitted classifier travels to each worker
 once, as one value of the graph. Needs ``pip install "dask[array]" distributed``.

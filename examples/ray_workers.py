@@ -1,4 +1,8 @@
-"""Fit, search and predict on Ray's workers, through joblib; the weights reach them by file.
+"""
+Fit, search and predict on Ray's workers
+========================================
+
+Through joblib; the weights reach the workers by file.
 
 Nothing here is Ray's but three lines: with another backend of joblib (Dask, loky) it is the same.
 Needs ``pip install ray``.
