@@ -266,3 +266,12 @@ def test_large_images_are_timed_by_shape(paper, tmp_path):
         assert 1 <= int(routed["clusters"]) <= 2
     text = large.page(tmp_path).text()
     assert "resnet50, 32 x 32" in text and "untrained" in text
+
+
+def test_the_table_of_the_readme_is_what_the_results_say(paper):
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "README.md").exists():  # installed without the sources
+        pytest.skip("there is no README")
+    made = paper("main_table").table(root / "docs" / "results")
+    assert made in (root / "README.md").read_text(encoding="utf-8")
+    assert made.count("\n") > 15 and "SINF, 30 %" in made
