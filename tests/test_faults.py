@@ -161,13 +161,13 @@ def test_fit_and_report_go_on_in_halves_too(data):
 @linux
 @needs_fork
 def test_memory_is_given_back_if_not_even_one_sample_fits():
-    """Sixteen channels of 1024 x 1024 take 64 MiB, more than any allocator keeps; 32 are there."""
+    """128 channels of 512 x 512 take 128 MiB; 80 are there, and the images need few of them."""
     network = nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
-        *(nn.Conv2d(16, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)),
+        *(nn.Conv2d(1, 128, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
+        *(nn.Conv2d(128, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)),
     )
     rng = np.random.default_rng(0)
-    X = rng.normal(size=(6, 1, 1024, 1024)).astype(np.float32)
+    X = rng.normal(size=(6, 1, 512, 512)).astype(np.float32)
     estimator = DCSPruner(FrozenModel(network), batch_size=4, repair_samples=2, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -182,7 +182,7 @@ def test_memory_is_given_back_if_not_even_one_sample_fits():
     def starve():
         before = large()
         torch.set_num_threads(1)
-        limit_memory(32 * 2**20)
+        limit_memory(80 * 2**20)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
