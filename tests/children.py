@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ class Ended:
     error: str = ""
 
 
+def _lift_limits() -> None:
+    if sys.platform == "linux":
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+
+
 def in_child(function: Callable[[], Any], timeout: int = 120) -> Ended:
     """Fork, call a function in the child, and wait for it; after `timeout` seconds it is ended."""
     reader, writer = os.pipe()
@@ -46,6 +55,7 @@ def in_child(function: Callable[[], Any], timeout: int = 120) -> Ended:
             try:
                 result = Ended(0, function())
             except BaseException:
+                _lift_limits()  # without memory the error could not be told
                 result = Ended(1, error=traceback.format_exc())
             with os.fdopen(writer, "wb") as stream:
                 pickle.dump(result, stream)

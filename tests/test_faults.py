@@ -159,13 +159,13 @@ def test_fit_and_report_go_on_in_halves_too(data):
 
 
 def test_memory_is_given_back_if_not_even_one_sample_fits():
-    """The second convolution asks for more than any machine has, once the first has computed."""
+    """The first ReLU asks for more than any machine has, when images and channels are held."""
     network = nn.Sequential(
         *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
         *(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)),
     )
     rng = np.random.default_rng(0)
-    X = rng.normal(size=(6, 1, 256, 256)).astype(np.float32)
+    X = rng.normal(size=(6, 1, 512, 512)).astype(np.float32)
     estimator = DCSPruner(FrozenModel(network), batch_size=4, repair_samples=2, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -178,8 +178,8 @@ def test_memory_is_given_back_if_not_even_one_sample_fits():
         return sum(t.numel() > 100_000 for t in tensors)
 
     before = large()
-    conv = estimator.model_.get_submodule("3")
-    hungry = conv.register_forward_pre_hook(lambda *_: torch.empty(2**60, dtype=torch.int8))
+    relu = estimator.model_.get_submodule("1")
+    hungry = relu.register_forward_pre_hook(lambda *_: torch.empty(2**60, dtype=torch.int8))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -1,4 +1,4 @@
-"""The README's main table, in Markdown, from the CSV files of ``latency.py`` and ``sinf_table.py``.
+"""The README's main table, in Markdown, from the CSV files of ``latency.py``.
 
 Time is that of the *packed* form on both sides, on natural batches; accuracy is paired with the
 base's, image by image::
@@ -9,17 +9,14 @@ base's, image by image::
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path += [str(HERE.parent / "paper"), str(HERE)]
-
-import latency_page  # noqa: E402
-import rst  # noqa: E402
-import sinf_page  # noqa: E402
-from study import RESULTS  # noqa: E402
+import _paper  # noqa: F401
+import rst
+from latency_page import Results, Row
+from stats import estimate
+from study import RESULTS
 
 NETWORKS = {
     "vgg16": "VGG16",
@@ -27,14 +24,23 @@ NETWORKS = {
     "resnet50-0.5": "ResNet50, half width",
 }
 BUDGETS = ("0.55", "0.4", "0.3", "0.22")
-# Title, and the contestant, kind and variant of the two files.
-NAMES = (
-    ("SINF", "SINF", "confusion 5", "SINF"),
-    ("(a) ONE network, all classes", "one network", "obs", "one"),
-    ("(b) the same, with a probe", "one network", "obs", "fused"),
-    ("(e) the same, exits at the probe", "one network", "obs", "exit"),
-)
-SHIPPED = "torch-pruning's choice by L2, our repair"
+# By title: contestant, kind and variant.
+BASES = {
+    "(c) base, with a probe": ("base", "", "fused"),
+    "(d) the same, exits at the probe": ("base", "", "exit"),
+}
+PRUNED = {
+    "SINF": ("SINF", "confusion 5", "SINF"),
+    "(a) ONE network, all classes": ("one network", "obs", "one"),
+    "(b) the same, with a probe": ("one network", "obs", "fused"),
+    "(e) the same, exits at the probe": ("one network", "obs", "exit"),
+    "(t) torch-pruning's choice by L2, our repair": (
+        "torch-pruning",
+        "magnitude_l2 local",
+        "repaired",
+    ),
+    "(t) as shipped": ("torch-pruning", "magnitude_l2 local", "shipped"),
+}
 BATCHES = ("1", "256")
 THREADS = "2"
 
@@ -48,74 +54,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def table(folder: Path) -> str:
     """One column per network, one row per contestant and budget."""
-    header, first, columns = [""], ["base"], []
-    for name, title in NETWORKS.items():
-        scores = sinf_page.Results(folder / f"sinf_{name}_report.csv")
-        times = latency_page.Results(folder / f"latency_{name}_report.csv").rows
-        header.append(title)
-        first.append(f"{100 * scores.right(scores.base).mean():.1f} %; 1 / 1")
-        columns.append((scores, times))
-    lines = [header, ["---"] * len(header), first]
+    columns = [Results(folder / f"latency_{name}_report.csv") for name in NETWORKS]
+    lines = [["", *NETWORKS.values()], ["---"] * (1 + len(NETWORKS)), ["base"]]
+    lines[-1] += [f"{_accuracy(found)} %; {' / '.join('1' for _ in BATCHES)}" for found in columns]
+    for title, who in BASES.items():
+        lines.append([title, *(_cell(found, *who, "") for found in columns)])
     for budget in BUDGETS:
-        for label, *who in NAMES:
-            cells = [_ours(*column, budget, *who) for column in columns]
-            lines.append([f"{label}, {_kept(budget)}", *cells])
-        cells = [_theirs(*column, budget) for column in columns]
-        lines.append([f"(t) {SHIPPED}, {_kept(budget)}", *cells])
+        for title, who in PRUNED.items():
+            cells = [_cell(found, *who, budget) for found in columns]
+            lines.append([f"{title}, {100 * float(budget):.0f} %", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines if any(line[1:]))
 
 
-def _ours(
-    scores: sinf_page.Results, times: Sequence[Mapping[str, str]], budget: str, *who: str
-) -> str:
-    contestant, kind, variant = who
-    found = [row for row in scores.of(contestant, variant) if _is(row, kind, budget)]
-    speed = _speeds(times, *who, budget)
-    return f"{rst.points(scores.gain(found[0]))}; {speed}" if found and speed else ""
+def _accuracy(found: Results) -> str:
+    base = next(iter(_by_batch(found, "base", "", "one", "").values()))
+    return rst.percent(float(base["accuracy"]))
 
 
-def _theirs(scores: sinf_page.Results, times: Sequence[Mapping[str, str]], budget: str) -> str:
-    who = ("torch-pruning", "magnitude_l2 local")
-    speed = _speeds(times, *who, "repaired", budget)
-    if speed is None:
+def _cell(found: Results, *who: str) -> str:
+    """Points to the base, and times as fast as the base in the same form; empty without both."""
+    rows = _by_batch(found, *who)
+    if not all(batch in rows for batch in BATCHES):
         return ""
-    base = scores.right(scores.base).mean()
-    lost = [_lost(times, base, *who, variant, budget) for variant in ("repaired", "shipped")]
-    return f"{lost[0]} (as shipped {lost[1]}); {speed}"
+    gain = found.gain(rows[BATCHES[0]])
+    speed = " / ".join(f"{1 / float(rows[batch]['ratio_own']):.2f}" for batch in BATCHES)
+    return f"{rst.points(estimate([gain]))}; {speed}" if gain is not None else ""
 
 
-def _kept(budget: str) -> str:
-    return f"{100 * float(budget):.0f} %"
-
-
-def _is(row: Mapping[str, str], kind: str, budget: str) -> bool:
-    return row["kind"] == kind and row["size"] == budget and row["seed"] == "0"
-
-
-def _cells(
-    rows: Sequence[Mapping[str, str]], contestant: str, kind: str, variant: str, budget: str
-) -> dict[str, Mapping[str, str]]:
-    """By batch size."""
-    return {
-        row["batch"]: row
-        for row in rows
-        if _is(row, kind, budget)
-        and (row["contestant"], row["variant"]) == (contestant, variant)
-        and (row["form"], row["threads"], row["mix"]) == ("packed", THREADS, "natural")
+def _by_batch(
+    found: Results, contestant: str, kind: str, variant: str, size: str
+) -> dict[str, Row]:
+    wanted = {
+        **{"contestant": contestant, "kind": kind, "variant": variant, "size": size, "seed": "0"},
+        **{"form": "packed", "threads": THREADS, "mix": "natural"},
     }
-
-
-def _speeds(rows: Sequence[Mapping[str, str]], *who: str) -> str | None:
-    """Times as fast as the base in the same form, for each batch size."""
-    cells = _cells(rows, *who)
-    if not all(batch in cells for batch in BATCHES):
-        return None
-    return " / ".join(f"{1 / float(cells[batch]['ratio_own']):.2f}" for batch in BATCHES)
-
-
-def _lost(rows: Sequence[Mapping[str, str]], base: float, *who: str) -> str:
-    cell = next(iter(_cells(rows, *who).values()))
-    return f"{100 * (float(cell['accuracy']) - base):+.1f}"
+    return {row["batch"]: row for row in found.rows if all(row[k] == v for k, v in wanted.items())}
 
 
 if __name__ == "__main__":
