@@ -9,10 +9,11 @@ base's, image by image::
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import _paper  # noqa: F401
+import numpy as np
 import rst
 from latency_page import Results, Row
 from stats import estimate
@@ -54,31 +55,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def table(folder: Path) -> str:
     """One column per network, one row per contestant and budget."""
-    columns = [Results(folder / f"latency_{name}_report.csv") for name in NETWORKS]
-    lines = [["", *NETWORKS.values()], ["---"] * (1 + len(NETWORKS)), ["base"]]
-    lines[-1] += [f"{_accuracy(found)} %; {' / '.join('1' for _ in BATCHES)}" for found in columns]
-    for title, who in BASES.items():
-        lines.append([title, *(_cell(found, *who, "") for found in columns)])
+    titles = {title: (*who, "") for title, who in BASES.items()}
     for budget in BUDGETS:
-        for title, who in PRUNED.items():
-            cells = [_cell(found, *who, budget) for found in columns]
-            lines.append([f"{title}, {100 * float(budget):.0f} %", *cells])
+        kept = f"{100 * float(budget):.0f} %"
+        titles |= {f"{title}, {kept}": (*who, budget) for title, who in PRUNED.items()}
+    lines = [["", *NETWORKS.values()], ["---"] * (1 + len(NETWORKS))]
+    columns = [_column(Results(folder / f"latency_{name}_report.csv"), titles) for name in NETWORKS]
+    for title in ("base", *titles):
+        lines.append([title, *(column.get(title, "") for column in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines if any(line[1:]))
 
 
-def _accuracy(found: Results) -> str:
-    base = next(iter(_by_batch(found, "base", "", "one", "").values()))
-    return rst.percent(float(base["accuracy"]))
+def _column(found: Results, titles: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Points to the base, and times as fast as it in the same form, by title where both are known.
 
-
-def _cell(found: Results, *who: str) -> str:
-    """Points to the base, and times as fast as the base in the same form; empty without both."""
-    rows = _by_batch(found, *who)
-    if not all(batch in rows for batch in BATCHES):
-        return ""
-    gain = found.gain(rows[BATCHES[0]])
-    speed = " / ".join(f"{1 / float(rows[batch]['ratio_own']):.2f}" for batch in BATCHES)
-    return f"{rst.points(estimate([gain]))}; {speed}" if gain is not None else ""
+    All are estimated at once: one bootstrap, the same draws of images for each.
+    """
+    base = _by_batch(found, "base", "", "one", "")[BATCHES[0]]
+    speeds, gains = {}, {}
+    for title, who in titles.items():
+        rows = _by_batch(found, *who)
+        if all(batch in rows for batch in BATCHES):
+            gain = found.gain(rows[BATCHES[0]])
+            if gain is not None:
+                speed = (f"{1 / float(rows[batch]['ratio_own']):.2f}" for batch in BATCHES)
+                speeds[title], gains[title] = " / ".join(speed), gain
+    points = estimate([np.stack(list(gains.values()), axis=1)])
+    cells = {title: f"{rst.points(points, i)}; {speeds[title]}" for i, title in enumerate(gains)}
+    accuracy = rst.percent(float(base["accuracy"]))
+    return {"base": f"{accuracy} %; {' / '.join('1' for _ in BATCHES)}"} | cells
 
 
 def _by_batch(
