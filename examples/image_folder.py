@@ -7,7 +7,7 @@ Routed inference for images of your own.
 The folder holds ``train/<wnid>/*`` and ``val/<wnid>/*``, and may hold ``classes.csv`` with the
 columns wnid, name, cluster. Name it on the command line or in the variable SINFKIT_DATA::
 
-    python image_folder.py vgg16 ~/images --weights vgg16.pt
+    python image_folder.py vgg16 ~/images --weights vgg16.pt --save vgg16.sinf
     python image_folder.py vgg19 ~/images --epochs 4
     python image_folder.py vgg16 ~/images --weights vgg16.pt --curve
 
@@ -88,6 +88,9 @@ def main() -> None:
         f"threshold {sinf.confidence_threshold_:.2f}, router weight {sinf.router_weight_}"
     )
     print(sinf.report(study.X_report, study.y_report, latency_batch=options.batch))
+    if options.save is not None:
+        sinf.save(options.save)
+        print(f"{options.save}: {options.save.stat().st_size / 2**20:.1f} MiB, for sinfkit.load")
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repair-samples", type=int, default=4000, help="per subgraph")
     parser.add_argument("--batch", type=int, default=256, help="images in the batch that is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--save", type=Path, help="file that sinfkit.load reads")
     parser.add_argument("--curve", action="store_true")
     parser.add_argument(
         "--out", type=Path, default=Path("."), help="where checkpoints and figures go"

@@ -10,7 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+
+
+def host_tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor on the CPU that shares the array's memory, or a copy where torch cannot share it.
+
+    torch takes neither negative strides, nor read-only memory, nor another byte order.
+    """
+    native = np.require(array, array.dtype.newbyteorder("="), requirements=["C", "W"])
+    # An axis of length one may run backwards in an array that counts as contiguous.
+    return torch.from_numpy(native.copy() if min(native.strides, default=0) < 0 else native)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

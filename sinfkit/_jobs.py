@@ -22,6 +22,7 @@ import torch
 from joblib.parallel import get_active_backend
 from sklearn import get_config
 
+from ._device import host_tensor
 from ._parameters import check_integer
 
 Value = TypeVar("Value")
@@ -144,7 +145,7 @@ class Rows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         X = state["rows"]
         if state["tensor"]:
-            X = torch.from_numpy(np.require(X, requirements=["C", "W"]))  # may be a memory map
+            X = host_tensor(X)  # may be a memory map
         self._X, self._index, self._cut = X, state["index"], True
 
     def __sizeof__(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.exceptions import NotFittedError
 
 LARGEST = 2**31 - 1  # what counts rows or seeds fits into the integers of every library
+_MOST_JOBS = 100_000  # joblib computes with no number of jobs above 500,000
 
 
 def is_integer(value: Any) -> bool:
@@ -43,8 +44,11 @@ def check_integer(
 
 def check_jobs(value: Any) -> None:
     """Raise a ValueError unless `n_jobs` is one that joblib understands."""
-    if value is not None and (not is_integer(value) or value == 0 or abs(value) > LARGEST):
-        raise ValueError(f"n_jobs must be None or an integer other than 0, got {shown(value)}.")
+    if value is not None and (not is_integer(value) or value == 0 or abs(value) > _MOST_JOBS):
+        raise ValueError(
+            f"n_jobs must be None or an integer other than 0 within +-{_MOST_JOBS}, got "
+            f"{shown(value)}."
+        )
 
 
 def check_verbose(value: Any) -> None:

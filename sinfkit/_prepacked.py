@@ -71,6 +71,8 @@ class PrepackedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve a batch of shape (n_samples, channels, height, width)."""
+        if x.ndim != 4:  # oneDNN would say that it has no such primitive, as if memory were short
+            raise RuntimeError(f"a convolution takes batches with 4 axes, got {tuple(x.shape)}.")
         if self._packed is None:
             # The layout hangs on the size of the images, which no weight tells.
             size = [_SAMPLES, *x.shape[1:]]

@@ -14,7 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
 from ._calls import caller_level
-from ._device import settle_after_fork
+from ._device import host_tensor, settle_after_fork
 from ._parameters import naming, shown
 from .frozen import FrozenModel
 
@@ -113,6 +113,8 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
         y = column_or_1d(y, warn=True)
         if y.dtype.kind == "f" and not np.isfinite(y).all():
             raise ValueError("Input y contains NaN or infinity.")
+        if y.dtype.kind in "mM":
+            raise ValueError(f"y must hold class labels, got dates or times ({y.dtype}).")
         check_classification_targets(y)
         np.unique(y)  # labels that have no order are none
     if len(y) != n_samples:
@@ -219,7 +221,7 @@ def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool, finite: bo
 
 def _shape_message(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """Say what is wrong with the shape of a sample."""
-    text = f"Each sample of X has shape {shape}, but the network takes {expected}."
+    text = f"Each sample of X has shape {shape}, but the model takes {expected}."
     if len(shape) == 3 and len(expected) == 3 and (shape[2], shape[0], shape[1]) == expected:
         text += " X looks like NHWC (channels last); pass NCHW: X.transpose(0, 3, 1, 2)."
     return text
@@ -312,7 +314,10 @@ def match_classes(
         )
     if classes is not None:
         with naming("classes"):
-            wanted = np.unique(np.asarray(classes))
+            wanted = np.asarray(classes)
+            if wanted.ndim != 1:
+                raise ValueError("classes must be a sequence of labels, or None for all.")
+            wanted = np.unique(wanted)
         if wanted.size == 0:
             raise ValueError("classes is empty; name at least one class, or pass None for all.")
         unknown = wanted[~np.isin(wanted, labels)]
@@ -323,8 +328,9 @@ def match_classes(
     missing = wanted[~np.isin(wanted, present)]
     if len(missing):
         raise ValueError(
-            f"No calibration samples for class(es) {_list(missing)} in y. Give samples of every "
-            "class of the model; DCSPruner can also be told the classes to keep (classes=...)."
+            f"No calibration samples for class(es) {_list(missing)} in y, or none of a "
+            "sample_weight above 0. Give samples of every class of the model; DCSPruner can also "
+            "be told the classes to keep (classes=...)."
         )
     order = np.argsort(labels, kind="stable")
     outputs = order[np.searchsorted(labels, wanted, sorter=order)]
@@ -400,8 +406,7 @@ class Batcher:
     def load(self, X: Images) -> torch.Tensor:
         """Put samples on the device: float, uint8 divided by 255.  Not normalised."""
         if isinstance(X, np.ndarray):
-            # A copy where torch needs one: it takes no negative strides and no read-only memory.
-            X = torch.from_numpy(np.require(X, requirements=["C", "W"]))
+            X = host_tensor(X)
         x = X.to(self.device)
         x = x.to(self.dtype).div_(255) if x.dtype == torch.uint8 else x.to(self.dtype)
         return x

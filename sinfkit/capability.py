@@ -135,6 +135,7 @@ def discriminative_capability(
     ):
         check_choice(option, value, known)
     check_number("penalty", penalty, "(0, inf]")
+    penalty = float(penalty)  # torch takes no integer beyond 64 bits
     check_number("tol", tol, "(0, inf)")
     check_integer("max_iter", max_iter)
     x, codes, n_classes = check_features(features, y)

@@ -441,7 +441,7 @@ n_features)
                 built = builder.build(trial, time_it=self.target_speedup is not None)
             except OutOfReachError as error:
                 if len(sizes) == 1:
-                    raise
+                    raise OutOfReachError(f"pruner: {error}") from error
                 missed.append(error)
                 return Outcome(drop=1.0, cost=math.inf, speedup=0.0)
             self._note(built)

@@ -266,6 +266,8 @@ class FilterScoreDisplay(_Display):
             check_kind("kept", kept, Mapping, "a mapping of layers to numbers of filters")
         with naming("scores"):
             self.scores = {layer: np.asarray(values, float) for layer, values in scores.items()}
+        if not self.scores:
+            raise ValueError("scores must hold those of at least one layer.")
         for layer, values in self.scores.items():
             if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
                 raise ValueError(f"scores of {layer!r} must be one finite number for each filter.")

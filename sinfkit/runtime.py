@@ -189,7 +189,9 @@ class Runtime(SINFNetwork):
         Returns
         -------
         Tensor of shape (n_samples, n_classes)
-            Rows sum to 1.
+            Rows sum to 1. As with any network, values are not looked at: a sample with NaN or
+            infinity, or too large for `dtype`, gets an answer without meaning, NaN perhaps; the
+            others' answers do not change. `SINFClassifier.predict_proba` refuses such samples.
         """
         return super().forward(x)
 
@@ -201,18 +203,13 @@ class Runtime(SINFNetwork):
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run what every sample passes: the prefix's output, and the fine log-posterior."""
         settle_after_fork()
-        check_kind("x", x, Tensor, "a Tensor")
-        if x.ndim < 2 or not x.is_floating_point() or x.layout != torch.strided:
-            raise ValueError(
-                "x must be a batch of samples in floating point, got a Tensor of shape "
-                f"{tuple(x.shape)} and {x.dtype}."
-            )
+        _check_batch("x", x)
         if x.device != self.router.weight.device:
             raise ValueError(f"x must be on {self.router.weight.device}, is on {x.device}.")
         if x.ndim == 4:
             x = x.contiguous(memory_format=self._layout)
         try:
-            return self._features(x)
+            h, log_posterior = self._features(x)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -220,6 +217,12 @@ class Runtime(SINFNetwork):
                 f"x has samples of shape {tuple(x.shape[1:])}, which the network cannot take: "
                 f"{error}"
             ) from error
+        if len(h) != len(x):  # a convolution takes one image without an axis of samples, too
+            raise ValueError(
+                f"x must have one axis of samples before those of the network's input, got shape "
+                f"{tuple(x.shape)}."
+            )
+        return h, log_posterior
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `features`, for a batch of the right kind."""
@@ -315,8 +318,8 @@ class Runtime(SINFNetwork):
         ValueError
             If `example` is empty or `max_batch` not positive.
         """
-        check_kind("example", example, Tensor, "a Tensor")
-        if example.ndim == 0 or len(example) == 0 or not is_integer(max_batch) or max_batch < 1:
+        _check_batch("example", example)
+        if len(example) == 0 or not is_integer(max_batch) or max_batch < 1:
             raise ValueError(
                 "warm_up needs at least one sample in example, and max_batch >= 1; got example of "
                 f"shape {tuple(example.shape)} and max_batch={max_batch}."
@@ -373,6 +376,16 @@ def _placed(module: M, device: torch.device, dtype: torch.dtype | None = None) -
         if tensor.device != device or not fits:
             return copy.deepcopy(module).to(device, dtype)
     return module
+
+
+def _check_batch(name: str, x: Any) -> None:
+    """Raise unless it is a batch of samples whose values can be computed with."""
+    check_kind(name, x, Tensor, "a Tensor")
+    if x.ndim < 2 or not x.is_floating_point() or x.layout != torch.strided:
+        raise ValueError(
+            f"{name} must be a dense batch of samples in floating point, got a Tensor of shape "
+            f"{tuple(x.shape)}, {x.dtype} and {x.layout}."
+        )
 
 
 def _layout(module: nn.Module) -> torch.memory_format:

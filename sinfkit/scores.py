@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import separability
 from ._parameters import check_kind
@@ -192,7 +192,7 @@ def get_criterion(criterion: str | Criterion | Callable[..., Tensor]) -> Criteri
                 f"criterion must be one of {sorted(CRITERIA)} or a function, got {criterion!r}"
             )
         return CRITERIA[criterion]
-    if not callable(criterion):
+    if not callable(criterion) or isinstance(criterion, nn.Module):
         raise TypeError(f"criterion must be a name or a function, got {type(criterion).__name__}")
     name = getattr(criterion, "__name__", type(criterion).__name__)
     default = {"features", "y", "weight", "norm_scale", "generator"}

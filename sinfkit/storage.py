@@ -7,6 +7,7 @@ in the file; nothing is unpickled, and no name in the file is imported, called o
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -172,6 +173,8 @@ def load(
             "factory must be a function that returns the unpruned network, such as "
             f"lambda: MyNetwork(); got a {type(factory).__name__}."
         )
+    if factory is not None and not _needs_nothing(factory):
+        raise TypeError("factory must be callable without arguments.")
     check_path("path", path)
     check_integer("max_bytes", max_bytes, high=2**63 - 1)
     place = None if device is None else resolve_device(device)
@@ -195,6 +198,17 @@ def load(
         ) from error
     stored = estimator.device_
     return estimator.to(loaded_device(stored) if place is None else place)
+
+
+def _needs_nothing(function: Callable[..., Any]) -> bool:
+    """Whether a function can be called without arguments, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind()
+    except ValueError:  # some that are written in C have no signature
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def _failed(path: str | os.PathLike[str], why: object) -> str:

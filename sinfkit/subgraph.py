@@ -270,7 +270,10 @@ def score_layers(
                 f"each of its {n_channels} filters is needed."
             )
         with naming("criterion"):
-            score = torch.as_tensor(given).detach().cpu().to(torch.float64)
+            try:
+                score = torch.as_tensor(given).detach().cpu().to(torch.float64)
+            except RuntimeError as error:
+                raise TypeError(f"The scores of layer {layer!r} are no numbers: {error}") from error
         if score.shape != (n_channels,):
             raise ValueError(
                 f"The criterion returned shape {tuple(score.shape)} for layer {layer!r}; one score "

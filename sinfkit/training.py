@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ._checkpoint import Checkpoint
-from ._device import is_out_of_memory, resolve_device
+from ._device import host_tensor, is_out_of_memory, resolve_device
 from ._parameters import check_integer, check_number, check_path, check_verbose, naming
 
 __all__ = ["train_network"]
@@ -137,9 +137,11 @@ def train_network(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        raise ValueError("model has no parameters that could be trained.")
     _check_settings(epochs, batch_size, max_lr, augment)
     epochs, batch_size = int(epochs), int(batch_size)
-    check_number("weight_decay", weight_decay, "[0, inf)")
+    check_number("weight_decay", weight_decay, "[0, 1e30]")
     check_number("label_smoothing", label_smoothing, "[0, 1]")
     check_verbose(verbose)
     if checkpoint is not None:
@@ -169,11 +171,13 @@ def train_network(
     optimiser = torch.optim.SGD(
         _parameter_groups(network, weight_decay), lr=max_lr, momentum=_MOMENTUM, nesterov=True
     )
+    steps = epochs * n_batches
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
         max_lr,
-        total_steps=epochs * n_batches,
-        pct_start=_WARM_UP,
+        total_steps=steps,
+        # It would divide by zero where the warm-up is one step exactly.
+        pct_start=_WARM_UP if _WARM_UP * steps != 1.0 else 1.5 * _WARM_UP,
         cycle_momentum=False,
     )
     run = Checkpoint(
@@ -304,7 +308,7 @@ def _check_settings(epochs: int, batch_size: int, max_lr: float, augment: str | 
     """Refuse settings with which no training is possible."""
     check_integer("epochs", epochs)
     check_integer("batch_size", batch_size, low=2)  # a batch-norm needs two
-    check_number("max_lr", max_lr, "(0, inf)")
+    check_number("max_lr", max_lr, "(0, 1e30]")  # in single precision, too
     if augment is not None and not (isinstance(augment, str) and augment in _AUGMENTATIONS):
         raise ValueError(f"augment={augment!r} is unknown; choose one of {_AUGMENTATIONS}.")
 
@@ -360,9 +364,7 @@ def _to_tensor(array: Any, name: str) -> Tensor:
         array = np.asarray(array)
         if array.dtype.kind not in "buif":
             raise TypeError(f"{name} must hold numbers; got an array of {array.dtype}.")
-        # torch takes neither negative strides, nor read-only memory, nor another byte order.
-        native = array.dtype.newbyteorder("=")
-        return torch.from_numpy(np.require(array, native, requirements=["C", "W"]))
+        return host_tensor(array)
 
 
 def _check_outputs(engine: _Engine, sample: Tensor, labels: Tensor) -> None:
@@ -385,7 +387,7 @@ def _check_outputs(engine: _Engine, sample: Tensor, labels: Tensor) -> None:
     if low < 0 or high >= logits.shape[1]:
         raise ValueError(
             f"y must hold output indices from 0 to {logits.shape[1] - 1}; found {low} to {high}. "
-            "Encode the labels first, or give the network more outputs."
+            "Encode the labels first, or give the model more outputs."
         )
 
 

@@ -103,6 +103,8 @@ def judge(case: Case) -> tuple[str, str]:
             outcome = ("success", "" if _is_finite(result) else "the answer is not finite")
     if case.target.draws:
         changed = [key for key in changed if key != "torch's generator"]
+    if case.arguments.get("random_state", 0) is None:  # as in scikit-learn
+        changed = [key for key in changed if key != "numpy's generator"]
     return outcome if not changed else (outcome[0], f"changed {', '.join(changed)}")
 
 

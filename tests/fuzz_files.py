@@ -34,6 +34,7 @@ from sinfkit.storage import load
 
 FOLDER = Path(__file__).parent / "data"
 ADDRESS_SPACE = 2**30
+PACKAGE = os.path.join(os.path.dirname(sinfkit.__file__), "")
 MEMORY = 256 * 2**20  # bytes that resident memory may grow by over all cases
 OPENED: list[str] = []  # whatever was opened, run or connected to since the last look
 
@@ -477,8 +478,11 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
     """Write down what touches files, processes or the network."""
     if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
         name = os.fsdecode(arguments[0])
-        # Modules that are imported at their first use are read from where Python lies.
-        if not name.startswith((sys.prefix, sys.base_prefix)) and "/torch/" not in name:
+        # Modules that are imported at their first use, and the source lines of tracebacks, are
+        # read from where Python, torch and the package lie.
+        ours = name.startswith(PACKAGE) and name.endswith(".py")
+        python = name.startswith((sys.prefix, sys.base_prefix)) or "/torch/" in name
+        if not ours and not python:
             OPENED.append(f"open {name}")
     elif event.startswith(
         ("subprocess.", "os.system", "os.exec", "os.spawn", "socket.", "os.remove")

@@ -242,6 +242,7 @@ def test_an_infinite_penalty_is_the_limit_of_a_large_one():
     limit = discriminative_capability(x, y, penalty=float("inf"))
     assert_same(limit.score, large.score)
     torch.testing.assert_close(limit.norm, 2e7 * large.norm, rtol=1e-5, atol=0)
+    assert_same(score(x, y, penalty=10**20), limit.score)  # no 64-bit integer
 
 
 def test_single_precision_and_two_axes_give_the_same():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from sinfkit._device import full_float32, loaded_device, resolve_device
+from sinfkit._device import full_float32, host_tensor, loaded_device, resolve_device
 
 
 def test_auto_and_explicit_devices():
@@ -66,3 +67,16 @@ def test_full_float32_in_threads_that_overlap():
     assert getattr(place, name) == inside  # the other one is still at work
     second.__exit__(None, None, None)
     assert getattr(place, name) == before
+
+
+def test_whatever_array_becomes_a_tensor():
+    array = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
+    # An axis of length one that runs backwards leaves an array contiguous for NumPy.
+    views = [array, array[::-1], array[:, :1, ::-1], array[..., ::-1], array.transpose(3, 1, 0, 2)]
+    views += [array.astype(">f4"), array[:0, ::-1], np.float32(3.0)[None][::-1]]
+    for view in views:
+        np.testing.assert_array_equal(host_tensor(view).numpy(), view)
+    assert host_tensor(array).data_ptr() == array.ctypes.data
+    array.setflags(write=False)
+    host_tensor(array).zero_()
+    assert array.any()

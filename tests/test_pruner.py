@@ -114,6 +114,8 @@ def test_callable_criterion_gets_the_record(trained):
     for answer, match in ((torch.ones(3), "one score"), (torch.full((8,), np.nan), "NaN")):
         with pytest.raises(ValueError, match=match):
             DCSPruner(frozen, criterion=lambda data, a=answer: a).fit(X, y)
+    with pytest.raises(TypeError, match="criterion: The scores of layer '0' are no numbers"):
+        DCSPruner(frozen, criterion=lambda *data: data).fit(X, y)
 
 
 def test_subset_of_classes_keeps_only_their_outputs(trained):

@@ -215,6 +215,16 @@ def test_bad_parameters_and_moves():
         Runtime(network).to("cpu")
     with pytest.raises(ValueError, match="warm_up needs"):
         Runtime(network).warm_up(images(0), 8)
+    with pytest.raises(ValueError, match="example must be a dense batch"):
+        Runtime(network).warm_up(images(2).to_sparse(), 8)
+    # torch's convolution takes one image without an axis of samples; oneDNN's gives an error that
+    # looks as if memory were short.
+    for prepack in (False, True):
+        runtime = Runtime(network, prepack=prepack)
+        with pytest.raises(ValueError, match="x has samples of shape|one axis of samples"):
+            runtime(images(1)[0])
+        with pytest.raises(ValueError, match="example: "):
+            runtime.warm_up(images(1)[0], 3)
 
 
 def test_a_missing_compiler_is_named():

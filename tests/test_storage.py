@@ -206,6 +206,8 @@ def test_a_factory_gives_an_architecture_that_sinfkit_does_not_know(pruner, data
         sinfkit.load(path)
     with pytest.raises(TypeError, match="factory must be a function"):
         sinfkit.load(path, factory=small_cnn())
+    with pytest.raises(TypeError, match="factory must be callable without arguments"):
+        sinfkit.load(path, factory=torch.nn.Linear)
     with pytest.raises(TypeError, match="factory must return a torch.nn.Module, got int"):
         sinfkit.load(path, factory=lambda: 3)
     with pytest.raises(ZeroDivisionError):  # the factory's own fault, not the file's

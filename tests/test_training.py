@@ -221,6 +221,14 @@ def test_no_batch_of_a_single_sample(n_samples):
     train_network(network, X, y, epochs=2, batch_size=2, random_state=0)
 
 
+@pytest.mark.parametrize("epochs", [1, 4, 5, 6])
+def test_any_number_of_steps(epochs):
+    # One batch an epoch: a warm-up of less than, exactly and more than one step.
+    arguments = arguments_for_errors() | {"epochs": epochs, "batch_size": 12}
+    trained = train_network(**arguments)
+    assert all(bool(torch.isfinite(p).all()) for p in trained.parameters())
+
+
 def test_bfloat16_trains_and_keeps_float32_weights(digits):
     X, y = digits[0][:600], digits[1][:600]
     arguments = {"epochs": 6, "mean": 0.3, "std": 0.4, "random_state": 0, "device": "cpu"}
@@ -310,6 +318,7 @@ def arguments_for_errors() -> dict:
         ({"bfloat16": "yes"}, ValueError, "bfloat16"),
         ({"device": "nowhere"}, ValueError, "device"),
         ({"model": nn.Conv2d(1, 3, 3)}, ValueError, "logits of shape"),
+        ({"model": nn.Flatten()}, ValueError, "model has no parameters"),
     ],
 )
 def test_bad_input(changed, error, message):

@@ -92,6 +92,7 @@ def test_y_is_checked():
         (np.array([0.5, 1.2, 3.3]), "Unknown label type|continuous"),
         (np.array([0, 1]), "3 samples"),
         (np.array([0.0, np.nan, 1.0]), "NaN"),
+        (np.array(["2020-01-01"] * 3, dtype="M8[D]"), "y must hold class labels, got dates"),
     ):
         with pytest.raises(ValueError, match=match):
             validate_y(y, 3)
