@@ -30,7 +30,9 @@ def try_groups(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor
     dense = Comparison(model, model, {})
     with exact_inference(x):
         if not torch.isfinite(dense.masked(x.clone())).all():
-            raise ValueError("The model gives values that are not finite: check its weights.")
+            raise ValueError(
+                "The model gives values that are not finite: check its weights and the scale of X."
+            )
     halves = {group.name: _half(group, rng) for group in groups}
     reasons: dict[str, str] = {}
     accepted: list[ChannelGroup] = []

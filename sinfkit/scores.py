@@ -192,7 +192,7 @@ def get_criterion(criterion: str | Criterion | Callable[..., Tensor]) -> Criteri
                 f"criterion must be one of {sorted(CRITERIA)} or a function, got {criterion!r}"
             )
         return CRITERIA[criterion]
-    if not callable(criterion) or isinstance(criterion, nn.Module):
+    if not callable(criterion) or isinstance(criterion, (type, nn.Module)):
         raise TypeError(f"criterion must be a name or a function, got {type(criterion).__name__}")
     name = getattr(criterion, "__name__", type(criterion).__name__)
     default = {"features", "y", "weight", "norm_scale", "generator"}

@@ -142,6 +142,7 @@ def train_network(
     _check_settings(epochs, batch_size, max_lr, augment)
     epochs, batch_size = int(epochs), int(batch_size)
     check_number("weight_decay", weight_decay, "[0, 1e30]")
+    max_lr, weight_decay = float(max_lr), float(weight_decay)  # torch takes no larger integers
     check_number("label_smoothing", label_smoothing, "[0, 1]")
     check_verbose(verbose)
     if checkpoint is not None:
