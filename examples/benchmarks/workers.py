@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
             model,
             clusterer=SemanticClusterer(n_clusters=options.clusters),
             pruner=DCSPruner(),
-            route_layer="features.22",
+            route_layer="features.24",
             batch_size=64,
             random_state=0,
         )
