@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from ._channels import NARROWABLE
-from ._tracing import copy_sharing_weights
 from .costs import CostModel, network_cost
-from .profiling import _synchronise, paired_latency
+from .layer_times import fit_layer_times
+from .profiling import paired_latency
 from .schedules import marginal_losses, widths_within
 from .scores import CRITERIA
 from .subgraph import Recipe, Scored, choose_channels
 from .surgery import ChannelGroup, slice_channels
 
-__all__ = ["Budgeted", "budgeted_widths", "layer_seconds", "shared_widths", "tighten"]
+__all__ = ["Budgeted", "budgeted_widths", "shared_widths", "tighten"]
 
 # Criteria whose scores add up what was lost before.
 _CUMULATIVE = (CRITERIA["obs"], CRITERIA["dcs_obs"])
@@ -152,9 +148,9 @@ def budgeted_widths(
     """
     unit, budget = recipe.budget_unit, recipe.budget
     assert budget is not None
-    seconds = layer_seconds(graph, batch) if unit == "latency" else None
+    times = fit_layer_times(graph, groups, chosen, batch) if unit == "latency" else None
     kept = {name: len(channels) for name, channels in others.items()}
-    cost = network_cost(graph, groups, chosen, batch[:1], unit, kept=kept, seconds=seconds)
+    cost = network_cost(graph, groups, chosen, batch, unit, kept=kept, times=times)
     if unit != "latency":
         widths = shared_widths(chosen, [scored], cost, recipe)
         return Budgeted(widths, cost.total(list(widths.values())) / cost.base)
@@ -231,58 +227,3 @@ def tighten(
             f"{fastest:.2f} of the base's time. Choose a larger budget or max_ratio."
         )
     return best
-
-
-def layer_seconds(
-    graph: fx.GraphModule, batch: Tensor, repeats: int = _REPEATS, warmup: int = 3
-) -> dict[str, float]:
-    """Measure how long each layer of a network takes on this machine.
-
-    Parameters
-    ----------
-    graph : GraphModule
-        In eval mode; a copy that shares its weights is run.
-    batch : Tensor of shape (n, ...)
-        Normalised samples, which go through the network at once.
-    repeats : int, default=15
-        Forward passes that are measured.
-    warmup : int, default=3
-        Forward passes before them.
-
-    Returns
-    -------
-    dict of str to float
-        Median seconds of each convolution, linear layer, batch-norm and PReLU, by qualified name.
-        A layer that is called several times counts with all of its calls.
-
-    Notes
-    -----
-    Everything else (other activations, pooling, additions) is not timed: for the choice of filters
-    it is as if it took no time.
-    """
-    twin = copy_sharing_weights(graph).eval()
-    started: dict[str, float] = {}
-    passes: list[dict[str, float]] = []
-
-    def watch(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def before(module: Any, inputs: Any) -> None:
-            _synchronise()
-            started[name] = time.perf_counter()
-
-        def after(module: Any, inputs: Any, output: Any) -> None:
-            _synchronise()
-            passes[-1][name] += time.perf_counter() - started[name]
-
-        return before, after
-
-    for name, module in twin.named_modules():
-        if isinstance(module, NARROWABLE):
-            before, after = watch(name)
-            module.register_forward_pre_hook(before)
-            module.register_forward_hook(after)
-    with torch.inference_mode():
-        for _ in range(warmup + repeats):
-            passes.append(defaultdict(float))
-            twin(batch)
-    names = passes[-1].keys()
-    return {name: float(np.median([p[name] for p in passes[warmup:]])) for name in names}

@@ -31,11 +31,12 @@ from .assembly import (
     routed_answers,
     slice_prefix,
 )
-from .budget import layer_seconds, shared_widths
+from .budget import shared_widths
 from .clusterer import SemanticClusterer
 from .costs import CostModel, network_cost
 from .cuts import sides
 from .graph import CutPoint, observation_nodes, split
+from .layer_times import LayerTime, expected_seconds, fit_layer_times
 from .network import Normalise, Route, SINFNetwork, own_classes
 from .profiling import count_macs, fold_batch_norm, paired_latency
 from .repair import affordable_images
@@ -136,6 +137,11 @@ class Built:
         route predictor.
     drop_error : float
         Standard error of the outcome's drop in accuracy.
+    relative_macs : float
+        Expected multiplications per sample, as a fraction of the base's.
+    relative_time : float
+        Expected time of a batch, as a fraction of the base's, by the model of the layers' times;
+        NaN unless costs are counted in it.
     outcome : Outcome
     """
 
@@ -146,6 +152,8 @@ class Built:
     fallback_share: float
     exit_share: float
     drop_error: float
+    relative_macs: float
+    relative_time: float
     outcome: Outcome
 
 
@@ -187,7 +195,7 @@ class Builder:
     _statistics: Statistics | None = None
     _scores: dict[Any, Scored] = field(default_factory=dict)
     _prefixes: dict[Any, Prefix] = field(default_factory=dict)
-    _seconds: dict[str, float] | None = None
+    _times: dict[str, LayerTime] | None = None
     _base_logits: Tensor | None = None
 
     def batches(self, index: np.ndarray) -> Iterable[Tensor]:
@@ -253,7 +261,7 @@ class Builder:
         codes = self.calibration.codes
         clusterer = clone(plan.clusterer)
         clusterer.classes_ = self.calibration.table.classes
-        prefix = self._prefix(plan.cut, plan.size)
+        prefix = self._prefix(plan.cut, plan.size, _expected_clusters(clusterer))
         features = pooled_output(
             prefix.module,
             progress(self.batches(self.index), "Routes", self.settings.verbose),
@@ -319,19 +327,25 @@ class Builder:
         """The same numbers for every network: what is built does not depend on what was tried."""
         return np.random.default_rng(self.calibration.seed)
 
-    def _prefix(self, cut: CutPoint, size: Size) -> Prefix:
+    def _prefix(self, cut: CutPoint, size: Size, n_clusters: int = 1) -> Prefix:
         """The part before the cut, sliced for all classes."""
         shared = size.prefix_ratio is None
-        key = (cut.name, size.prefix_ratio, size.budget if shared else None)
+        timed = shared and self._unit == "latency"  # whose cost has a call for each cluster
+        key = (
+            cut.name,
+            size.prefix_ratio,
+            size.budget if shared else None,
+            n_clusters if timed else None,
+        )
         if key not in self._prefixes:
-            self._prefixes[key] = self._sliced_prefix(cut, size)
+            self._prefixes[key] = self._sliced_prefix(cut, size, n_clusters)
         return self._prefixes[key]
 
     def _dense_prefix(self, cut: CutPoint) -> fx.GraphModule:
         """The part before the cut as it is: one object, by which a whole prefix is told."""
         return self._prefix(cut, Size(0.0, 0.0, 0.0)).module
 
-    def _sliced_prefix(self, cut: CutPoint, size: Size) -> Prefix:
+    def _sliced_prefix(self, cut: CutPoint, size: Size, n_clusters: int) -> Prefix:
         """Choose, slice and repair what lies before the cut."""
         calibration, recipe = self.calibration, self.settings.prefix_recipe
         if size.prefix_ratio == 0:
@@ -348,7 +362,7 @@ class Builder:
                 # Behind the prefix the dense rest must find the channels that it was trained with.
                 early = {group.name for group in groups}
                 both = [group for group in both if group.name in early | late]
-            widths = self._shared_widths(both, size)
+            widths = self._shared_widths(both, cut, size, n_clusters)
             groups = [group for group in both if group.name not in late]
         dense = self._dense_prefix(cut)
         if not groups:
@@ -365,29 +379,54 @@ class Builder:
         )
         return Prefix(module, keep, widths or {})
 
-    def _shared_widths(self, groups: list[ChannelGroup], size: Size) -> dict[str, int]:
+    def _shared_widths(
+        self, groups: list[ChannelGroup], cut: CutPoint, size: Size, n_clusters: int
+    ) -> dict[str, int]:
         """Widths on both sides of the cut under one budget, by what all classes would lose."""
         calibration, settings = self.calibration, self.settings
         everything = np.arange(len(calibration.table.classes))
         with naming("prefix_criterion"):
             scored = self._score(groups, everything, settings.prefix_recipe)
         recipe = replace(settings.prefix_recipe, max_ratio=size.max_ratio)
-        return shared_widths(groups, [scored], self._cost(groups, {}), recipe, size.budget)
+        cost = self._cost(groups, {}, cut, n_clusters)
+        return shared_widths(groups, [scored], cost, recipe, size.budget)
 
-    def _cost(self, groups: list[ChannelGroup], kept: Mapping[str, int]) -> CostModel:
+    @property
+    def _unit(self) -> str:
+        """What costs are counted in."""
+        return self.settings.recipe.budget_unit
+
+    @property
+    def _batch(self) -> Tensor:
+        """As many normalised samples as will be predicted at once."""
+        return next(iter(self.batches(self.index[: self.calibration.batcher.batch_size])))
+
+    @property
+    def times(self) -> dict[str, LayerTime]:
+        """What the layers take on this machine, in the form in which they will run."""
+        if self._times is None:
+            calibration = self.calibration
+            groups, batch = calibration.groups, self._batch
+            self._times = fit_layer_times(
+                calibration.graph, groups, sliceable(groups), _fast(batch), form=_folded
+            )
+        return self._times
+
+    def _cost(
+        self, groups: list[ChannelGroup], kept: Mapping[str, int], cut: CutPoint, n_clusters: int
+    ) -> CostModel:
         """What widths of some groups cost, in the recipe's unit."""
-        calibration, unit = self.calibration, self.settings.recipe.budget_unit
-        batch = next(iter(self.batches(self.index[: calibration.batcher.batch_size])))
-        if unit == "latency" and self._seconds is None:
-            self._seconds = layer_seconds(calibration.graph, batch)
+        graph, timed = self.calibration.graph, self._unit == "latency"
         return network_cost(
-            calibration.graph,
-            calibration.groups,
+            graph,
+            self.calibration.groups,
             groups,
-            batch[:1],
-            unit,
+            self._batch,
+            self._unit,
             kept=kept,
-            seconds=self._seconds,
+            times=self.times if timed else None,
+            # Each cluster's samples make a call of their own.
+            calls=dict.fromkeys(sides(graph, cut)[1], n_clusters) if timed else None,
         )
 
     def _routed(
@@ -427,7 +466,7 @@ class Builder:
         ]
         widths = None
         if recipe.schedule == "global":
-            widths = prefix.widths or self._widths(groups, prefix, clusters, recipe, size)
+            widths = prefix.widths or self._widths(groups, prefix, clusters, recipe, plan.cut, size)
         several = [c for c, classes in enumerate(clusters) if len(classes) > 1]
         scored = self._score_each(groups, [clusters[c] for c in several], recipe)
         sliced = None if prefix.module is dense else SlicedPrefix(prefix.module)
@@ -462,6 +501,7 @@ class Builder:
         prefix: Prefix,
         clusters: Sequence[np.ndarray],
         recipe: Recipe,
+        cut: CutPoint,
         size: Size,
     ) -> dict[str, int]:
         """One width per layer for all clusters: with the given prefix they keep to a budget."""
@@ -470,7 +510,8 @@ class Builder:
             return {}
         kept = {name: len(channels) for name, channels in prefix.keep.items()}
         kept[self._output_group] = max(len(self._answered_by(own)) for own in clusters)
-        return shared_widths(groups, scored, self._cost(groups, kept), recipe, size.budget)
+        cost = self._cost(groups, kept, cut, len(clusters))
+        return shared_widths(groups, scored, cost, recipe, size.budget)
 
     @property
     def _output_group(self) -> str:
@@ -596,7 +637,9 @@ class Builder:
         raw = self.calibration.batcher.load(self.calibration.X[:1])
         costs = branch_costs(network, raw)
         base = count_macs(self.calibration.graph, self.calibration.example)[0]
-        cost = (costs["shared_macs"] + float(runs @ costs["macs"])) / max(base, 1)
+        macs = (costs["shared_macs"] + float(runs @ costs["macs"])) / max(base, 1)
+        timed = self._unit == "latency"
+        seconds = self._relative_time(network, runs) if timed else float("nan")
         lost = self.base_right.astype(float) - right
         return Built(
             plan,
@@ -606,10 +649,26 @@ class Builder:
             self.held.mean((held.confidence.numpy() < network.threshold) & ~leaves),
             self.held.mean(leaves),
             self._standard_error(lost),
+            macs,
+            seconds,
             Outcome(
-                self.held.mean(lost), cost, self._speedup(network) if time_it else float("nan")
+                self.held.mean(lost),
+                seconds if timed else macs,
+                self._speedup(network) if time_it else float("nan"),
             ),
         )
+
+    def _relative_time(self, network: SINFNetwork, runs: np.ndarray) -> float:
+        """Expected time of a batch over the base's, from the times of the layers."""
+        n = self.calibration.batcher.batch_size
+        branches = [network.subgraph(c) for c in range(network.n_clusters)] + [network.rest]
+        parts: list[tuple[nn.Module, float]] = [(network.prefix, 1.0)]
+        # Behind the clusters' stands the base's rest, then what leaves at the route predictor.
+        for branch, share in zip(branches, runs[:-1], strict=True):
+            if branch is not None:
+                parts.append((branch, float(share)))
+        base = sum(time.seconds(n) for time in self.times.values())
+        return expected_seconds(parts, self.times, self.calibration.graph, n) / base
 
     def _standard_error(self, lost: np.ndarray) -> float:
         """Of the mean over the held-out samples."""
@@ -635,6 +694,23 @@ def _answers(network: SINFNetwork, batches: Iterable[Tensor]) -> np.ndarray:
 
     with torch.inference_mode():
         return torch.cat(list(in_pieces(answer, batches))).numpy()
+
+
+def _expected_clusters(clusterer: SemanticClusterer) -> int:
+    """How many clusters it will make, before it knows the classes; 1 where that is open."""
+    return int(clusterer.n_clusters or 1)
+
+
+def _folded(graph: fx.GraphModule) -> fx.GraphModule:
+    """A network in the form in which routed networks run."""
+    twin = copy.deepcopy(fold_batch_norm(graph)).eval()
+    rows = any(p.ndim == 4 for p in twin.parameters())
+    return twin.to(memory_format=torch.channels_last) if rows else twin
+
+
+def _fast(batch: Tensor) -> Tensor:
+    """Images in the layout of `_folded` networks."""
+    return batch.contiguous(memory_format=torch.channels_last) if batch.ndim == 4 else batch
 
 
 def _reads_samples(recipe: Recipe) -> bool:

@@ -52,7 +52,7 @@ _FIRST_RUNG = 3
 _PREFIX_RATIO = 0.3
 _AUTOMATIC = ("prefix_ratio", "exit_threshold", "confidence_threshold", "router_weight")
 _OPTIONAL = ("route_accuracy", "target_speedup", "exit_threshold")
-_CLUSTERS = (2, 5, 10, 20)  # tried where no clusterer is given
+_CLUSTERS = (1, 2, 5, 10, 20)  # tried where no clusterer is given
 
 
 class SINFClassifier(TorchClassifierMixin, TorchEstimator):
@@ -70,14 +70,18 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         grid searches, and to give normalisation.  None trains a small default network in ``fit``.
     clusterer : SemanticClusterer, optional
         How the classes are grouped.  Leave its `model` and `model_classes` at None.  None:
-        ``SemanticClusterer()`` with 2, 5, 10 and 20 clusters (of two classes or more on average),
-        of which the best on held-out samples is kept.
+        ``SemanticClusterer()`` with 1, 2, 5, 10 and 20 clusters (of two classes or more on
+        average), of which the best on held-out samples is kept.  One cluster is the rival that
+        routes have to beat: a single network pruned for all classes, with the predictor's second
+        opinion and its exits.
     pruner : DCSPruner, optional
         How the subgraphs are cut out.  Leave its `model`, `model_classes`, `classes` and
-        `first_layer` at None.  None: ``DCSPruner(schedule="global")``, whose budget is searched for
-        the fastest network within `max_accuracy_drop` (or for `target_speedup`).  Several networks
+        `first_layer` at None.  With ``schedule="global"`` and no budget, the budget is searched for
+        the cheapest network within `max_accuracy_drop` (or for `target_speedup`).  Several networks
         are built for that (`search_results_` lists them), so a search takes longer than a fit with
-        a pruner given.
+        a budget given.  Its `budget_unit` says what is cheap: multiplications, parameters along one
+        route, or ``"latency"``, the expected time of a batch of `batch_size` samples, by a model
+        that is fitted on this machine (see Notes).  None: ``DCSPruner(schedule="global")``.
     route_layer : str, default="auto"
         The cut behind which the route predictor sits, see `sinfkit.graph.cut_points`.  ``"auto"``
         takes the one with the fewest multiplications of those that are expected to keep the
@@ -157,8 +161,9 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         None where prefix and subgraphs share a budget.
     search_results_ : list of dict
         What was tried, in order: route layer, number of clusters, size, accuracy lost on held-out
-        samples, multiplications relative to the base, shares on the fallback and of exits, and the
-        measured speed-up where `target_speedup` asks for it.
+        samples, multiplications relative to the base, shares on the fallback and of exits, the
+        modelled time relative to the base where the pruner's `budget_unit` is ``"latency"``, and
+        the measured speed-up where `target_speedup` asks for it.
     confidence_threshold_, exit_threshold_ : float
     router_weight_ : float
     temperatures_ : ndarray of shape (n_clusters,)
@@ -182,6 +187,11 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     the confidence threshold, 75 % route accuracy.  Our choices: what runs below the threshold, the
     predictor on fine classes, the fusion of its posterior, subgraphs that answer all classes, exits
     at the predictor, the sliced prefix, the repair.
+
+    With the pruner's ``budget_unit="latency"``, each layer's time for a batch is taken to be the
+    overhead of its calls, plus what is left of it times the sum of the time for its weights, for
+    each call, and of the time for its multiplications, for each sample.  Behind the predictor each
+    cluster makes a call.  The three times are measured, see `sinfkit.layer_times`.
 
     Examples
     --------
@@ -294,7 +304,7 @@ n_features)
         """
         clusterer, pruner = self._components()
         with naming("pruner"):
-            recipe = pruner._recipe()
+            recipe = pruner._recipe(searched=True)
         self._check_parameters()
         with naming("prefix_criterion"):
             prefix_recipe = make_recipe(
@@ -347,12 +357,14 @@ n_features)
     def _sizes(self, pruner: DCSPruner) -> list[Size]:
         """What to choose from: one size where the user has said it, else a ladder."""
         auto = isinstance(self.prefix_ratio, str)
-        if self.pruner is None:
-            return [
-                size if auto else replace(size, prefix_ratio=float(self.prefix_ratio))
-                for size in LADDER
-            ]
-        recipe = pruner._recipe()
+        recipe = pruner._recipe(searched=True)
+        if recipe.schedule == "global" and recipe.budget is None:
+            ladder = LADDER
+            if not auto:
+                ladder = tuple(replace(s, prefix_ratio=float(self.prefix_ratio)) for s in ladder)
+            if pruner.max_ratio is not None:
+                ladder = tuple(replace(s, max_ratio=recipe.max_ratio) for s in ladder)
+            return list(ladder)
         given: float | None = None
         if not auto or recipe.schedule != "global":
             given = _PREFIX_RATIO if auto else float(self.prefix_ratio)
@@ -375,7 +387,8 @@ n_features)
         n_classes = len(calibration.table.classes)
         clusterers = {0: clusterer}
         if self.clusterer is None:
-            numbers = [n for n in _CLUSTERS if 2 * n <= n_classes] or [min(2, n_classes)]
+            most = min(n_classes, max(2, n_classes // 2))
+            numbers = [n for n in _CLUSTERS if n <= most]
             clusterers = {n: clone(clusterer).set_params(n_clusters=n) for n in numbers}
         if self.route_layer != "auto":
             with naming("route_layer"):
@@ -469,10 +482,12 @@ n_features)
             "n_clusters": built.network.n_clusters,
             **asdict(built.plan.size),
             "accuracy_drop": outcome.drop,
-            "relative_macs": outcome.cost,
+            "relative_macs": built.relative_macs,
             "fallback_share": built.fallback_share,
             "exit_share": built.exit_share,
         }
+        if not math.isnan(built.relative_time):
+            row["relative_time"] = built.relative_time
         if not math.isnan(outcome.speedup):
             row["speedup"] = outcome.speedup
         self.search_results_.append(row)
@@ -533,8 +548,7 @@ n_features)
         clusterer = SemanticClusterer() if self.clusterer is None else self.clusterer
         pruner = self.pruner
         if pruner is None:
-            middle = LADDER[_FIRST_RUNG]
-            pruner = DCSPruner(schedule="global", budget=middle.budget, max_ratio=middle.max_ratio)
+            pruner = DCSPruner(schedule="global")
         for name, nested, kind, outer in (
             ("clusterer", clusterer, SemanticClusterer, ("model", "model_classes")),
             ("pruner", pruner, DCSPruner, ("model", "model_classes", "classes", "first_layer")),

@@ -2,7 +2,7 @@
 
 A layer multiplies each of its inputs with each of its outputs, so its cost is its dense cost times
 the fraction of inputs left times the fraction of outputs left.  That is exact for multiplications
-and for parameters, and a model for time.
+and for parameters; for time it is a model, with the overhead of each call beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, fx, nn
 
 from ._channels import NARROWABLE, ChannelGroup, is_depthwise, width
+from .layer_times import LayerTime
 from .profiling import count_macs
 
 __all__ = ["UNITS", "CostModel", "network_cost"]
@@ -117,7 +118,8 @@ def network_cost(
     unit: str = "macs",
     *,
     kept: Mapping[str, int] | None = None,
-    seconds: Mapping[str, float] | None = None,
+    times: Mapping[str, LayerTime] | None = None,
+    calls: Mapping[str, int] | None = None,
 ) -> CostModel:
     """Build the cost model of a network.
 
@@ -130,18 +132,22 @@ def network_cost(
     chosen : sequence of ChannelGroup
         Those that may be narrowed: the groups of the model, in this order.
     example : Tensor of shape (n, ...)
-        One batch of its input, normalised.
+        Its input, normalised.  Of ``"latency"``: as many samples as go through it at once.
     unit : {"macs", "params", "latency"}, default="macs"
     kept : mapping of str to int, optional
         Channels that stay in other groups, by group name: outputs that are left out, say.
-    seconds : mapping of str to float, optional
-        With ``"latency"``: the time of each dense layer, see `sinfkit.budget.layer_seconds`.
+    times : mapping of str to LayerTime, optional
+        With ``"latency"``: of each layer, see `sinfkit.layer_times.fit_layer_times`.
+    calls : mapping of str to int, optional
+        With ``"latency"``: how often a layer is called for the batch, default once.  Behind the
+        route predictor once for each cluster, with that cluster's samples.
 
     Returns
     -------
     CostModel
         For ``"macs"`` and ``"params"`` `CostModel.total` is what `count_macs` and
-        `count_parameters` give for the sliced network.
+        `count_parameters` give for the sliced network.  `CostModel.base` of a latency has one call
+        of each layer.
 
     Raises
     ------
@@ -161,15 +167,21 @@ def network_cost(
     >>> cost.base, cost.total([6])
     (56.0, 42.0)
     """
+    overhead, base = 0.0, None
     if unit == "macs":
-        found = [(name, float(n), True) for name, n in count_macs(graph, example)[1].items()]
+        found = [(name, float(n), True) for name, n in count_macs(graph, example[:1])[1].items()]
     elif unit == "params":
         found = _parameter_tensors(graph)
-    elif unit == "latency" and seconds is not None:
-        found = [(name, time, True) for name, time in seconds.items()]
+    elif unit == "latency" and times is not None:
+        found, n = [], len(example)
+        for name, time in times.items():
+            n_calls = 1 if calls is None else calls.get(name, 1)
+            found.append((name, time.seconds(n, n_calls=n_calls) - n_calls * time.call, True))
+            overhead += n_calls * time.call
+        base = sum(time.seconds(n) for time in times.values())
     else:
         raise ValueError(f"budget_unit must be one of {UNITS}, got {unit!r}.")
-    base = sum(amount for _, amount, _ in found)
+    everything = overhead + sum(amount for _, amount, _ in found)
     modules = dict(graph.named_modules())
     sides = _Sides(modules, groups, chosen, kept or {})
     terms = [(name, amount, joint) for name, amount, joint in found if name in sides.names]
@@ -185,11 +197,11 @@ def network_cost(
     n_columns = 1 + len(chosen)
     return CostModel(
         np.array([group.n_channels for group in chosen], dtype=np.int64),
-        base - sum(amount for _, amount, _ in terms),
+        everything - sum(amount for _, amount, _ in terms),
         np.array(coefficients),
         np.array(outputs).reshape(-1, n_columns),
         np.array(inputs).reshape(-1, n_columns),
-        base,
+        everything if base is None else base,
     )
 
 

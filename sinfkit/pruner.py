@@ -411,8 +411,8 @@ n_features)
         """Width of `transform`, which `get_feature_names_out` asks for."""
         return int(dict(self.model_.named_modules())[self._output].weight.shape[1])
 
-    def _recipe(self) -> Recipe:
-        """Check this pruner's parameters, before anything costly."""
+    def _recipe(self, *, searched: bool = False) -> Recipe:
+        """Check this pruner's parameters, before anything costly; a budget may be `searched`."""
         check_integer("repair_samples", self.repair_samples)
         check_number("penalty", self.penalty, "(0, inf)")
         check_number("validation_fraction", self.validation_fraction, "(0, 1)")
@@ -428,6 +428,7 @@ n_features)
             self.budget_unit,
             self.max_accuracy_drop,
             self.round_to,
+            searched=searched,
         )
 
     def _layers_from(self, graph: fx.GraphModule, output: str) -> list[str]:

@@ -87,11 +87,14 @@ def make_recipe(
     budget_unit: str = "macs",
     max_accuracy_drop: float | None = None,
     round_to: int = 1,
+    *,
+    searched: bool = False,
 ) -> Recipe:
     """Check the pruning parameters and put them together.
 
     A `max_ratio` of None is 0.9 for the schedule ``"global"`` and 0.5 for the others.  The schedule
-    ``"iterative"`` is for callers that give `max_accuracy_drop`.
+    ``"iterative"`` is for callers that give `max_accuracy_drop`; ``"global"`` without a budget for
+    those that have one `searched`.
 
     Raises
     ------
@@ -110,7 +113,7 @@ def make_recipe(
     check_choice("schedule", schedule, schedules)
     if max_ratio < min_ratio and schedule in ("linear", "geometric"):
         raise ValueError(f"max_ratio={max_ratio} is below min_ratio={min_ratio}.")
-    if schedule == "global" and budget is None:
+    if schedule == "global" and budget is None and not searched:
         raise ValueError(
             "schedule='global' needs a budget, the fraction of the base's cost that may stay; "
             "got budget=None."

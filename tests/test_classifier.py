@@ -394,6 +394,45 @@ def test_sizes_clusters_and_route_layer_are_searched(frozen, data):
     assert again.search_results_ == tried
 
 
+def test_time_can_be_what_counts(frozen, data):
+    """Budgets and the choice between networks go by the expected time of a batch."""
+    X, y, *_ = data
+    clf = SINFClassifier(
+        frozen,
+        pruner=DCSPruner(schedule="global", budget_unit="latency"),
+        max_accuracy_drop=0.05,
+        batch_size=64,
+        random_state=0,
+    ).fit(X, y)
+    tried = clf.search_results_
+    assert len(tried) > 1 and all(0 < row["relative_time"] < 2 for row in tried)
+    goal = Goal(0.05)
+    outcomes = [Outcome(row["accuracy_drop"], row["relative_time"]) for row in tried]
+    kept = next(
+        outcome
+        for outcome, row in zip(outcomes, tried, strict=True)
+        if (row["budget"], row["n_clusters"]) == (clf.pruner_.budget, clf.network_.n_clusters)
+    )
+    assert not any(goal.better(other, kept) for other in outcomes)
+    assert clf.pruner_.budget_unit == "latency"
+    counted = SINFClassifier(frozen, random_state=0, route_layer="3").fit(X, y)
+    assert "relative_time" not in counted.search_results_[0]
+
+
+def test_a_pruner_without_a_budget_has_it_searched(frozen, data):
+    X, y, *_ = data
+    keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}
+    clf = SINFClassifier(frozen, pruner=DCSPruner(schedule="global"), **keywords).fit(X, y)
+    default = SINFClassifier(frozen, **keywords).fit(X, y)
+    assert clf.search_results_ == default.search_results_
+    other = DCSPruner(criterion="l1", schedule="global", max_ratio=0.6)
+    clf = SINFClassifier(frozen, pruner=other, **keywords).fit(X, y)
+    assert {row["max_ratio"] for row in clf.search_results_} == {0.6}
+    assert clf.pruner_.criterion == "l1"
+    with pytest.raises(ValueError, match="needs a budget"):
+        DCSPruner(frozen, schedule="global").fit(X, y)
+
+
 def test_more_may_be_lost_and_less_is_left(frozen, data):
     X, y, *_ = data
     keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}

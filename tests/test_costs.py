@@ -11,6 +11,7 @@ from torch import nn
 from sinfkit import resnet50, vgg16
 from sinfkit.costs import CostModel, network_cost
 from sinfkit.graph import output_layer, trace
+from sinfkit.layer_times import LayerTime
 from sinfkit.profiling import count_macs, count_parameters
 from sinfkit.subgraph import sliceable
 from sinfkit.surgery import find_groups, slice_channels
@@ -108,13 +109,28 @@ def test_times_take_the_place_of_macs(network):
     graph, groups, example = network
     chosen = sliceable(groups)
     _, macs = count_macs(graph, example)
-    timed = network_cost(graph, groups, chosen, example, "latency", seconds=macs)
+    times = {name: LayerTime(0.0, 0.0, float(n)) for name, n in macs.items()}
+    timed = network_cost(graph, groups, chosen, example, "latency", times=times)
     counted = network_cost(graph, groups, chosen, example)
     widths = [group.n_groups for group in chosen]
     assert timed.total(widths) == pytest.approx(counted.total(widths))
     for unit in ("latency", "energy"):
         with pytest.raises(ValueError, match="budget_unit"):
             network_cost(graph, groups, chosen, example, unit)
+
+
+def test_more_calls_cost_their_overhead_and_their_weights(network):
+    graph, groups, example = network
+    chosen = sliceable(groups)
+    times = {name: LayerTime(0.1, 2.0, 0.01) for name in count_macs(graph, example)[1]}
+    many = example.expand(10, *example.shape[1:])
+    once = network_cost(graph, groups, chosen, many, "latency", times=times)
+    calls = dict.fromkeys(list(times)[1:], 3)
+    thrice = network_cost(graph, groups, chosen, many, "latency", times=times, calls=calls)
+    whole = [group.n_channels for group in chosen]
+    assert once.total(whole) == pytest.approx(len(times) * 2.2)
+    assert thrice.base == pytest.approx(once.base) == pytest.approx(once.total(whole))
+    assert thrice.total(whole) - once.total(whole) == pytest.approx(2 * 2.1 * len(calls))
 
 
 def test_a_group_on_both_sides_of_a_layer_by_hand():

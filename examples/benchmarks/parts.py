@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sinfkit.budget import layer_seconds
 from sinfkit.graph import trace
+from sinfkit.layer_times import layer_seconds
 from sinfkit.network import SINFNetwork
 from sinfkit.profiling import count_macs, paired_latency
 
