@@ -264,6 +264,12 @@ def test_large_images_are_timed_by_shape(paper, tmp_path):
         assert (base["contestant"], base["macs"], float(base["ratio"])) == ("base", "1.0000", 1)
         assert 0.35 < float(one["macs"]) <= 0.4 and 0.35 < float(routed["macs"]) < 0.43
         assert 1 <= int(routed["clusters"]) <= 2
+        modelled = [r["modelled"] for r in (base, one, routed)]
+        if form == "folded":
+            assert modelled[0] == "1.0000" and 0.2 < float(modelled[1]) < 1.2
+            assert float(modelled[2]) > 0.2
+        else:
+            assert not any(modelled)
     text = large.page(tmp_path).text()
     assert "resnet50, 32 x 32" in text and "untrained" in text
 

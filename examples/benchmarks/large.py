@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,20 @@ from contestants import fast
 from mixes import routed_clusters
 from record import Table, read
 from study import RESULTS
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
+from sinfkit.graph import output_layer
+from sinfkit.layer_times import expected_seconds, fit_layer_times
 from sinfkit.profiling import count_macs, paired_latency
 from sinfkit.report import branch_costs
+from sinfkit.subgraph import sliceable
+from sinfkit.surgery import find_groups
 
 NAME = "large"
 KEYS = ("network", "side", "contestant", "budget", "form", "threads", "batch")
-VALUES = ("macs", "ms", "ratio", "ratio_low", "ratio_high", "clusters", "rounds")
+VALUES = ("macs", "ms", "ratio", "ratio_low", "ratio_high", "modelled", "clusters", "rounds")
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "vgg16": (torchvision.models.vgg16_bn, "features.24"),
     "vgg19": (torchvision.models.vgg19_bn, "features.27"),
@@ -79,15 +84,18 @@ def measure(table: Table, options: argparse.Namespace, network: str) -> None:
         return
     X, y = made_up(options.side)
     found, macs = contestants(network, options.budgets, X, y)
+    model = TimeModel(found["base", ""], X[: max(options.batches)])
     for batch, form in cells:
         x = torch.as_tensor(X[np.arange(batch) % len(X)]).float().div(255)
         x = x.contiguous(memory_format=torch.channels_last)
         runs = {name: _run(made, form, x) for name, made in found.items()}
         latency = paired_latency(runs, repeats=options.rounds, warmup=1)
+        modelled = {name: model.seconds(made, X, batch) for name, made in found.items()}
         for (contestant, budget), made in found.items():
             name = (contestant, budget)
             low, high = latency.ratio_quartiles(name, ("base", ""))
             routed = isinstance(made, SINFClassifier)
+            expected = modelled[name] / modelled["base", ""]
             table.add(
                 **where,
                 contestant=contestant,
@@ -99,7 +107,8 @@ def measure(table: Table, options: argparse.Namespace, network: str) -> None:
                 ratio=f"{latency.ratio(name, ('base', '')):.4f}",
                 ratio_low=f"{low:.4f}",
                 ratio_high=f"{high:.4f}",
-                clusters=_clusters(made, X, batch) if routed else "",
+                modelled=f"{expected:.4f}" if form == "folded" else "",
+                clusters=len(_groups(made, X, batch)) if routed else "",
                 rounds=options.rounds,
             )
 
@@ -177,11 +186,42 @@ def _run(made: Any, form: str, x: Tensor) -> Callable[[], Any]:
     return lambda: made(x)
 
 
-def _clusters(made: SINFClassifier, X: np.ndarray, batch: int) -> int:
-    """How many subgraphs run for the batch."""
+def _groups(made: SINFClassifier, X: np.ndarray, batch: int) -> dict[int, int]:
+    """The subgraphs that run for the batch, and on how many images each."""
     rows = np.arange(batch) % len(X)
     routed = routed_clusters(made.network_, X[rows], torch.device("cpu"))
-    return len(np.unique(routed[routed >= 0]))
+    return Counter(int(c) for c in routed[routed >= 0])
+
+
+class TimeModel:
+    """What the contestants should take, by the times of the base's layers, in float32.
+
+    Parameters
+    ----------
+    base : GraphModule
+        In the form in which it is timed.
+    X : ndarray of shape (n_images, channels, height, width)
+        The largest batch.
+    """
+
+    def __init__(self, base: fx.GraphModule, X: np.ndarray) -> None:
+        x = torch.as_tensor(X).float().div(255).contiguous(memory_format=torch.channels_last)
+        groups = find_groups(base, x[:1], output_layer(base, _CLASSES))
+        self._base = base
+        self._times = fit_layer_times(base, groups, sliceable(groups), x)
+
+    def seconds(self, made: Any, X: np.ndarray, batch: int) -> float:
+        """Time of a batch through all parts of a contestant that run."""
+        if not isinstance(made, SINFClassifier):
+            return self._of(made, batch)
+        network = made.network_
+        routed = _groups(made, X, batch).items()
+        branches = sum(self._of(network.subgraph(c), n) for c, n in routed)
+        return self._of(network.prefix, batch) + branches
+
+    def _of(self, part: nn.Module | None, n: int) -> float:
+        assert part is not None, "each cluster has two classes, and so a subgraph"
+        return expected_seconds([(part, 1.0)], self._times, self._base, n)
 
 
 def page(folder: Path) -> rst.Page | None:
@@ -191,7 +231,7 @@ def page(folder: Path) -> rst.Page | None:
         return None
     rows = read(path)
     header = ["", "budget", "multiplications (%)", "form", "batch", "ms", "speed-up [quartiles]"]
-    header += ["subgraphs run"]
+    header += ["by the model of times", "subgraphs run"]
     body = [_INTRODUCTION, rst.provenance(rows)]
     for network in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == network]
@@ -206,6 +246,7 @@ def page(folder: Path) -> rst.Page | None:
                 row["ms"],
                 f"{1 / float(row['ratio']):.2f} [{1 / float(row['ratio_high']):.2f}, "
                 f"{1 / float(row['ratio_low']):.2f}]",
+                f"{1 / float(row['modelled']):.2f}" if row["modelled"] else "",
                 row["clusters"],
             ]
             for row in own
@@ -219,7 +260,9 @@ torchvision's networks at full width and 224 x 224 pixels, *untrained* and with 
 table is about shapes and time, and says nothing of accuracy. One network pruned for all classes
 and a routed one (five clusters, no exits, no fallback) have the same budget of multiplications.
 All take turns with the base, in the same form: batch-norms folded, channels_last, float32 or
-bfloat16. A small batch runs several subgraphs on a few images each, hence the last column.
+bfloat16. A small batch runs several subgraphs on a few images each, hence the last column. The one
+before has the speed-up that ``budget_unit="latency"`` would expect, from the base's layers alone
+(:func:`sinfkit.layer_times.fit_layer_times`), for float32.
 
 ``python examples/benchmarks/large.py``
 """
