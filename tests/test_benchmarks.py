@@ -272,6 +272,7 @@ def test_large_images_are_timed_by_shape(paper, tmp_path):
             assert not any(modelled)
     text = large.page(tmp_path).text()
     assert "resnet50, 32 x 32" in text and "untrained" in text
+    assert "Over the 2 cells of float32" in text
 
 
 def test_the_table_of_the_readme_is_what_the_results_say(paper):
