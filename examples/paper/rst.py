@@ -73,9 +73,10 @@ def provenance(rows: Sequence[Mapping[str, str]]) -> str:
 
     dates = seen("date")
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    # Networks that nobody trained have neither seed nor epochs.
+    base = f"Base: training seed {joined('base_seed')}, {joined('base_epochs')} epochs. "
     return (
-        f"Base: training seed {joined('base_seed')}, {joined('base_epochs')} epochs. "
-        f"Measured {when} on {joined('processor')}, {joined('threads')} threads, with "
+        f"{base if seen('base_seed') else ''}Measured {when} on {joined('processor')}, {joined('threads')} threads, with "
         f"sinfkit {joined('sinfkit')}, torch {joined('torch')}, Python {joined('python')}.\n"
     )
 
