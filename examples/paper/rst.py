@@ -76,8 +76,9 @@ def provenance(rows: Sequence[Mapping[str, str]]) -> str:
     # Networks that nobody trained have neither seed nor epochs.
     base = f"Base: training seed {joined('base_seed')}, {joined('base_epochs')} epochs. "
     return (
-        f"{base if seen('base_seed') else ''}Measured {when} on {joined('processor')}, {joined('threads')} threads, with "
-        f"sinfkit {joined('sinfkit')}, torch {joined('torch')}, Python {joined('python')}.\n"
+        f"{base if seen('base_seed') else ''}Measured {when} on {joined('processor')}, "
+        f"{joined('threads')} threads, with sinfkit {joined('sinfkit')}, "
+        f"torch {joined('torch')}, Python {joined('python')}.\n"
     )
 
 
