@@ -79,9 +79,9 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         `first_layer` at None.  With ``schedule="global"`` and no budget, the budget is searched for
         the cheapest network within `max_accuracy_drop` (or for `target_speedup`).  Several networks
         are built for that (`search_results_` lists them), so a search takes longer than a fit with
-        a budget given.  Its `budget_unit` says what is cheap: multiplications, parameters along one
-        route, or ``"latency"``, the expected time of a batch of `batch_size` samples, by a model
-        that is fitted on this machine (see Notes).  None: ``DCSPruner(schedule="global")``.
+        a budget given.  The cheapest has the fewest multiplications, or, with the pruner's
+        ``budget_unit="latency"``, the least expected time for a batch of `batch_size` samples, by a
+        model that is fitted on this machine (see Notes).  None: ``DCSPruner(schedule="global")``.
     route_layer : str, default="auto"
         The cut behind which the route predictor sits, see `sinfkit.graph.cut_points`.  ``"auto"``
         takes the one with the fewest multiplications of those that are expected to keep the
