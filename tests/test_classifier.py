@@ -18,6 +18,7 @@ from torch import nn
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
 from sinfkit.assembly import build_subgraph
 from sinfkit.classifier import _some_of_each
+from sinfkit.layer_times import LayerTime
 from sinfkit.profiling import count_parameters
 from sinfkit.search import Goal, Outcome
 
@@ -417,6 +418,34 @@ def test_time_can_be_what_counts(frozen, data):
     assert clf.pruner_.budget_unit == "latency"
     counted = SINFClassifier(frozen, random_state=0, route_layer="3").fit(X, y)
     assert "relative_time" not in counted.search_results_[0]
+
+
+def test_the_calls_of_each_cluster_are_paid_for(frozen, data, monkeypatch):
+    """Under one budget of time, more clusters leave less for multiplications."""
+    X, y, *_ = data
+
+    def same_for_all(graph, *_, **__):  # what a machine measures is another thing each time
+        layers = (torch.nn.Conv2d, torch.nn.Linear)
+        names = [name for name, m in graph.named_modules() if isinstance(m, layers)]
+        return {name: LayerTime(0.1, 0.0, 0.9 / 64) for name in names}
+
+    monkeypatch.setattr("sinfkit.builder.fit_layer_times", same_for_all)
+    tried = [
+        SINFClassifier(
+            frozen,
+            clusterer=SemanticClusterer(n_clusters=n),
+            pruner=DCSPruner(schedule="global", budget=0.6, budget_unit="latency"),
+            route_layer="3",
+            exit_threshold=None,
+            batch_size=64,
+            random_state=0,
+        )
+        .fit(X, y)
+        .search_results_[0]
+        for n in (1, 3)
+    ]
+    assert all(0.5 < row["relative_time"] <= 0.6 + 1e-9 for row in tried)
+    assert tried[1]["relative_macs"] < tried[0]["relative_macs"] - 0.05
 
 
 def test_a_pruner_without_a_budget_has_it_searched(frozen, data):
