@@ -46,7 +46,7 @@ class LayerTime:
     --------
     >>> from sinfkit.layer_times import LayerTime
     >>> layer = LayerTime(call=0.01, weights=0.04, sample=0.001)
-    >>> layer.seconds(100)
+    >>> round(layer.seconds(100), 3)
     0.15
     >>> round(layer.seconds(100, fraction=0.5, n_calls=5), 3)
     0.2
