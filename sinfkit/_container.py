@@ -145,7 +145,8 @@ def read(
         raise StorageError("Its SHA-256 does not fit its content: the file is damaged.")
     try:
         tensors = safetensors.torch.load(whole)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, ValueError) as error:
+        # Old releases let torch refuse a tensor without elements, with a ValueError.
         raise StorageError(f"safetensors cannot read it: {error}") from error
     return manifest, tensors
 

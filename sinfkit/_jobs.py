@@ -44,8 +44,12 @@ def run(jobs: Iterable[Any], n_jobs: int | None) -> list[Any]:
     Threads, since the work is in torch, which releases the interpreter, and they share the weights.
     On a worker, jobs stay there: whatever sent the work has given every worker something to do.
     """
-    hint = {"require": "sharedmem"} if _on_dask_worker() else {"prefer": "threads"}
-    result: list[Any] = joblib.Parallel(n_jobs=n_jobs, **hint)(jobs)
+    options: dict[str, Any] = (
+        {"require": "sharedmem"} if _on_dask_worker() else {"prefer": "threads"}
+    )
+    if n_jobs is not None:  # which joblib 1.3 would take for 1, not for the active backend's number
+        options["n_jobs"] = n_jobs
+    result: list[Any] = joblib.Parallel(**options)(jobs)
     return result
 
 

@@ -230,7 +230,8 @@ def quantize(path: Path, images: np.ndarray) -> Path:
     if small.exists():
         return small
     with _quiet():
-        quant_pre_process(str(path), str(clean))
+        # Symbolic shapes are for transformers, and ONNX Runtime 1.20 cannot find them here.
+        quant_pre_process(str(path), str(clean), skip_symbolic_shape=True)
         quantize_static(
             str(clean), str(small), Reader(), quant_format=QuantFormat.QDQ, per_channel=True
         )
