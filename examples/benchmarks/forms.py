@@ -204,6 +204,7 @@ def export(module: nn.Module, images: np.ndarray, path: Path) -> Path:
             (x,),
             str(path),
             dynamo=True,
+            external_data=False,  # one file, which quantisation can move
             dynamic_shapes=({0: torch.export.Dim("n")},),
             input_names=["x"],
             output_names=["scores"],
@@ -214,7 +215,6 @@ def export(module: nn.Module, images: np.ndarray, path: Path) -> Path:
 
 def quantize(path: Path, images: np.ndarray) -> Path:
     """Quantise a network statically (QDQ, int8, one scale a channel of the weights)."""
-    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -232,7 +232,7 @@ def quantize(path: Path, images: np.ndarray) -> Path:
         return small
     with _quiet():
         # Symbolic shapes are for transformers, and ONNX Runtime 1.20 cannot find them here.
-        quant_pre_process(onnx.load(path), str(clean), skip_symbolic_shape=True)
+        quant_pre_process(str(path), str(clean), skip_symbolic_shape=True)
         quantize_static(
             str(clean), str(small), Reader(), quant_format=QuantFormat.QDQ, per_channel=True
         )
