@@ -173,6 +173,7 @@ ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
         "cluster_names_": names,
         "route_layer_": text,
         "prefix_ratio_": optional_number,
+        "prefix_low_rank_": number,
         "search_results_": rows,
         "confidence_threshold_": number,
         "exit_threshold_": number,

@@ -21,6 +21,7 @@ from ._channels import NARROWABLE, is_depthwise
 from ._container import StorageError, fits
 from ._plain import NotPlainError, take
 from ._tracing import copy_sharing_weights, trace
+from .low_rank import NARROW, WIDE, insert_factors
 
 CUSTOM = "custom"
 _LARGEST = 2**20  # classes or channels of an architecture
@@ -222,13 +223,19 @@ def describe_part(
     -------
     dict
         ``stored``: names of tensors of its own; ``sliced``: name to the positions of its row and
-        column indices among the ``kept`` ones.
+        column indices among the ``kept`` ones; ``ranks``, where there are any: layers that have
+        become two, with the number of outputs in between.
 
     Raises
     ------
     NotPlainError
         If it has another graph than the base's part.
     """
+    ranks = _ranks(part)
+    try:
+        reference = insert_factors(reference, ranks)
+    except ValueError as error:
+        raise NotPlainError(f"The {name} cannot be built again: {error}") from error
     if not isinstance(part, fx.GraphModule) or _program(part) != _program(reference):
         raise NotPlainError(
             f"The {name} does not run the same operations as that part of the base network, so "
@@ -264,7 +271,18 @@ def describe_part(
             tensors[f"{name}/{key}"] = tensor
         else:
             sliced[key] = [number(found[0]), number(found[1])]
-    return {"stored": stored, "sliced": sliced, "kept": len(kept)}
+    entry = {"stored": stored, "sliced": sliced, "kept": len(kept)}
+    return {**entry, "ranks": ranks} if ranks else entry
+
+
+def _ranks(part: nn.Module) -> dict[str, int]:
+    """Layers that have become two, with the number of outputs in between."""
+    found = {}
+    for name, module in part.named_modules():
+        children = dict(module.named_children())
+        if set(children) == {NARROW, WIDE} and isinstance(children[NARROW].weight, Tensor):
+            found[name] = len(children[NARROW].weight)
+    return found
 
 
 def _program(gm: fx.GraphModule) -> list[Any]:
@@ -339,7 +357,11 @@ class PartReader:
 
     def read(self, name: str, reference: fx.GraphModule, entry: Any) -> fx.GraphModule:
         """Build one part; it shares with `reference` what equals it."""
-        stored, sliced, n_kept = _checked_entry(name, entry)
+        stored, sliced, n_kept, ranks = _checked_entry(name, entry)
+        try:
+            reference = insert_factors(reference, ranks)
+        except ValueError as error:
+            raise StorageError(f"The {name}: {error}") from error
         known = reference.state_dict()
         kept = [self._indices(f"{name}/kept.{i}") for i in range(n_kept)]
         own = {key: take(f"{name}/{key}", self.tensors, self.used) for key in stored}
@@ -390,9 +412,11 @@ class PartReader:
         return index.long()
 
 
-def _checked_entry(name: str, entry: Any) -> tuple[list[str], dict[str, list[int | None]], int]:
+def _checked_entry(
+    name: str, entry: Any
+) -> tuple[list[str], dict[str, list[int | None]], int, dict[str, int]]:
     """What `describe_part` wrote."""
-    if not isinstance(entry, dict) or set(entry) != {"stored", "sliced", "kept"}:
+    if not isinstance(entry, dict) or set(entry) - {"ranks"} != {"stored", "sliced", "kept"}:
         raise StorageError(f"The manifest's entry for the {name} is not stored, sliced and kept.")
     stored, sliced, kept = entry["stored"], entry["sliced"], entry["kept"]
     right = isinstance(stored, list) and isinstance(sliced, dict) and type(kept) is int
@@ -405,7 +429,10 @@ def _checked_entry(name: str, entry: Any) -> tuple[list[str], dict[str, list[int
             raise StorageError(f"The manifest's entry for the {name} has a slice without indices.")
         if not all(i is None or (type(i) is int and 0 <= i < kept) for i in pair):
             raise StorageError(f"The manifest's entry for the {name} has indices out of range.")
-    return stored, sliced, kept
+    ranks = entry.get("ranks", {})
+    if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
+        raise StorageError(f"The manifest's entry for the {name} has ranks that are no integers.")
+    return stored, sliced, kept, ranks
 
 
 def _slice_bytes(

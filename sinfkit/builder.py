@@ -37,6 +37,7 @@ from .costs import CostModel, network_cost
 from .cuts import sides
 from .graph import CutPoint, observation_nodes, split
 from .layer_times import LayerTime, expected_seconds, fit_layer_times
+from .low_rank import UnreachableShareError, factorize
 from .network import Normalise, Route, SINFNetwork, own_classes
 from .profiling import count_macs, fold_batch_norm, paired_latency
 from .repair import affordable_images
@@ -48,6 +49,7 @@ from .routing import (
     cluster_posterior,
     fit_route_predictor,
 )
+from .schedules import OutOfReachError
 from .search import Outcome, Size
 from .subgraph import Recipe, Scored, choose_channels, sliceable
 from .surgery import ChannelGroup
@@ -336,9 +338,14 @@ class Builder:
             size.prefix_ratio,
             size.budget if shared else None,
             n_clusters if timed else None,
+            size.low_rank,
         )
         if key not in self._prefixes:
-            self._prefixes[key] = self._sliced_prefix(cut, size, n_clusters)
+            if size.low_rank < 1:
+                prefix = self._prefix(cut, replace(size, low_rank=1.0), n_clusters)
+                self._prefixes[key] = self._factorized(prefix, cut, size.low_rank)
+            else:
+                self._prefixes[key] = self._sliced_prefix(cut, size, n_clusters)
         return self._prefixes[key]
 
     def _dense_prefix(self, cut: CutPoint) -> fx.GraphModule:
@@ -371,13 +378,34 @@ class Builder:
         with naming("prefix_criterion"):
             scored = self._score(both if widths is not None else groups, everything, recipe)
         keep = choose_channels(groups, scored.groups, recipe, widths)
-        n_images = affordable_images(dense, calibration.example, self.settings.repair_samples)
-        sample = self._rng().permutation(self.index)[:n_images]
+        sample = self._sample(dense)
         samples = torch.cat(list(self.batches(sample)))
         module = slice_prefix(
             calibration, cut, keep, samples, recipe.repair, calibration.weights(sample)
         )
         return Prefix(module, keep, widths or {})
+
+    def _sample(self, prefix: fx.GraphModule) -> np.ndarray:
+        """The samples on which a prefix is repaired."""
+        wanted = self.settings.repair_samples
+        n_images = affordable_images(prefix, self.calibration.example, wanted)
+        return self._rng().permutation(self.index)[:n_images]
+
+    def _factorized(self, prefix: Prefix, cut: CutPoint, share: float) -> Prefix:
+        """The same with layers of low rank."""
+        sample = self._sample(self._dense_prefix(cut))
+        try:
+            module = factorize(
+                prefix.module,
+                share,
+                torch.cat(list(self.batches(sample))),
+                weight=self.calibration.weights(sample),
+                batch_size=self.calibration.batcher.batch_size,
+                seed=self.calibration.seed,
+            )
+        except UnreachableShareError as error:
+            raise OutOfReachError(f"prefix_low_rank: {error}") from error
+        return replace(prefix, module=module)
 
     def _shared_widths(
         self, groups: list[ChannelGroup], cut: CutPoint, size: Size, n_clusters: int

@@ -50,7 +50,14 @@ _ROUTE_SAMPLES = 5_000
 # Of the ladder: two fifths of the multiplications stay.
 _FIRST_RUNG = 3
 _PREFIX_RATIO = 0.3
-_AUTOMATIC = ("prefix_ratio", "exit_threshold", "confidence_threshold", "router_weight")
+_LOW_RANK = 0.5  # tried in a search; at three quarters, two layers take as long as the one
+_AUTOMATIC = (
+    "prefix_ratio",
+    "prefix_low_rank",
+    "exit_threshold",
+    "confidence_threshold",
+    "router_weight",
+)
 _OPTIONAL = ("route_accuracy", "target_speedup", "exit_threshold")
 _CLUSTERS = (1, 2, 5, 10, 20)  # tried where no clusterer is given
 
@@ -99,6 +106,11 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         Which of the prefix's filters go; as `DCSPruner.criterion`.  All classes need the prefix,
         and its output is rebuilt by least squares: what counts there is not what tells classes
         apart, but what the other filters cannot make up for.
+    prefix_low_rank : float or "auto", default="auto"
+        Fraction of the sliced prefix's multiplications that stay when its layers become products
+        of two with fewer outputs in between, see `sinfkit.low_rank.factorize`; on top of what
+        slicing saves.  1 leaves the layers as they are.  ``"auto"``: a search tries a half, and
+        keeps it where that serves its goal; without a search 1.
     answers : {"all", "cluster"}, default="all"
         Which classes a subgraph answers: ``"cluster"`` those of its cluster, repaired on samples of
         these (the paper's form: an input on the wrong route is lost); ``"all"`` every class,
@@ -159,6 +171,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     route_layer_ : str
     prefix_ratio_ : float or None
         None where prefix and subgraphs share a budget.
+    prefix_low_rank_ : float
     search_results_ : list of dict
         What was tried, in order: route layer, number of clusters, size, accuracy lost on held-out
         samples, multiplications relative to the base, shares on the fallback and of exits, the
@@ -218,6 +231,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         route_accuracy: float | None = None,
         prefix_ratio: float | str = "auto",
         prefix_criterion: str | Callable[..., Any] = "obs",
+        prefix_low_rank: float | str = "auto",
         answers: str = "all",
         exit_threshold: float | str | None = "auto",
         confidence_threshold: float | str = "auto",
@@ -242,6 +256,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         self.route_accuracy = route_accuracy
         self.prefix_ratio = prefix_ratio
         self.prefix_criterion = prefix_criterion
+        self.prefix_low_rank = prefix_low_rank
         self.answers = answers
         self.exit_threshold = exit_threshold
         self.confidence_threshold = confidence_threshold
@@ -357,9 +372,10 @@ n_features)
     def _sizes(self, pruner: DCSPruner) -> list[Size]:
         """What to choose from: one size where the user has said it, else a ladder."""
         auto = isinstance(self.prefix_ratio, str)
+        low_rank = 1.0 if isinstance(self.prefix_low_rank, str) else float(self.prefix_low_rank)
         recipe = pruner._recipe(searched=True)
         if recipe.schedule == "global" and recipe.budget is None:
-            ladder = LADDER
+            ladder = tuple(replace(s, low_rank=low_rank) for s in LADDER)
             if not auto:
                 ladder = tuple(replace(s, prefix_ratio=float(self.prefix_ratio)) for s in ladder)
             if pruner.max_ratio is not None:
@@ -368,7 +384,7 @@ n_features)
         given: float | None = None
         if not auto or recipe.schedule != "global":
             given = _PREFIX_RATIO if auto else float(self.prefix_ratio)
-        return [Size(given, pruner.min_ratio, recipe.max_ratio, recipe.budget)]
+        return [Size(given, pruner.min_ratio, recipe.max_ratio, recipe.budget, low_rank)]
 
     def _plans(
         self,
@@ -441,19 +457,23 @@ n_features)
         """Build what is to be tried, and keep what serves the goal best.
 
         The first plan climbs the ladder of sizes; the others start where it stopped, and go up as
-        long as they are better than all before.
+        long as they are better than all before.  Then the best one's prefix gets a low rank, on the
+        same rung and, while that is better, on others.
         """
         goal = Goal(self.max_accuracy_drop, self.target_speedup)
         best: Built | None = None
         missed: list[OutOfReachError] = []
 
-        def evaluate(plan: Plan, rung: int) -> Outcome:
+        def evaluate(plan: Plan, rung: int, low_rank: float | None = None) -> Outcome:
             nonlocal best
-            trial = Plan(plan.cut, plan.clusterer, sizes[rung])
+            size = sizes[rung] if low_rank is None else replace(sizes[rung], low_rank=low_rank)
+            trial = Plan(plan.cut, plan.clusterer, size)
             try:
                 built = builder.build(trial, time_it=self.target_speedup is not None)
             except OutOfReachError as error:
                 if len(sizes) == 1:
+                    if size.low_rank < 1 and "prefix_low_rank" in str(error):
+                        raise
                     raise OutOfReachError(f"pruner: {error}") from error
                 missed.append(error)
                 return Outcome(drop=1.0, cost=math.inf, speedup=0.0)
@@ -472,6 +492,9 @@ n_features)
                 rung, found = step, outcome
         if best is None:
             raise missed[0]
+        if len(sizes) > 1 and isinstance(self.prefix_low_rank, str):
+            plan = best.plan
+            climb(lambda i: evaluate(plan, i, _LOW_RANK), len(sizes), rung, goal)
         return best
 
     def _note(self, built: Built) -> None:
@@ -505,6 +528,7 @@ n_features)
         self.exit_threshold_ = network.exit_threshold
         self.route_layer_ = clusterer.layer_ = plan.cut.name
         self.prefix_ratio_ = plan.size.prefix_ratio
+        self.prefix_low_rank_ = plan.size.low_rank
         self.class_clusters_ = clusterer.class_clusters_
         self.cluster_names_ = clusterer.cluster_names_
         self.temperatures_ = network.temperatures.cpu().numpy()
@@ -582,6 +606,7 @@ n_features)
             raise TypeError(f"route_layer must be a name, got {type(self.route_layer).__name__}.")
         for name, interval in (
             ("prefix_ratio", "[0, 1)"),
+            ("prefix_low_rank", "(0, 1]"),
             ("route_accuracy", "[0, 1]"),
             ("max_accuracy_drop", "[0, 1]"),
             ("target_speedup", "[1, inf)"),

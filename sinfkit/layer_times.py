@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from ._channels import NARROWABLE, ChannelGroup, width
 from ._tracing import copy_sharing_weights
+from .low_rank import factorized
 from .profiling import _synchronise
 from .surgery import slice_channels
 
@@ -192,9 +193,10 @@ def expected_seconds(
     for part, share in parts:
         n_calls = 1.0 - (1.0 - min(share, 1.0)) ** n_samples
         for name, size in _sizes(part).items():
-            if name in times:
-                fraction = size / sizes[name]
-                total += times[name].seconds(share * n_samples, fraction, n_calls)
+            whole_name = name if name in times else factorized(name)
+            if whole_name in times:
+                fraction = size / sizes[whole_name]
+                total += times[whole_name].seconds(share * n_samples, fraction, n_calls)
     return total
 
 

@@ -22,12 +22,16 @@ class Size:
         `max_ratio` is the most that any layer may lose.
     budget : float or None
         Cost of prefix and one subgraph that may stay, as a fraction of the base's.
+    low_rank : float
+        Fraction of the sliced prefix's multiplications that stay when its layers become products
+        of two; 1 leaves them as they are.
     """
 
     prefix_ratio: float | None
     min_ratio: float
     max_ratio: float
     budget: float | None = None
+    low_rank: float = 1.0
 
 
 # Our choice: each step costs about a fifth less than the one before.

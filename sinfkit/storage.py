@@ -321,7 +321,7 @@ def _describe_clusterer(clusterer: SemanticClusterer, tensors: dict[str, Tensor]
     dense = split(base, find_cut(base, clusterer.layer_))[0]
     prefix, router = clusterer.network_
     # The clusterer inside of a classifier runs that one's prefix, whose batch-norms are folded.
-    folded = len(list(prefix.modules())) < len(list(dense.modules()))
+    folded = not dict(dense.named_modules()).keys() <= dict(prefix.named_modules()).keys()
     reference = fold_batch_norm(dense) if folded else dense
     return {
         "folded": folded,
