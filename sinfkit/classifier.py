@@ -472,7 +472,7 @@ n_features)
                 built = builder.build(trial, time_it=self.target_speedup is not None)
             except OutOfReachError as error:
                 if len(sizes) == 1:
-                    if size.low_rank < 1 and "prefix_low_rank" in str(error):
+                    if "prefix_low_rank" in str(error):
                         raise
                     raise OutOfReachError(f"pruner: {error}") from error
                 missed.append(error)

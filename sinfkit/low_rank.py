@@ -375,8 +375,8 @@ def _ranks(options: Sequence[tuple[str, np.ndarray, np.ndarray]], surplus: float
     low, high = -40.0, 40.0  # powers of ten
     if not enough(10.0**high):
         raise UnreachableShareError(
-            "the layers that can have a low rank are too few: with ranks of 1, more multiplications "
-            "are left than wanted."
+            "too few layers can have a low rank: with ranks of 1, more multiplications are left "
+            "than wanted."
         )
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier, __version__
+from sinfkit.low_rank import factorize
 from sinfkit.network import SINFNetwork
 from sinfkit.profiling import count_macs, paired_latency
 from sinfkit.report import branch_costs
@@ -43,6 +44,7 @@ KEYS = ("network", "width", "base_seed", "split", "contestant", "kind", "size", 
 VALUES = ("images", "right", "answers", "macs", "fallback", "exits")
 VALUES += ("routed_right", "route_layer")
 VALUES += ("n_clusters", "fit_seconds", "clusters", "cluster_names", "labels")
+LOW_RANK = "low rank"
 KINDS = ("confusion", "activation", "given", "random")
 
 
@@ -60,6 +62,8 @@ class Entry:
         Budget or limit.
     seed : int
     estimator : SINFClassifier, DCSPruner or None
+    low_rank : float
+        Of a network without routes: multiplications that stay when its layers get a low rank.
     """
 
     contestant: str
@@ -67,6 +71,7 @@ class Entry:
     size: str
     seed: int
     estimator: Any
+    low_rank: float = 1.0
 
     def key(self) -> dict[str, Any]:
         """What tells its rows apart."""
@@ -115,6 +120,7 @@ def entries_of(options: argparse.Namespace, study: base.Study) -> Iterator[Entry
         own = {**own, **base.frozen()["sinf_quick"]}
     model, n, many = study.base.model, own["clusters"], len(study.names)
     layer, budgets = (own[part][study.base.network] for part in ("route_layer", "budgets"))
+    low_rank = own["low_rank"].get(study.base.network)
 
     def pruner(budget: float, samples: int, criterion: str = "dcs") -> dict[str, Any]:
         return {
@@ -143,12 +149,20 @@ def entries_of(options: argparse.Namespace, study: base.Study) -> Iterator[Entry
     yield Entry("base", "", "", 0, None)
     for seed in range(options.draws):
         for budget in budgets:
-            yield sinf(f"confusion {n}", SemanticClusterer(n_clusters=n), budget, seed)
+            clusterer = SemanticClusterer(n_clusters=n)
+            yield sinf(f"confusion {n}", clusterer, budget, seed)
+            if low_rank:
+                kind = f"confusion {n}, {LOW_RANK}"
+                yield sinf(kind, clusterer, budget, seed, prefix_low_rank=low_rank[0])
         for budget in budgets:
             one = DCSPruner(
                 model, **pruner(budget, own["control_repair_samples"], "obs"), random_state=seed
             )
             yield Entry("one network", "obs", f"{budget:g}", seed, one)
+            if low_rank:
+                yield Entry(
+                    "one network", f"obs, {LOW_RANK}", f"{budget:g}", seed, one, low_rank[1]
+                )
     budget = own["kinds_budget"]
     for kind in options.kinds:
         for seed in range(own["random_seeds"] if kind == "random" else 1):
@@ -197,7 +211,8 @@ def order_of(options: argparse.Namespace, entry: Entry, held: base.Study) -> Ord
     rows = held.draw(range(len(held.class_names)), own["images"], entry.seed)
     data = held.X[rows], held.y[rows]
     extra = {"X_val": held.X_test, "y_val": held.y_test} if entry.contestant == "SINF" else {}
-    key = joblib.hash((__version__, held.base.model, entry.estimator, data, extra))
+    made_of = (__version__, held.base.model, entry.estimator, data, extra)
+    key = joblib.hash(made_of if entry.low_rank == 1 else (*made_of, entry.low_rank))
     return Order(data, extra, options.fitted / f"{held.base.label}_{key[:16]}.joblib")
 
 
@@ -221,17 +236,28 @@ def fitted(options: argparse.Namespace, entry: Entry, held: base.Study) -> tuple
     options.fitted.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     made = entry.estimator
-    if made is not None:
+    if entry.low_rank < 1:
+        plain = replace(entry, kind="obs", low_rank=1.0)  # table 4's, as it is
+        module = fitted(options, plain, held)[0]["one"].module
+        x = torch.cat(list(held.batches(data[0][_some(len(data[0]), options)])))
+        made = _controls(factorize(module, entry.low_rank, x), replace(held, X=data[0], y=data[1]))
+    elif made is not None:
         # Statistics and scores that several networks share are computed once.
         made.set_params(memory=str(options.fitted / "cache")).fit(*data, **order.extra)
         made.set_params(memory=None)
     seconds = time.perf_counter() - start
-    if not routed:
+    if not routed and entry.low_rank == 1:
         module = held.base.model.module() if made is None else made.model_
         made = _controls(module, replace(held, X=data[0], y=data[1]))
     joblib.dump((made, seconds), path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)  # whole or not at all
     return made, seconds
+
+
+def _some(n: int, options: argparse.Namespace) -> np.ndarray:
+    """As many of the images as the control's repair had, drawn at random."""
+    own = base.frozen()["sinf_quick" if options.quick else "sinf"]
+    return np.random.default_rng(0).permutation(n)[: own["control_repair_samples"]]
 
 
 def measure(
