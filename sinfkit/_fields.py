@@ -184,7 +184,7 @@ ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
         "repair_errors_": list_of(floats),
     },
 }
-OPTIONAL = frozenset(("feature_names_in_", "cost_ratio_"))
+OPTIONAL = frozenset(("feature_names_in_", "cost_ratio_", "prefix_low_rank_"))
 # They are built again, or follow from the rest.
 DERIVED = frozenset("base_model_ model_ network_ clusterer_ pruner_ temperatures_".split())
 

@@ -169,8 +169,9 @@ def parameters_of(world: World, name: str) -> dict[str, Make]:
         "random_state": choice(-1, 1.5, "seed", np.random.default_rng(0), 2**40, [1, 2]),
         "batch_size": choice(0, -3, 2.0, "16", 3, np.int8(5), HUGE),
     }
-    for ratio in ("min_ratio", "max_ratio", "budget", "prefix_ratio", "validation_fraction"):
+    for ratio in ("min_ratio", "max_ratio", "budget", "prefix_ratio", "prefix_low_rank"):
         table[ratio] = ratios
+    table["validation_fraction"] = ratios
     names = type(world.fresh[name])._get_param_names()
     return {parameter: table.get(parameter, number) for parameter in names}
 

@@ -12,6 +12,7 @@ import torchvision
 from helpers import blobs, small_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
@@ -19,7 +20,7 @@ from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, t
 from sinfkit.assembly import build_subgraph
 from sinfkit.classifier import _some_of_each
 from sinfkit.layer_times import LayerTime
-from sinfkit.profiling import count_parameters
+from sinfkit.profiling import count_macs, count_parameters
 from sinfkit.search import Goal, Outcome
 
 
@@ -263,6 +264,9 @@ def test_nested_estimators_are_checked(frozen, data):
         ({"exit_threshold": 1.5}, ValueError, "exit_threshold"),
         ({"top_k": 0}, ValueError, "top_k"),
         ({"prefix_ratio": 1.0}, ValueError, "prefix_ratio"),
+        ({"prefix_low_rank": 0.0}, ValueError, "prefix_low_rank"),
+        ({"prefix_low_rank": "half"}, ValueError, "prefix_low_rank"),
+        ({"prefix_low_rank": 0.001}, ValueError, "prefix_low_rank: too few layers"),
         ({"confidence_threshold": "high"}, ValueError, "confidence_threshold"),
         ({"confidence_threshold": 1.2}, ValueError, "confidence_threshold"),
         ({"router_weight": -1}, ValueError, "router_weight"),
@@ -474,6 +478,30 @@ def test_more_may_be_lost_and_less_is_left(frozen, data):
     assert len(given.search_results_) == 1 and given.prefix_ratio_ == 0.3
     fixed = SINFClassifier(frozen, prefix_ratio=0.1, **keywords).fit(X, y)
     assert {row["prefix_ratio"] for row in fixed.search_results_} == {0.1}
+
+
+def test_a_low_rank_is_tried_and_can_be_given(frozen, data):
+    X, y, X_test, y_test = data
+    keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}
+    whole = SINFClassifier(frozen, pruner=DCSPruner(), **keywords).fit(X, y)
+    assert whole.prefix_low_rank_ == 1.0  # nothing is searched
+    half = clone(whole).set_params(prefix_low_rank=0.5).fit(X, y)
+    assert half.prefix_low_rank_ == half.search_results_[0]["low_rank"] == 0.5
+    costs = [count_macs(c.network_.prefix, torch.zeros(1, 1, 8, 8))[0] for c in (whole, half)]
+    assert costs[1] <= 0.5 * costs[0]
+    assert half.score(X_test, y_test) > whole.score(X_test, y_test) - 0.2
+    searched = SINFClassifier(frozen, max_accuracy_drop=0.1, **keywords).fit(X, y)
+    tried = [row["low_rank"] for row in searched.search_results_]
+    assert {1.0, 0.5} == set(tried) and tried == sorted(tried, reverse=True)
+    kept = [
+        row
+        for row in searched.search_results_
+        if row["low_rank"] == searched.prefix_low_rank_ and row["budget"] == searched.pruner_.budget
+    ]
+    allowed = [row for row in searched.search_results_ if row["accuracy_drop"] <= 0.1]
+    assert kept[0]["relative_macs"] == min(row["relative_macs"] for row in allowed)
+    off = clone(searched).set_params(prefix_low_rank=1.0).fit(X, y)
+    assert {row["low_rank"] for row in off.search_results_} == {1.0}
 
 
 def test_a_speed_can_be_asked_for(frozen, data):

@@ -18,6 +18,7 @@ from sinfkit.layer_times import (
     fit_layer_times,
     layer_seconds,
 )
+from sinfkit.low_rank import insert_factors
 from sinfkit.profiling import count_macs, fold_batch_norm
 from sinfkit.subgraph import sliceable
 from sinfkit.surgery import find_groups
@@ -48,6 +49,15 @@ def test_noise_gives_no_negative_times():
         np.array([(1.0, 64.0, 1.0), (0.25, 64.0, 1.2), (1.0, 8.0, 0.2), (0.25, 8.0, 0.3)])
     )
     assert min(fitted.call, fitted.weights, fitted.sample) >= 0
+
+
+def test_two_layers_in_the_place_of_one_are_two_calls():
+    graph = trace(nn.Sequential(nn.Linear(12, 12)))
+    small = insert_factors(graph, {"0": 3})
+    times = {"0": LayerTime(1.0, 8.0, 0.0)}
+    # 2 x 3 x 12 of 144 weights, in two calls instead of one
+    assert expected_seconds([(graph, 1.0)], times, graph, 1) == 9.0
+    assert expected_seconds([(small, 1.0)], times, graph, 1) == 2 * 1.0 + 8.0 / 2
 
 
 def test_layers_are_timed(network):

@@ -86,8 +86,11 @@ def forge(path: Path, change) -> None:
             frozen, pruner=DCSPruner(repair="none"), fallback="topk", **SLICES, **TWO
         ),
         lambda frozen: SINFClassifier(frozen.module(), pruner=DCSPruner(), **TWO),
+        lambda frozen: SINFClassifier(
+            frozen, pruner=DCSPruner(), route_layer="3", prefix_low_rank=0.6, **TWO
+        ),
     ],
-    ids=["classes", "iterative", "clusterer", "base", "topk", "module"],
+    ids=["classes", "iterative", "clusterer", "base", "topk", "module", "low rank"],
 )
 @pytest.mark.filterwarnings("ignore:schedule='iterative' removed nothing")
 @pytest.mark.filterwarnings("ignore:On held-out samples")

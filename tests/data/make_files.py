@@ -2,8 +2,8 @@
 
     python tests/data/make_files.py
 
-Run it once for each schema version of `sinfkit.storage`, and never again for an older one: the
-files are there to be read by versions that did not write them.
+Run it once for each schema version of `sinfkit.storage`, and for each kind that is new: what is
+there is left as it is, since the files are there to be read by versions that did not write them.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def estimators() -> dict[str, object]:
         "pruner": DCSPruner(random_state=0, device="cpu").fit(X, y),
         "clusterer": SemanticClusterer(n_clusters=3, random_state=0, device="cpu").fit(X, y),
         "classifier": SINFClassifier(pruner=DCSPruner(), **two).fit(X, y),
+        "low_rank": SINFClassifier(pruner=DCSPruner(), prefix_low_rank=0.5, **two).fit(X, y),
         "images": SINFClassifier(
             frozen,
             pruner=DCSPruner(repair="none"),
@@ -78,7 +79,10 @@ def estimators() -> dict[str, object]:
 def main() -> None:
     """Fit, save, and write down what each answers."""
     for name, estimator in estimators().items():
-        estimator.save(FOLDER / f"v{SCHEMA}_{name}.sinf")
+        path = FOLDER / f"v{SCHEMA}_{name}.sinf"
+        if path.exists():
+            continue
+        estimator.save(path)
         X = inputs(name)
         answers = {how: getattr(estimator, how)(X) for how in ANSWERS if hasattr(estimator, how)}
         np.savez_compressed(FOLDER / f"v{SCHEMA}_{name}.npz", **answers)
