@@ -1,9 +1,8 @@
-"""Closed-form low rank in a prefix that is sliced already: does it save time, and for what?.
+"""Closed-form low rank in a prefix that is sliced already: does it save time, and at what price?
 
-Each convolution of a routed network's prefix, but the first, becomes two: the same kernel with
-fewer outputs, then 1 x 1 back to all of them, on the leading principal components of its outputs
-(Zhang et al., "Accelerating very deep convolutional networks", TPAMI 2016, without the
-nonlinearity). What it costs and saves stands beside slicing to a smaller budget::
+Convolutions of a routed network's prefix become products of two, see `sinfkit.low_rank`. Router and
+subgraphs stay as they were: what `SINFClassifier(prefix_low_rank=...)`, which fits them anew, would
+lose is no more than this. What it costs and saves stands beside slicing to a smaller budget::
 
     python low_rank_table.py --weights vgg16.pt --data ~/images --fitted fits
     python low_rank_table.py --quick
@@ -26,17 +25,18 @@ import sinf_table
 import study as base
 import torch
 from record import Table, files, read
-from torch import Tensor, fx, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from sinfkit.low_rank import factorize
 from sinfkit.network import SINFNetwork
-from sinfkit.profiling import count_macs, fold_batch_norm, paired_latency
+from sinfkit.profiling import count_macs, paired_latency
 
 NAME = "low_rank"
 KEYS = ("network", "width", "base_seed", "split", "budget", "share")
 VALUES = ("images", "right", "prefix_macs", "error", "ms", "ratio", "ratio_low", "ratio_high")
-SHARES = (1.0, 0.75, 0.5)  # of a layer's multiplications that its two factors have; 1: as it is
-_IMAGES = 1024  # for the components
+SHARES = (1.0, 0.75, 0.5, 0.35)  # of the prefix's multiplications that stay; 1: as it is
+_IMAGES = 1024  # for the fit, and as many for the error
 _ROUNDS = 21
 
 
@@ -56,13 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = held.draw(range(len(held.class_names)), -(-_IMAGES // len(held.class_names)), 0)
     networks: dict[tuple[str, float], SINFNetwork] = {}
     errors = {}
+    x, fresh = (torch.cat(list(held.batches(X))) for X in (held.X[rows], held.X_test[:_IMAGES]))
     for entry in tqdm(list(sinf_table.entries_of(table_options, held)), unit=" networks"):
-        if entry.contestant != "SINF":
+        if entry.contestant != "SINF" or sinf_table.LOW_RANK in entry.kind:
             continue
         network = sinf_table.fitted(table_options, entry, held)[0].network_
         for share in SHARES:
-            made, error = factorised(network, share, held.X[rows])
-            networks[entry.size, share], errors[entry.size, share] = made, error
+            made = factorized(network, share, x)
+            networks[entry.size, share] = made
+            errors[entry.size, share] = error(network, made, fresh)
     measure(table, networks, errors, held, 3 if options.quick else _ROUNDS)
     print(path)
 
@@ -101,72 +103,28 @@ def measure(
         )
 
 
-def factorised(network: SINFNetwork, share: float, X: Any) -> tuple[SINFNetwork, float]:
-    """A copy whose prefix has two factors for each convolution.
+def factorized(network: SINFNetwork, share: float, x: Tensor) -> SINFNetwork:
+    """A copy whose prefix has layers of low rank; the rest is shared, and as it was.
 
     Parameters
     ----------
     network : SINFNetwork
     share : float
-        Multiplications of both factors over those of the layer; 1 leaves all layers whole.
-    X : uint8 ndarray of shape (n_samples, channels, height, width)
-        Images whose outputs have the components.
-
-    Returns
-    -------
-    network : SINFNetwork
-        The rest is shared.
-    error : float
-        Largest relative squared error of a layer's output.
+        Of the prefix's multiplications that stay.
+    x : Tensor of shape (n_samples, channels, height, width)
+        Normalised images, on whose outputs the layers are fitted.
     """
     made = copy.copy(network)
     made._modules = dict(network._modules)
-    prefix = fold_batch_norm(copy.deepcopy(network.prefix)).eval()
-    largest = 0.0
+    made.prefix = factorize(network.prefix, share, x).to(memory_format=torch.channels_last)
+    return made
+
+
+def error(network: SINFNetwork, made: SINFNetwork, x: Tensor) -> float:
+    """Squared error of the prefix's output over its variance."""
     with torch.inference_mode():
-        x = torch.cat([network.normalise(batch) for batch in rivals.raw(X)])
-    names = [n for n, m in prefix.named_modules() if isinstance(m, nn.Conv2d)][1:]
-    for name in names if share < 1 else []:
-        layer = prefix.get_submodule(name)
-        assert isinstance(layer, nn.Conv2d)
-        pair, error = factors(layer, outputs(prefix, name, x), share)
-        prefix.set_submodule(name, pair)
-        largest = max(largest, error)
-    made.prefix = prefix.to(memory_format=torch.channels_last)
-    return made, largest
-
-
-def outputs(prefix: fx.GraphModule, name: str, x: Tensor) -> Tensor:
-    """A layer's outputs at all positions, of shape (n_positions, n_channels)."""
-    seen: list[Tensor] = []
-    layer = prefix.get_submodule(name)
-    hook = layer.register_forward_hook(
-        lambda _m, _i, out: seen.append(out[:, :, ::2, ::2].movedim(1, 3).flatten(0, 2))
-    )
-    with torch.inference_mode():
-        for batch in x.split(128):
-            prefix(batch)
-    hook.remove()
-    return torch.cat(seen)
-
-
-def factors(layer: nn.Conv2d, y: Tensor, share: float) -> tuple[nn.Sequential, float]:
-    """Two convolutions for one, and the relative squared error of their outputs on `y`."""
-    inputs = layer.weight[0].numel()
-    rank = max(1, int(share * layer.out_channels * inputs / (inputs + layer.out_channels)))
-    mean = y.double().mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov(y.double().T))
-    u = vectors[:, -rank:]
-    error = float(values[:-rank].sum() / values.sum())
-    options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-    narrow = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False, **options)
-    back = nn.Conv2d(rank, layer.out_channels, 1)
-    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.double()
-    with torch.no_grad():
-        narrow.weight.copy_(torch.einsum("or,oihw->rihw", u, layer.weight.double()))
-        back.weight.copy_(u[:, :, None, None])
-        back.bias.copy_(u @ (u.T @ (bias - mean)) + mean)
-    return nn.Sequential(narrow, back).eval().requires_grad_(False), error
+        expected, found = network.prefix(x), made.prefix(x)
+    return float((found - expected).square().sum() / (expected - expected.mean(0)).square().sum())
 
 
 def page(folder: Path) -> rst.Page | None:
@@ -189,16 +147,18 @@ def page(folder: Path) -> rst.Page | None:
             ]
             for row in rows
         ]
-        header = ["budget", "multiplications of the factors", "prefix (% of the base)"]
-        header += ["largest error of a layer (%)", "accuracy (%)", "speed-up [quartiles]"]
+        header = ["budget", "multiplications that stay", "prefix (% of the base)"]
+        header += ["error of its output (%)", "accuracy (%)", "speed-up [quartiles]"]
         body.append(rst.list_table(header, cells))
     return rst.Page(NAME, "Low rank in the prefix", "\n".join([_NOTE, *body])) if body else None
 
 
 _NOTE = """\
-Routed networks whose prefix was sliced under a budget, and the same with each convolution of the
-prefix replaced by two, on the leading principal components of its outputs. Factors with a share of
-1 are the network as it is. Compare a smaller share with the next smaller budget. Batch 256.
+Routed networks whose prefix was sliced under a budget, and the same with convolutions of the prefix
+replaced by products of two (:func:`~sinfkit.low_rank.factorize`), so that a share of its
+multiplications stays; 1 is the network as it is. Router and subgraphs are not fitted anew, as
+``SINFClassifier(prefix_low_rank=...)`` does. Error: squared, of the prefix's output, over its
+variance. Compare a smaller share with the next smaller budget. Batch 256.
 
 ``python examples/paper/low_rank_table.py --weights WEIGHTS --data FOLDER``
 """
