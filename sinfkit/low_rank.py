@@ -134,6 +134,15 @@ def insert_factors(network: fx.GraphModule, ranks: Mapping[str, int]) -> fx.Grap
     ValueError
         If there is no such layer, or not one that can be replaced, or if the two would have more
         weights than the one.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from sinfkit.graph import trace
+    >>> from sinfkit.low_rank import insert_factors
+    >>> network = trace(nn.Sequential(nn.Conv2d(16, 16, 3)).eval())
+    >>> insert_factors(network, {"0": 5}).get_submodule("0.narrow")
+    Conv2d(16, 5, kernel_size=(3, 3), stride=(1, 1), bias=False)
     """
     made = copy_sharing_weights(network)
     able = set(_candidates(made))

@@ -561,7 +561,8 @@ class _Reader:
         keys = {"prefix", "rest", "subgraphs", "pool_size", "fallback", "top_k", *numbers}
         entry = _check_keys("The network", self.network, keys | {"clusterer", "pruner"})
         _check_clusters(classifier)
-        vars(classifier).setdefault("prefix_low_rank_", 1.0)  # older files have none
+        if not hasattr(classifier, "prefix_low_rank_"):  # in older files
+            classifier.prefix_low_rank_ = 1.0
         n_classes, n_clusters = len(classifier.classes_), len(classifier.cluster_names_)
         for key in ("scores_", "supports_", "repair_errors_"):
             if len(getattr(classifier, key)) != n_clusters:

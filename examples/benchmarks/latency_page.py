@@ -11,7 +11,7 @@ import figures
 import numpy as np
 import rst
 from parts import PARTS
-from record import files, from_hex, read
+from record import LOW_RANK, files, from_hex, read
 from stats import estimate
 
 NAME = "latency"
@@ -78,6 +78,8 @@ def series(row: Row) -> str:
     }.get(row["contestant"], row["contestant"])
     if row["contestant"] == "SINF":
         return f"SINF, {row['kind']}"
+    if row["kind"].endswith(LOW_RANK):
+        name += f", {LOW_RANK}"
     ending = {
         "fused": ", with a probe",
         "exit": ", with a probe and exits",
@@ -89,7 +91,8 @@ def series(row: Row) -> str:
 
 def colours(rows: Sequence[Row]) -> dict[str, str]:
     """One colour for each line, the same in all figures of a network."""
-    names = dict.fromkeys(series(row) for row in rows)
+    # Those of low rank have the colour of what they were made of.
+    names = dict.fromkeys(series(row).replace(f", {LOW_RANK}", "") for row in rows)
     palette = [*figures.COLOURS, "#999999", "#7F3C8D", "#6B4C2A"]
     return {name: palette[i % len(palette)] for i, name in enumerate(names)}
 
@@ -132,8 +135,10 @@ def _trade(found: Results, form: str) -> Path:
             x, y = np.transpose(points)
             shown = np.maximum(y, WORST)
             routed = name.startswith("SINF")
-            style: dict[str, Any] = {"color": palette[name], "markersize": 5 if routed else 4}
-            axis.plot(x, shown, "D-" if routed else "o-", label=name, linewidth=1.2, **style)
+            colour = palette[name.replace(f", {LOW_RANK}", "")]
+            style: dict[str, Any] = {"color": colour, "markersize": 5 if routed else 4}
+            line = ("D" if routed else "o") + ("--" if LOW_RANK in name else "-")
+            axis.plot(x, shown, line, label=name, linewidth=1.2, **style)
             if (y < WORST).any():
                 axis.plot(x[y < WORST], shown[y < WORST], "v", clip_on=False, **style)
         axis.axhline(0, color="0.3", linestyle="--", linewidth=1)
@@ -351,9 +356,10 @@ All contenders of a form, batch size and number of threads take turns in one run
 warm-up; several batches take turns too. Speed-up: median over rounds of the time of the folded
 base over that of the contender in the same round. Networks: the base; one network pruned for all
 classes (structured OBS, global budget), alone, fused with a probe like the router's, and left early
-where that probe is sure; torch-pruning's at the same budgets, as shipped and with our repair;
-SINF. Where batches are mixed by routed cluster (*uniform*: equally many of each, *single*: all of
-one, none on the fallback) the base runs natural ones.
+where that probe is sure, also with layers of low rank; torch-pruning's at the same budgets, as
+shipped and with our repair; SINF, also with a prefix of low rank. Where batches are mixed by routed
+cluster (*uniform*: equally many of each, *single*: all of one, none on the fallback) the base runs
+natural ones.
 
 ``python examples/benchmarks/latency.py --weights WEIGHTS --data FOLDER --split report``
 """

@@ -16,6 +16,7 @@ import _paper  # noqa: F401
 import numpy as np
 import rst
 from latency_page import Results, Row
+from record import LOW_RANK
 from stats import estimate
 from study import RESULTS
 
@@ -32,9 +33,11 @@ BASES = {
 }
 PRUNED = {
     "SINF": ("SINF", "confusion 5", "SINF"),
+    "SINF, low rank in its prefix": ("SINF", f"confusion 5, {LOW_RANK}", "SINF"),
     "(a) ONE network, all classes": ("one network", "obs", "one"),
     "(b) the same, with a probe": ("one network", "obs", "fused"),
     "(e) the same, exits at the probe": ("one network", "obs", "exit"),
+    "(r) the same, low rank": ("one network", f"obs, {LOW_RANK}", "exit"),
     "(t) torch-pruning's choice by L2, our repair": (
         "torch-pruning",
         "magnitude_l2 local",

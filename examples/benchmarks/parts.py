@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from sinfkit.graph import trace
 from sinfkit.layer_times import layer_seconds
+from sinfkit.low_rank import factorized
 from sinfkit.network import SINFNetwork
 from sinfkit.profiling import count_macs, paired_latency
 
@@ -96,7 +97,8 @@ def by_layer(network: SINFNetwork, base: nn.Module, x: Tensor, rounds: int) -> l
     -------
     list of dict
         In order of execution: ``layer``, ``base_macs``, ``macs`` (for one sample, mean over the
-        batch), ``base_seconds``, ``seconds`` (for the batch, over all branches).
+        batch), ``base_seconds``, ``seconds`` (for the batch, over all branches).  Two layers in the
+        place of one count as that one.
 
     Notes
     -----
@@ -136,7 +138,7 @@ def _macs(pieces: list[tuple[nn.Module, Tensor]], n: int) -> dict[str, float]:
     total: dict[str, float] = defaultdict(float)
     for module, batch in pieces:
         for name, macs in count_macs(module, batch[:1])[1].items():
-            total[name] += macs * len(batch) / n
+            total[factorized(name)] += macs * len(batch) / n
     return total
 
 
@@ -146,5 +148,5 @@ def _seconds(pieces: list[tuple[nn.Module, Tensor]], repeats: int) -> dict[str, 
     for module, batch in pieces:
         graph = module if isinstance(module, fx.GraphModule) else trace(module)
         for name, seconds in layer_seconds(graph, batch, repeats, warmup=1).items():
-            total[name] += seconds
+            total[factorized(name)] += seconds
     return total

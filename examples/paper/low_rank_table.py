@@ -24,7 +24,7 @@ import rst
 import sinf_table
 import study as base
 import torch
-from record import Table, files, read
+from record import LOW_RANK, Table, files, read
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     errors = {}
     x, fresh = (torch.cat(list(held.batches(X))) for X in (held.X[rows], held.X_test[:_IMAGES]))
     for entry in tqdm(list(sinf_table.entries_of(table_options, held)), unit=" networks"):
-        if entry.contestant != "SINF" or sinf_table.LOW_RANK in entry.kind:
+        if entry.contestant != "SINF" or LOW_RANK in entry.kind:
             continue
         network = sinf_table.fitted(table_options, entry, held)[0].network_
         for share in SHARES:

@@ -16,6 +16,8 @@ import torch
 
 import sinfkit
 
+LOW_RANK = "low rank"  # how the kind of networks with such layers ends
+
 
 class Table:
     """An append-only CSV file whose rows are known by their key columns.

@@ -9,7 +9,7 @@ from typing import Any
 import figures
 import numpy as np
 import rst
-from record import files, from_hex, read
+from record import LOW_RANK, files, from_hex, read
 from stats import Estimate, estimate
 
 NAME = "sinf"
@@ -79,7 +79,12 @@ class Results:
         outside the range that was measured.
         """
         cost = self.cost(row)
-        controls = [c for c in self.of("one network", variant) if c["seed"] == row["seed"]]
+        # Layers of low rank stand against layers of low rank.
+        controls = [
+            c
+            for c in self.of("one network", variant)
+            if c["seed"] == row["seed"] and _low_rank(c) == _low_rank(row)
+        ]
         # The unpruned network is the control that nothing was taken from.
         controls += self.of("base", "one" if variant == "one" else variant)
         known = sorted(
@@ -92,6 +97,11 @@ class Results:
         (t0, fast), (t1, slow) = known[max(above - 1, 0)], known[above]
         share = 1.0 if t1 == t0 else (cost - t0) / (t1 - t0)
         return (1 - share) * fast + share * slow
+
+
+def _low_rank(row: Mapping[str, str]) -> str:
+    """What tells networks with layers of low rank from those without, for names."""
+    return f", {LOW_RANK}" if row["kind"].endswith(LOW_RANK) else ""
 
 
 def _identity(row: Mapping[str, str]) -> tuple[str, ...]:
@@ -117,7 +127,10 @@ def draw(path: Path) -> Path | None:
             textcoords="offset points",
             color="0.3",
         )
-        for (name, rows), colour in zip(series.items(), figures.COLOURS, strict=False):
+        # Those of low rank have the colour of what they were made of.
+        plain = list(dict.fromkeys(name.removesuffix(f", {LOW_RANK}") for name in series))
+        for name, rows in series.items():
+            colour = figures.COLOURS[plain.index(name.removesuffix(f", {LOW_RANK}"))]
             points = []
             for row in rows:
                 cost = found.time(row) if use_time else float(row["macs"])
@@ -128,6 +141,7 @@ def draw(path: Path) -> Path | None:
                 x, y = np.transpose(points)
                 # (b) lies on (a) where the probe has no weight: a smaller, broken line on top.
                 style = "D" if len(points) < 2 else "s--" if name in CONTROLS.values() else "o-"
+                style = "o:" if name.endswith(LOW_RANK) else style
                 size = 2.5 if style == "s--" else None
                 axis.plot(x, y, style, color=colour, label=name, markersize=size)
         axis.set(xlabel=f"{'time' if use_time else 'multiplications'} saved (%)")
@@ -144,10 +158,17 @@ def _series(found: Results) -> dict[str, list[Mapping[str, str]]]:
     main = [kind for kind in kinds if kinds.count(kind) > 1 and not kind.startswith("random")]
     series = {}
     for kind in dict.fromkeys(main):
-        series["SINF"] = [row for row in rows if row["kind"] == kind]
-        stay = found.of("SINF", "no exit")
-        series["SINF without exits"] = [row for row in stay if row["kind"] == kind]
-    series |= {CONTROLS[v]: found.of("one network", v) for v in CONTROLS}
+        own = [row for row in rows if row["kind"] == kind]
+        series[f"SINF{_low_rank(own[0])}"] = own
+        if not _low_rank(own[0]):
+            stay = found.of("SINF", "no exit")
+            series["SINF without exits"] = [row for row in stay if row["kind"] == kind]
+    for variant, name in CONTROLS.items():
+        controls = found.of("one network", variant)
+        series[name] = [row for row in controls if not _low_rank(row)]
+    series[f"{CONTROLS['exit']}, {LOW_RANK}"] = [
+        row for row in found.of("one network", "exit") if _low_rank(row)
+    ]
     series = {name: [row for row in own if row["seed"] == "0"] for name, own in series.items()}
     if searched:
         series["SINF, sizes searched"] = searched

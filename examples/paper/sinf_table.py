@@ -28,7 +28,7 @@ import joblib
 import numpy as np
 import study as base
 import torch
-from record import Table, to_hex
+from record import LOW_RANK, Table, to_hex
 from sinf_page import TIMES, draw
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -44,7 +44,6 @@ KEYS = ("network", "width", "base_seed", "split", "contestant", "kind", "size", 
 VALUES = ("images", "right", "answers", "macs", "fallback", "exits")
 VALUES += ("routed_right", "route_layer")
 VALUES += ("n_clusters", "fit_seconds", "clusters", "cluster_names", "labels")
-LOW_RANK = "low rank"
 KINDS = ("confusion", "activation", "given", "random")
 
 
