@@ -146,7 +146,8 @@ def draw(path: Path) -> Path | None:
                 axis.plot(x, y, style, color=colour, label=name, markersize=size)
         axis.set(xlabel=f"{'time' if use_time else 'multiplications'} saved (%)")
     axes[0].set_ylabel("accuracy (%)")
-    axes[0].legend(fontsize=7, loc="lower left")
+    # Not everything need have been timed.
+    axes[0].legend(*axes[-1].get_legend_handles_labels(), fontsize=7, loc="lower left")
     return figures.save(figure, path.with_suffix(".png"))
 
 
