@@ -387,6 +387,7 @@ def test_sizes_clusters_and_route_layer_are_searched(frozen, data):
     chosen = {
         "route_layer": clf.route_layer_,
         "prefix_ratio": clf.prefix_ratio_,
+        "low_rank": clf.prefix_low_rank_,
         "budget": clf.pruner_.budget,
         "max_ratio": clf.pruner_.max_ratio,
         "n_clusters": clf.network_.n_clusters,
@@ -413,10 +414,11 @@ def test_time_can_be_what_counts(frozen, data):
     assert len(tried) > 1 and all(0 < row["relative_time"] < 2 for row in tried)
     goal = Goal(0.05)
     outcomes = [Outcome(row["accuracy_drop"], row["relative_time"]) for row in tried]
+    chosen = clf.pruner_.budget, clf.prefix_low_rank_, clf.network_.n_clusters
     kept = next(
         outcome
         for outcome, row in zip(outcomes, tried, strict=True)
-        if (row["budget"], row["n_clusters"]) == (clf.pruner_.budget, clf.network_.n_clusters)
+        if (row["budget"], row["low_rank"], row["n_clusters"]) == chosen
     )
     assert not any(goal.better(other, kept) for other in outcomes)
     assert clf.pruner_.budget_unit == "latency"
@@ -512,11 +514,13 @@ def test_a_speed_can_be_asked_for(frozen, data):
     # Whatever a busy machine measures, nothing that was tried serves the goal better.
     goal = Goal(clf.max_accuracy_drop, speedup=1.01)
     tried = {
-        row["budget"]: Outcome(row["accuracy_drop"], row["relative_macs"], row["speedup"])
+        (row["budget"], row["low_rank"]): Outcome(
+            row["accuracy_drop"], row["relative_macs"], row["speedup"]
+        )
         for row in clf.search_results_
     }
     assert len(tried) > 1
-    best = tried[clf.pruner_.budget]
+    best = tried[clf.pruner_.budget, clf.prefix_low_rank_]
     assert not any(goal.better(other, best) for other in tried.values())
     with pytest.raises(ValueError, match="target_speedup"):
         SINFClassifier(frozen, target_speedup=0.5).fit(X, y)
