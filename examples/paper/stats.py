@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,17 +53,32 @@ def bootstrap(values: Sequence[np.ndarray], repeats: int = REPEATS, seed: int = 
     columns = [_two_axes(v) for v in values]
     if not columns or min(len(v) for v in columns) == 0:
         raise ValueError("there must be a cluster, and an image in each")
-    rng = np.random.default_rng(seed)
-    n = len(columns)
-    drawn = rng.integers(n, size=(repeats, n))
+    counts = _counts(tuple(len(v) for v in columns), repeats, seed)
     total = np.zeros((repeats, columns[0].shape[1]))
-    for k, own in enumerate(columns):
-        times = (drawn == k).sum(1)
-        repeat = np.repeat(np.arange(repeats), times)
-        share = np.full(len(own), 1 / len(own))
-        counts = rng.multinomial(len(own), share, size=len(repeat))
-        np.add.at(total, repeat, counts @ own / len(own))
-    return total / n
+    start = 0
+    for own in columns:
+        total += counts[:, start : start + len(own)] @ own / len(own)
+        start += len(own)
+    return total / len(columns)
+
+
+@functools.lru_cache(maxsize=2)
+def _counts(sizes: tuple[int, ...], repeats: int, seed: int) -> np.ndarray:
+    """How often each repeat draws each image of clusters of these sizes.
+
+    Kept, since a page compares hundreds of answers to the same images.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(sizes)
+    drawn = rng.integers(n, size=(repeats, n))
+    counts = np.zeros((repeats, sum(sizes)), dtype=np.float32)
+    start = 0
+    for k, size in enumerate(sizes):
+        repeat = np.repeat(np.arange(repeats), (drawn == k).sum(1))
+        own = rng.multinomial(size, np.full(size, 1 / size), size=len(repeat))
+        np.add.at(counts[:, start : start + size], repeat, own)
+        start += size
+    return counts
 
 
 def estimate(values: Sequence[np.ndarray], repeats: int = REPEATS, seed: int = 0) -> Estimate:
