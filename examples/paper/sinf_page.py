@@ -68,17 +68,19 @@ class Results:
         found = self.times.get(_identity(row))
         return float(found["ratio"]) if found else None
 
-    def cost(self, row: Mapping[str, str]) -> float | None:
-        """Time relative to the base; where no times were taken, multiplications."""
-        return self.time(row) if self.times else float(row["macs"])
+    def cost(self, row: Mapping[str, str], counted: bool = False) -> float | None:
+        """Time relative to the base; where no times were taken, or `counted`, multiplications."""
+        return self.time(row) if self.times and not counted else float(row["macs"])
 
-    def at_equal_cost(self, row: Mapping[str, str], variant: str) -> np.ndarray | None:
+    def at_equal_cost(
+        self, row: Mapping[str, str], variant: str, counted: bool = False
+    ) -> np.ndarray | None:
         """Answers of the control at a row's cost: between the two of its draw that are next to it.
 
         Each image counts as right in proportion to how near the control that has it right is; None
         outside the range that was measured.
         """
-        cost = self.cost(row)
+        cost = self.cost(row, counted)
         # Layers of low rank stand against layers of low rank.
         controls = [
             c
@@ -88,7 +90,7 @@ class Results:
         # The unpruned network is the control that nothing was taken from.
         controls += self.of("base", "one" if variant == "one" else variant)
         known = sorted(
-            ((t, self.right(c)) for c in controls if (t := self.cost(c)) is not None),
+            ((t, self.right(c)) for c in controls if (t := self.cost(c, counted)) is not None),
             key=lambda pair: pair[0],
         )
         if cost is None or not known or not known[0][0] <= cost <= known[-1][0]:
@@ -262,7 +264,7 @@ def _verdict(found: Results) -> str:
 
 
 def _over_draws(found: Results) -> str:
-    """The same, mean and spread over draws of calibration images, where there are several."""
+    """Mean and spread over draws of calibration images, not all of which need have been timed."""
     budgets: dict[tuple[str, str, str], list[Mapping[str, str]]] = {}
     for variant in ("SINF", "no exit"):
         for row in found.of("SINF", variant):
@@ -275,14 +277,14 @@ def _over_draws(found: Results) -> str:
         gains = [found.gain(row).mean[0] for row in rows]
         cells.append([f"{name}, {kind}, {size}", str(len(rows)), _spread(gains)])
         for control in CONTROLS:
-            equal = [found.at_equal_cost(row, control) for row in rows]
+            equal = [found.at_equal_cost(row, control, counted=True) for row in rows]
             pairs = zip(rows, equal, strict=True)
             ahead = [found.gain(r, e).mean[0] for r, e in pairs if e is not None]
             cells[-1].append(_spread(ahead) if ahead else "")
     if not cells:
         return ""
-    header = ["", "draws", "against the base", *(f"ahead of {n}" for n in CONTROLS.values())]
-    caption = "Points, mean over draws of calibration images (least to most)"
+    header = ["", "draws", "points against the base", *(f"ahead of {n}" for n in CONTROLS.values())]
+    caption = "At equal multiplications, mean over draws of calibration images (least to most)"
     return rst.list_table(header, cells, caption)
 
 
