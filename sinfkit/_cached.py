@@ -77,7 +77,7 @@ def score(
     classes : int ndarray
         Ascending positions in ``calibration.table.classes``.
     recipe : Recipe
-        Its ratios and repair do not matter.
+        Its ratios and repair do not matter, nor does its schedule beyond ``measures_losses``.
     memory : str, joblib.Memory or None
     rows : Rows, optional
         The samples, where `calibration` is without them.
@@ -93,6 +93,7 @@ def score(
     key: tuple[Any, ...] = (
         *calibration.key,
         criterion.name,
+        recipe.measures_losses,
         sorted(recipe.options.items()),
         recipe.pool_size,
         calibration.seed,

@@ -9,20 +9,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.isotonic import isotonic_regression
 from torch import Tensor, fx
 
 from .costs import CostModel, network_cost
 from .layer_times import fit_layer_times
 from .profiling import paired_latency
 from .schedules import marginal_losses, widths_within
-from .scores import CRITERIA
 from .subgraph import Recipe, Scored, choose_channels
 from .surgery import ChannelGroup, slice_channels
 
 __all__ = ["Budgeted", "budgeted_widths", "shared_widths", "tighten"]
 
-# Criteria whose scores add up what was lost before.
-_CUMULATIVE = (CRITERIA["obs"], CRITERIA["dcs_obs"])
 _REPEATS = 15  # rounds of a measurement
 _BISECTIONS = 5
 
@@ -79,7 +77,9 @@ def shared_widths(
     -----
     Clusters keep different filters but equally many, so that one compiled graph serves them all.
     What the n-th removal from a group costs is the mean over clusters of what each one's own n-th
-    removal costs.
+    removal costs.  Where `Scored.losses` are known, that is what it adds to them; but a removal
+    that makes cheaper ones possible is taken together with them, at their mean: the lower convex
+    hull of the losses.
     """
     budget = recipe.budget if budget is None else budget
     if budget is None:
@@ -100,7 +100,9 @@ def _losses(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.f
 def _each(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.float64]:
     """Comparable losses of one group, from scores of one set of classes."""
     try:
-        if recipe.criterion in _CUMULATIVE:
+        if group.name in scored.losses:
+            return isotonic_regression(np.diff(scored.losses[group.name], prepend=0.0))
+        if recipe.criterion.cumulative:
             scores = scored.layers[group.name]
             # A group whose readers are unknown was ranked by L1 norm, in shares that add up to 1.
             if abs(scores.sum() - 1) > 1e-9:

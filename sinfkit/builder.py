@@ -303,7 +303,8 @@ class Builder:
         """Filter scores for several sets of classes, those that are new side by side."""
         calibration, memory = self.calibration, self.settings.memory
         names = tuple(g.name for g in groups)
-        keys = [(names, tuple(classes), id(recipe.criterion.function)) for classes in sets]
+        which = id(recipe.criterion.function), recipe.measures_losses
+        keys = [(names, tuple(classes), *which) for classes in sets]
         new = {key: s for key, s in zip(keys, sets, strict=True) if key not in self._scores}
         if new:
             assert self._statistics is not None, "gather comes first"
@@ -363,13 +364,14 @@ class Builder:
         if size.prefix_ratio is not None:
             recipe = replace(recipe, max_ratio=size.prefix_ratio)
         else:
+            recipe = replace(recipe, schedule="global", max_ratio=size.max_ratio)
             late = {group.name for group in sliceable(calibration.groups, behind)}
             both = sliceable(calibration.groups, [*inside, *behind])
             if self.settings.fallback == "base":
                 # Behind the prefix the dense rest must find the channels that it was trained with.
                 early = {group.name for group in groups}
                 both = [group for group in both if group.name in early | late]
-            widths = self._shared_widths(both, cut, size, n_clusters)
+            widths = self._shared_widths(both, cut, recipe, size, n_clusters)
             groups = [group for group in both if group.name not in late]
         dense = self._dense_prefix(cut)
         if not groups:
@@ -408,14 +410,17 @@ class Builder:
         return replace(prefix, module=module)
 
     def _shared_widths(
-        self, groups: list[ChannelGroup], cut: CutPoint, size: Size, n_clusters: int
+        self,
+        groups: list[ChannelGroup],
+        cut: CutPoint,
+        recipe: Recipe,
+        size: Size,
+        n_clusters: int,
     ) -> dict[str, int]:
         """Widths on both sides of the cut under one budget, by what all classes would lose."""
-        calibration, settings = self.calibration, self.settings
-        everything = np.arange(len(calibration.table.classes))
+        everything = np.arange(len(self.calibration.table.classes))
         with naming("prefix_criterion"):
-            scored = self._score(groups, everything, settings.prefix_recipe)
-        recipe = replace(settings.prefix_recipe, max_ratio=size.max_ratio)
+            scored = self._score(groups, everything, recipe)
         cost = self._cost(groups, {}, cut, n_clusters)
         return shared_widths(groups, [scored], cost, recipe, size.budget)
 
@@ -494,7 +499,10 @@ class Builder:
         ]
         widths = None
         if recipe.schedule == "global":
-            widths = prefix.widths or self._widths(groups, prefix, clusters, recipe, plan.cut, size)
+            if prefix.widths:
+                widths, recipe = prefix.widths, replace(recipe, schedule="uniform")  # just ranks
+            else:
+                widths = self._widths(groups, prefix, clusters, recipe, plan.cut, size)
         several = [c for c, classes in enumerate(clusters) if len(classes) > 1]
         scored = self._score_each(groups, [clusters[c] for c in several], recipe)
         sliced = None if prefix.module is dense else SlicedPrefix(prefix.module)
@@ -742,5 +750,5 @@ def _fast(batch: Tensor) -> Tensor:
 
 
 def _reads_samples(recipe: Recipe) -> bool:
-    """Whether the criterion runs the network on samples, beside what `gather` has collected."""
-    return not recipe.criterion.needs <= _COLLECTED
+    """Whether scoring runs the network on samples, beside what `gather` has collected."""
+    return recipe.measures_losses or not recipe.criterion.needs <= _COLLECTED

@@ -30,9 +30,17 @@ from .moments import (
     n_blocks,
 )
 
-__all__ = ["Consumer", "gather_consumers", "marginal_costs", "removal_costs", "weigh_outputs"]
+__all__ = [
+    "Consumer",
+    "costs_in_order",
+    "gather_consumers",
+    "marginal_costs",
+    "removal_costs",
+    "weigh_outputs",
+]
 
 _DAMPING = 1e-2  # of the mean second moment: what few samples do not show is not free to remove
+_IN_ORDER = 32  # channels for which one look at all of them serves, where their order is given
 _POOL = 8  # channels, at least, that one look at all of them serves
 
 
@@ -213,18 +221,7 @@ def removal_costs(consumers: Sequence[Consumer], n_channels: int, n_groups: int 
     (0, True)
     """
     run = n_channels // n_groups
-    problems = [
-        _Problem(consumer, block, run)
-        for consumer in consumers
-        for block in range(len(consumer.gram))
-        if len(consumer.columns[block][1])
-    ]
-    totals = {consumer.name: 0.0 for consumer in consumers}
-    for problem in problems:
-        totals[problem.name] += problem.variance
-    problems = [problem for problem in problems if totals[problem.name] > 0]
-    for problem in problems:
-        problem.share = 1.0 / totals[problem.name]
+    problems = _problems(consumers, run)
     score = torch.zeros(n_channels, dtype=torch.float64)
     if not problems:
         return score
@@ -246,6 +243,50 @@ def removal_costs(consumers: Sequence[Consumer], n_channels: int, n_groups: int 
             problem.remove(np.array(out))
         left = np.setdiff1d(left, out)
     return score
+
+
+def costs_in_order(consumers: Sequence[Consumer], order: np.ndarray) -> np.ndarray:
+    """What is lost for good while a group's channels leave in a given order.
+
+    Parameters
+    ----------
+    consumers : sequence of Consumer
+    order : int ndarray of shape (n_units,)
+        The units that leave, the first one first: channels or, in a group of several runs (see
+        `removal_costs`), local indices.  All of them, once.
+
+    Returns
+    -------
+    ndarray of shape (n_units,)
+        As the scores of `removal_costs`: of the consumers' output variance the share that is lost
+        when so many have left and the weights on the others are the best there are.  Not
+        descending.  Zeros where there is no consumer.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from sinfkit.obs import Consumer, costs_in_order
+    >>> columns = ((np.arange(2)[:, None], np.arange(2)),)
+    >>> gram = torch.diag(torch.tensor([3.0, 1.0])).double()[None]  # independent inputs
+    >>> consumer = Consumer("next", gram, torch.ones(1, 1, 2).double(), columns)
+    >>> costs_in_order([consumer], np.array([1, 0])).round(2)
+    array([0.25, 1.  ])
+    """
+    lost = np.zeros(len(order))
+    problems = _problems(consumers, len(order))
+    if not problems:
+        return lost
+    for start in range(0, len(order), _IN_ORDER):
+        pool = order[start : start + _IN_ORDER]
+        # Of the inverse, only the corner of those that leave next is kept up to date one by one.
+        corners = [problem.corner(pool) for problem in problems]
+        for i, unit in enumerate(pool, start):
+            lost[i] = _sum_of_costs(corners)[unit]
+            for corner in corners:
+                corner.remove(np.array([unit]))
+        for problem in problems:
+            problem.remove(pool)
+    return np.cumsum(lost)
 
 
 def marginal_costs(costs: Tensor, n_groups: int = 1) -> Tensor:
@@ -314,6 +355,23 @@ def weigh_outputs(
             consumer = replace(consumer, weight=consumer.weight * rows[:, :, None])
         weighed.append(consumer)
     return weighed
+
+
+def _problems(consumers: Sequence[Consumer], run: int) -> list[_Problem]:
+    """The blocks of consumers that channels can leave, each with its share in a loss."""
+    problems = [
+        _Problem(consumer, block, run)
+        for consumer in consumers
+        for block in range(len(consumer.gram))
+        if len(consumer.columns[block][1])
+    ]
+    totals = {consumer.name: 0.0 for consumer in consumers}
+    for problem in problems:
+        totals[problem.name] += problem.variance
+    problems = [problem for problem in problems if totals[problem.name] > 0]
+    for problem in problems:
+        problem.share = 1.0 / totals[problem.name]
+    return problems
 
 
 def _sum_of_costs(problems: Sequence[_Problem]) -> np.ndarray:

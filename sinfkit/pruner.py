@@ -55,10 +55,11 @@ class DCSPruner(
     schedule : {"linear", "geometric", "uniform", "global", "iterative"}, default="linear"
         How many filters each layer loses.  The first three say how the fraction removed grows from
         the first layer to the last; ``"uniform"`` removes `max_ratio` everywhere.  ``"global"``
-        removes, over all layers, what is lost most cheaply until `budget` is met.  ``"iterative"``
-        removes what scores far below its layer's mean, scores again, and goes on while the accuracy
-        on held-out samples allows (IterTVSPrune; theirs has ``criterion="hellinger"`` and
-        ``repair="none"``).
+        removes, over all layers, what is lost most cheaply until `budget` is met; the criterion
+        orders the filters of a layer, and layers are compared by what their readers lose for good
+        (see `sinfkit.obs.costs_in_order`).  ``"iterative"`` removes what scores far below its
+        layer's mean, scores again, and goes on while the accuracy on held-out samples allows
+        (IterTVSPrune; theirs has ``criterion="hellinger"`` and ``repair="none"``).
     min_ratio : float, default=0.1
         Fraction of filters removed from the first layer (the paper's r_M).
     max_ratio : float, optional

@@ -17,6 +17,7 @@ __all__ = [
     "marginal_losses",
     "n_above_mean",
     "n_removed",
+    "removal_order",
     "removal_ratios",
     "select_kept",
     "select_top",
@@ -224,8 +225,38 @@ def select_top(scores: ArrayLike, n_kept: int, n_groups: int = 1) -> NDArray[np.
             f"n_kept must be a multiple of {n_groups} up to {len(values)}, got {n_kept}"
         )
     # A stable sort of the negated scores puts the lower of two tied indices first.
-    local = np.sort(np.argsort(-units.sum(0), kind="stable")[: n_kept // n_groups])
+    local = np.sort(removal_order(values, n_groups)[units.shape[1] - n_kept // n_groups :])
     return (np.arange(n_groups)[:, None] * units.shape[1] + local).ravel().astype(np.int64)
+
+
+def removal_order(scores: ArrayLike, n_groups: int = 1) -> NDArray[np.int64]:
+    """The order in which filters go: the lowest scores first, of equal ones the highest index.
+
+    Parameters
+    ----------
+    scores : array-like of shape (n_filters,)
+        As for `select_kept`.
+    n_groups : int, default=1
+        As for `select_kept`.
+
+    Returns
+    -------
+    ndarray of shape (n_filters / n_groups,)
+        Local indices, int64; `select_top` keeps the last ones.
+
+    Raises
+    ------
+    ValueError
+        As for `select_kept`.
+
+    Examples
+    --------
+    >>> from sinfkit.schedules import removal_order
+    >>> removal_order([0.3, 0.1, 0.3, 0.2])
+    array([1, 3, 2, 0])
+    """
+    units = _by_unit(_checked(scores), n_groups)
+    return np.argsort(-units.sum(0), kind="stable")[::-1].astype(np.int64)
 
 
 def marginal_losses(

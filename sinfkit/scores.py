@@ -115,6 +115,9 @@ class Criterion:
         Keyword arguments that the function knows.
     weighted : bool
         Whether it knows samples that count more than others, or looks at no sample.
+    cumulative : bool
+        Whether a score says what is lost when this filter and all of lower score are gone, as a
+        share of what layers have in common; see `sinfkit.obs.removal_costs`.
     """
 
     name: str
@@ -122,6 +125,7 @@ class Criterion:
     needs: frozenset[str]
     options: frozenset[str]
     weighted: bool = True
+    cumulative: bool = False
 
     def __reduce__(self) -> Any:
         # By name: some are made by a function, and the caches know the package's own by identity.
@@ -137,13 +141,13 @@ CRITERIA: dict[str, Criterion] = {}
 
 
 def _register(
-    name: str, needs: Iterable[str], *, weighted: bool = True
+    name: str, needs: Iterable[str], *, weighted: bool = True, cumulative: bool = False
 ) -> Callable[[_Function], _Function]:
     """Put a criterion into the registry; its keyword-only parameters are its options."""
 
     def decorate(function: _Function) -> _Function:
         options = _keywords(function)
-        CRITERIA[name] = Criterion(name, function, frozenset(needs), options, weighted)
+        CRITERIA[name] = Criterion(name, function, frozenset(needs), options, weighted, cumulative)
         return function
 
     return decorate
@@ -305,7 +309,7 @@ def taylor_squared(data: LayerData) -> Tensor:
     return _need(data, "taylor_squared").detach().double()
 
 
-@_register("obs", needs=("weight", "consumers"))
+@_register("obs", needs=("weight", "consumers"), cumulative=True)
 def obs(data: LayerData) -> Tensor:
     """What the layers behind lose for good without a filter, see `sinfkit.obs.removal_costs`.
 
@@ -318,7 +322,7 @@ def obs(data: LayerData) -> Tensor:
     return removal_costs(consumers, len(_need(data, "weight")), data.n_groups)
 
 
-@_register("dcs_obs", needs=("y", "weight", "consumers", "consumer_features"))
+@_register("dcs_obs", needs=("y", "weight", "consumers", "consumer_features"), cumulative=True)
 def dcs_obs(data: LayerData, *, penalty: float = 3.0, power: float = 1.0) -> Tensor:
     """What the layers behind lose for good, each of their outputs counted by its own DCS.
 

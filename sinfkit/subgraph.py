@@ -23,9 +23,9 @@ from .costs import UNITS
 from .data_flow import gather_couplings
 from .feature_maps import MAX_IMAGES, STATISTICS, map_statistics
 from .graph import batch_norm_behind
-from .obs import gather_consumers, norm_gains
+from .obs import Consumer, costs_in_order, gather_consumers, norm_gains
 from .repair import REPAIRS
-from .schedules import SCHEDULES, n_removed, removal_ratios, select_top
+from .schedules import SCHEDULES, n_removed, removal_order, removal_ratios, select_top
 from .scores import Criterion, LayerData, get_criterion
 from .surgery import ChannelGroup, check_sliced, slice_channels
 
@@ -73,6 +73,11 @@ class Recipe:
     budget_unit: str = "macs"
     max_accuracy_drop: float | None = None
     round_to: int = 1
+
+    @property
+    def measures_losses(self) -> bool:
+        """Whether layers are compared by what their readers lose, which the scores do not say."""
+        return self.schedule == "global" and not self.criterion.cumulative
 
 
 def make_recipe(
@@ -368,10 +373,21 @@ def choose_channels(
 
 @dataclass(frozen=True)
 class Scored:
-    """Filter scores of one set of classes, by layer and by group."""
+    """Filter scores of one set of classes.
+
+    Attributes
+    ----------
+    layers, groups : dict of str to ndarray of shape (n_channels,)
+        Scores by layer, and by name of the group.
+    losses : dict of str to ndarray of shape (n_units,)
+        Where layers are compared by them, by name of the group: what is lost when so many channels
+        have gone, those of the lowest score first; see `sinfkit.obs.costs_in_order`.  A group whose
+        readers are not known has none.
+    """
 
     layers: dict[str, np.ndarray]
     groups: dict[str, np.ndarray]
+    losses: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def score_classes(
@@ -459,7 +475,47 @@ def score_classes(
     )
     for group in groups:
         by_layer |= {layer: by_layer.get(layer, by_layer[group.name]) for layer in group.layers}
-    return Scored(by_layer, group_scores(groups, by_layer, nodes))
+    by_group, losses = group_scores(groups, by_layer, nodes), {}
+    if recipe.measures_losses:
+        readers = _consumers(graph, groups, index, outputs, batches, seed, sample_weight)
+        losses = {
+            group.name: costs_in_order(
+                readers[group.name], removal_order(by_group[group.name], group.n_groups)
+            )
+            for group in groups
+            if readers[group.name]
+        }
+    return Scored(by_layer, by_group, losses)
+
+
+def _consumers(
+    graph: fx.GraphModule,
+    groups: Sequence[ChannelGroup],
+    index: np.ndarray,
+    outputs: Sequence[int],
+    batches: Callable[[np.ndarray], Iterable[Tensor]],
+    seed: int,
+    weight: Tensor | None,
+) -> dict[str, list[Consumer]]:
+    """The layers that read the groups, with second moments from some of the samples."""
+    sample, counts = _drawn(_CONSUMER_IMAGES, index, seed, weight)
+    return gather_consumers(
+        graph,
+        groups,
+        batches(sample),
+        n_images=len(sample),
+        outputs=outputs,
+        seed=seed,
+        sample_weight=counts,
+    )
+
+
+def _drawn(
+    n: int, index: np.ndarray, seed: int, weight: Tensor | None
+) -> tuple[np.ndarray, Tensor | None]:
+    """At most so many of the samples, and their weights."""
+    order = np.random.default_rng(seed).permutation(len(index))[:n]
+    return index[order], None if weight is None else weight[torch.as_tensor(order)]
 
 
 def _collect(
@@ -482,11 +538,6 @@ def _collect(
     def places() -> dict[str, str]:
         return {layer: nodes[layer] for layer in layers}
 
-    def drawn(n: int) -> tuple[np.ndarray, Tensor | None]:
-        """At most so many samples, and their weights."""
-        order = np.random.default_rng(seed).permutation(len(index))[:n]
-        return index[order], None if weight is None else weight[torch.as_tensor(order)]
-
     for name, power in (("taylor", 1), ("taylor_squared", 2)):
         if name in needs:
             labelled = _labelled(batches(index), torch.as_tensor(y))
@@ -499,22 +550,13 @@ def _collect(
     if wanted or "map_range" in needs:
         # Zeros are cheap to count; what takes decompositions is taken of some images.
         decomposed = _DECOMPOSED.intersection(wanted)
-        sample, counts = drawn(MAX_IMAGES) if decomposed else (index, weight)
+        sample, counts = _drawn(MAX_IMAGES, index, seed, weight) if decomposed else (index, weight)
         for layer, found in map_statistics(
             graph, batches(sample), places(), wanted, counts
         ).items():
             collected[layer] |= found
     if "consumers" in needs:
-        sample, counts = drawn(_CONSUMER_IMAGES)
-        consumers = gather_consumers(
-            graph,
-            groups,
-            batches(sample),
-            n_images=len(sample),
-            outputs=outputs,
-            seed=seed,
-            sample_weight=counts,
-        )
+        consumers = _consumers(graph, groups, index, outputs, batches, seed, weight)
         for group in groups:
             collected[group.name]["consumers"] = tuple(consumers[group.name])
     if "couplings" in needs:

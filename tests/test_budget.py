@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers import small_cnn
 
+from sinfkit.activations import collect
 from sinfkit.budget import budgeted_widths, shared_widths, tighten
 from sinfkit.costs import network_cost
-from sinfkit.graph import output_layer, trace
+from sinfkit.graph import observation_nodes, output_layer, trace
 from sinfkit.profiling import count_macs
-from sinfkit.subgraph import Scored, choose_channels, make_recipe, sliceable
+from sinfkit.schedules import removal_order
+from sinfkit.subgraph import Scored, choose_channels, make_recipe, score_classes, sliceable
 from sinfkit.surgery import find_groups, slice_channels
 
 
@@ -83,6 +87,68 @@ def test_optimal_brain_surgeon_scores_are_losses_as_they_are(network):
     assert shared_widths(chosen, [Scored(blind, blind)], cost, recipe("obs", 0.6)) == shared_widths(
         chosen, [Scored(blind, blind)], cost, recipe("l1", 0.6)
     )
+
+
+def test_layers_are_compared_by_what_their_readers_lose(network):
+    graph, groups, chosen, example = network
+    cost = network_cost(graph, groups, chosen, example)
+    scores = {g.name: np.arange(1.0, g.n_channels + 1) for g in chosen}
+    losses = {g.name: np.linspace(0, 1, g.n_channels + 1)[1:] for g in chosen}
+    cheap = {**losses, "0": 0.001 * losses["0"]}
+    plain = shared_widths(chosen, [Scored(scores, scores, losses)], cost, recipe("l1", 0.9))
+    found = shared_widths(chosen, [Scored(scores, scores, cheap)], cost, recipe("l1", 0.9))
+    assert found["0"] < plain["0"]
+    # What stands in the way of cheap removals goes with them.
+    hump = np.full(len(losses["0"]), 0.002)  # all of it with the first one
+    found = shared_widths(
+        chosen, [Scored(scores, scores, {**losses, "0": hump})], cost, recipe("l1", 0.9)
+    )
+    assert found["0"] < plain["0"]
+    # Whose readers are not known is judged by its scores, which may not be negative.
+    del cheap["0"]
+    negative = {**scores, "0": -scores["0"]}
+    with pytest.raises(ValueError, match="Layer '0'.*negative"):
+        shared_widths(chosen, [Scored(negative, negative, cheap)], cost, recipe())
+
+
+def test_with_scores_come_the_losses_of_their_order():
+    network = small_cnn()
+    graph = trace(network)
+    example = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    chosen = sliceable(find_groups(graph, example, output_layer(graph, 6)))
+    first = chosen[0]
+    (reader,) = first.consumers
+    weight = graph.get_submodule(reader).weight.data
+    weight[:, first.n_channels // 2 :] = 0
+    y = np.arange(64) % 6
+
+    def unread_first(data):
+        return torch.arange(len(data.weight), 0, -1)
+
+    for criterion in (unread_first, "activation_std", "dcs", "l1"):
+        made = recipe(criterion, 0.9)
+        nodes = observation_nodes(graph, [layer for g in chosen for layer in g.layers])
+        statistics = collect(graph, [example], nodes, 1)
+        scores = score_classes(
+            graph,
+            chosen,
+            nodes,
+            statistics,
+            np.arange(64),
+            y,
+            made,
+            outputs=range(6),
+            batches=lambda rows: [example[torch.as_tensor(rows)]],
+            seed=0,
+        )
+        assert set(scores.losses) == {group.name for group in chosen}
+        order = removal_order(scores.groups[first.name])
+        added = np.diff(scores.losses[first.name], prepend=0.0)
+        read = order < first.n_channels // 2
+        # Without them nothing is lost, until they have to stand in for those that are read.
+        assert (added[: read.argmax()] < 1e-9).all() and (added[read] > 1e-6).all()
+        linear = replace(made, schedule="linear")
+        assert made.measures_losses and not linear.measures_losses
 
 
 def test_negative_scores_are_refused_by_name(network):

@@ -14,6 +14,7 @@ from sinfkit import DCSPruner, moments, obs
 from sinfkit.graph import trace
 from sinfkit.obs import (
     Consumer,
+    costs_in_order,
     gather_consumers,
     marginal_costs,
     removal_costs,
@@ -109,6 +110,41 @@ def test_runs_leave_together_at_their_joint_cost(exact):
         expected[unit] = losses[unit]
         left.remove(unit)
     torch.testing.assert_close(found, expected.repeat(2), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cells", [1, 3])
+def test_losses_in_a_given_order_are_those_of_least_squares(exact, cells, monkeypatch):
+    monkeypatch.setattr(obs, "_IN_ORDER", 4)  # several looks at all channels
+    x = correlated(10 * cells, seed=cells)
+    x = x - x.mean(0)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(n, 10 * cells, generator=generator).double() for n in (3, 5)]
+    readers = [consumer(x, w, cells, name) for w, name in zip(weights, "ab", strict=True)]
+    order = np.random.default_rng(cells).permutation(10)
+    found = costs_in_order(readers, order)
+    for n in range(1, 11):
+        rest = [u * cells + i for u in order[n:] for i in range(cells)]
+        expected = 0.0
+        for weight in weights:
+            y = x @ weight.T
+            fitted = x[:, rest] @ torch.linalg.lstsq(x[:, rest], y).solution if rest else 0.0
+            expected += float((y - fitted).square().sum() / y.square().sum())
+        assert found[n - 1] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert costs_in_order([], order).tolist() == [0.0] * 10
+
+
+@given(st.integers(0, 2**16), st.integers(2, 40))
+@settings(max_examples=20, deadline=None)
+def test_no_order_loses_less_than_the_greedy_one_at_first(seed, n):
+    x = correlated(n, seed)
+    weight = torch.randn(2, n, generator=torch.Generator().manual_seed(seed)).double()
+    reader = consumer(x, weight, 1)
+    greedy = removal_costs([reader], n)
+    own = costs_in_order([reader], greedy.argsort(stable=True).numpy())
+    np.testing.assert_allclose(own, greedy.sort().values.numpy(), rtol=1e-6, atol=1e-9)
+    other = costs_in_order([reader], np.random.default_rng(seed).permutation(n))
+    assert (np.diff(other) >= -1e-9).all() and other[0] >= own[0] - 1e-9
+    assert other[-1] == pytest.approx(own[-1], rel=1e-4)  # all are gone, in whatever order
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -171,13 +171,18 @@ def test_smallest():
 
 
 def test_needs():
-    assert needs("sinfkit", "l1") == "nothing"
-    assert needs("sinfkit", "l1", "least_squares") == "images (repair)"
-    assert needs("sinfkit", "dcs", "least_squares") == "images, labels"
-    assert needs("sinfkit", "taylor") == "images, labels, gradients"
-    assert needs("sinfkit", "dfpc") == needs("torch-pruning", "fpgm") == "nothing"
-    assert needs("sinfkit", "obs") == "images"
-    assert needs("torch-pruning", "taylor") == "images, labels, gradients"
+    def ours(criterion, repair="none", schedule="linear"):
+        return needs(("sinfkit", criterion, schedule, repair))
+
+    assert ours("l1") == ours("dfpc") == "nothing"
+    assert ours("l1", "least_squares") == "images (repair)"
+    assert ours("l1", "least_squares", "global") == ours("l1", schedule="global")
+    assert ours("l1", schedule="global") == "images (widths)"
+    assert ours("dcs", "least_squares") == ours("dcs", schedule="global") == "images, labels"
+    assert ours("taylor") == "images, labels, gradients"
+    assert ours("obs") == "images"
+    assert needs(("torch-pruning", "fpgm", "global", "none")) == "nothing"
+    assert needs(("torch-pruning", "taylor", "global", "none")) == "images, labels, gradients"
 
 
 def test_what_is_not_reached_is_said_so(tmp_path):

@@ -14,8 +14,9 @@ from sinfkit.scores import CRITERIA
 Contestant = tuple[str, str, str, str]  # library, criterion, schedule, repair
 
 
-def needs(library: str, criterion: str, repair: str = "none") -> str:
-    """What filters are ranked by beside the weights, and whether the repair sees images."""
+def needs(contestant: Contestant) -> str:
+    """What filters are chosen by beside the weights, and whether the repair sees images."""
+    library, criterion, schedule, repair = contestant
     if library == "torch-pruning":
         found = ["images", "labels", "gradients"] if criterion == "taylor" else []
     else:
@@ -24,7 +25,9 @@ def needs(library: str, criterion: str, repair: str = "none") -> str:
         data = fields - {"weight", "norm_scale", "norm_gain", "couplings", "generator"}
         wanted = {"images": data, "labels": gradients or "y" in fields, "gradients": gradients}
         found = [name for name, value in wanted.items() if value]
-    if repair != "none" and "images" not in found:
+    if library != "torch-pruning" and schedule == "global" and "images" not in found:
+        found.append("images (widths)")  # what a layer's readers lose is measured
+    elif repair != "none" and "images" not in found:
         found.append("images (repair)")
     return ", ".join(found) or "nothing"
 

@@ -134,11 +134,11 @@ def _plan(study: base.Study, options: argparse.Namespace) -> list[dict[str, Any]
             seeds = range(resample, options.seeds, options.resamples)
             for seed in seeds if criterion in SEEDED else [0]:
                 for repair in options.repairs:
-                    fixed = needs(library, criterion, repair) == "nothing"
+                    contestant = (library, criterion, schedule, repair)
+                    fixed = needs(contestant) == "nothing"
                     if fixed and resample and criterion not in SEEDED:
                         continue  # the same network for every draw of images
                     for budget in options.budgets:
-                        contestant = (library, criterion, schedule, repair)
                         add(contestant, budget, "", resample, seed)
         for drop in options.drops:
             add((ours, "hellinger", "iterative", "none"), "", drop, resample)
@@ -332,7 +332,7 @@ def _section(found: Found, repair: str) -> str:
         if name != reference and reference in found.right:
             difference = found.ahead(reference, name)
         ahead = "" if difference is None else rst.points(difference)
-        cells.append([text, needs(name[0], name[1], repair), *own, mean, share, ahead])
+        cells.append([text, needs(name), *own, mean, share, ahead])
     what = "as sliced" if repair == "none" else f"repair: {repair}"
     title = f"Accuracy (%), in brackets parameters left (%), by multiplications left; {what}"
     return rst.list_table(header, cells, title)
@@ -393,7 +393,8 @@ def _rounds(found: Found) -> str:
 _INTRODUCTION = """\
 Filters are removed from every hidden layer of the network, for all classes, until a fraction of the
 multiplications is left. Nothing is trained afterwards. Every network is the largest of its kind
-that keeps to the budget. ``global``: ours, what is lost most cheaply goes first, over all layers;
+that keeps to the budget. ``global``: ours, what is lost most cheaply goes first, over all layers
+(filters of a layer in the criterion's order, layers compared by what their readers lose for good);
 ``linear``: ours, the share removed grows from layer to layer; ``torch-pruning``: that package's
 pruners (version 1.6) with their own choice of filters, the same share everywhere (``local``) or
 all filters in one ranking (``global``). Where nothing is repaired these are also sliced by that
