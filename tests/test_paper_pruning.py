@@ -27,7 +27,7 @@ sys.path.remove(str(PAPER))
 
 from sinfkit import DCSPruner
 
-ARGUMENTS = ["--quick", "--criteria", "dcs", "l1", "--importances", "magnitude_l2"]
+ARGUMENTS = ["--quick", "--criteria", "dcs_obs", "l1", "--importances", "magnitude_l2"]
 ARGUMENTS += ["--budgets", "0.7", "0.5", "--schedules", "global", "--device", "cpu"]
 
 
@@ -70,7 +70,7 @@ def test_quick_run_measures_every_contestant(folder):
         assert int(row["right"]) == sum(map(int, f"{int(row['answers'], 16):b}"))
     found = Found(rows)
     assert found.columns == ["0.7", "0.5"]
-    ours = ("sinfkit", "dcs", "global", "least_squares")
+    ours = ("sinfkit", "dcs_obs", "global", "least_squares")
     assert (found.accuracy(ours) > found.accuracy((*ours[:3], "none")) + 0.2).all()
     assert found.macs[ours] == pytest.approx([0.7, 0.5], abs=0.03)
     assert [len(cluster) for cluster in found.right[ours]] == [24] * 4
@@ -202,15 +202,15 @@ def test_what_is_not_reached_is_said_so(tmp_path):
 
     add("", "unpruned", "", "none", 1.0, [1, 1, 1, 0])
     for repair in ("none", "least_squares"):
-        add("sinfkit", "dcs", "global", repair, 0.6666, [1, 1, 1, 0])
-        add("sinfkit", "dcs", "global", repair, 0.4, [1, 1, 0, 0])
+        add("sinfkit", "dcs_obs", "global", repair, 0.6666, [1, 1, 1, 0])
+        add("sinfkit", "dcs_obs", "global", repair, 0.4, [1, 1, 0, 0])
     add("torch-pruning", "random", "global", "none", 0.6666, [1, 0, 0, 0], seed=0)
     add("torch-pruning", "random", "global", "none", 0.6666, [1, 0, 1, 0], seed=1)
     add("torch-pruning", "random", "global", "none", 0.4, None)
     found = Found(read(path))
     rival, ours = (
         ("torch-pruning", "random", "global", "none"),
-        ("sinfkit", "dcs", "global", "none"),
+        ("sinfkit", "dcs_obs", "global", "none"),
     )
     assert found.accuracy(rival).tolist() == pytest.approx([0.375, np.nan], nan_ok=True)
     assert found.ahead(ours, rival).mean[0] == pytest.approx(0.375)  # at the first budget alone
