@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sphinx_gallery.sorting import ExplicitOrder
 
-from sinfkit._version import __version__
+from sinfkit.version import __version__
 
 project = "sinfkit"
 author = "the sinfkit developers"

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from sinfkit import DCSPruner, FrozenModel, SpeedAccuracyDisplay, train_network
-from sinfkit.models import default_network
+from sinfkit.zoo import default_network
 
 # %%
 # Three parts: one to train and calibrate with, one to choose with, and one for the final figure.

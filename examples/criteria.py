@@ -26,7 +26,7 @@ from image_folder import NETWORKS, class_table, load, normaliser, positions
 from sklearn.base import clone
 
 from sinfkit import DCSPruner, load_image_folder
-from sinfkit.scores import LayerData
+from sinfkit.criteria import LayerData
 
 CRITERIA = ("dcs", "fdr", "taylor", "l1", "random")
 RATIOS = ((0.1, 0.5), (0.3, 0.7))

@@ -50,10 +50,9 @@ from sinfkit import (
     vgg16,
     vgg19,
 )
-from sinfkit.datasets import ImageDataset
-from sinfkit.graph import trace
-from sinfkit.network import Normalise
-from sinfkit.profiling import count_macs, fold_batch_norm, paired_latency
+from sinfkit.graph import count_macs, fold_batch_norm, paired_latency, trace
+from sinfkit.inference import Normalise
+from sinfkit.zoo import ImageDataset
 
 NETWORKS = {
     "vgg16": vgg16,

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
-from sinfkit.models import default_network
+from sinfkit.zoo import default_network
 
 try:
     import ray

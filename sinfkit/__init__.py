@@ -1,9 +1,8 @@
 """Semantic Inference: run only the part of a trained network that an input needs."""
 
-from ._version import __version__
 from .classifier import SINFClassifier
 from .clusterer import SemanticClusterer
-from .datasets import load_cifar10, load_cifar100, load_image_folder
+from .criteria.registry import discriminative_capability
 from .display import (
     ClusterTreeDisplay,
     FilterOverlapDisplay,
@@ -12,13 +11,14 @@ from .display import (
     SpeedAccuracyDisplay,
 )
 from .frozen import FrozenModel
-from .models import resnet50, vgg16, vgg19
+from .inference.report import SINFReport
+from .persistence.estimators import StorageError, load
 from .pruner import DCSPruner
-from .report import SINFReport
-from .scores import discriminative_capability
-from .storage import StorageError, load
-from .surgery import SlicingError
-from .training import train_network
+from .slicing.groups import SlicingError
+from .version import __version__
+from .zoo.datasets import load_cifar10, load_cifar100, load_image_folder
+from .zoo.networks import resnet50, vgg16, vgg19
+from .zoo.training import train_network
 
 __all__ = [
     "ClusterTreeDisplay",

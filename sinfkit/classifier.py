@@ -16,17 +16,15 @@ from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._base import (
+from .base import (
     Calibration,
     TorchClassifierMixin,
     TorchEstimator,
     all_or_nothing,
     answers_in_torch,
 )
-from ._calls import caller_level
-from ._jobs import over_chunks
-from ._parameters import check_choice, check_integer, check_number, naming
-from ._validation import (
+from .clusterer import SemanticClusterer
+from .data.validation import (
     encode,
     hold_out,
     validate_weight,
@@ -34,17 +32,18 @@ from ._validation import (
     validate_y,
     without_zeros,
 )
-from .builder import ANSWERS, Builder, Built, Held, Plan, Settings
-from .clusterer import SemanticClusterer
-from .cuts import rank_candidates, try_cuts, usable_cuts
-from .graph import cut_points, find_cut
-from .network import FALLBACKS, SINFNetwork
+from .graph.cuts import cut_points, find_cut
+from .inference.network import FALLBACKS, SINFNetwork
+from .inference.report import SINFReport, make_report
+from .inference.runtime import Runtime
 from .pruner import DCSPruner
-from .report import SINFReport, make_report
-from .runtime import Runtime
-from .schedules import OutOfReachError
-from .search import LADDER, Goal, Outcome, Size, climb
-from .subgraph import check_weighted, make_recipe, warn_about_whole
+from .pruning.schedules import OutOfReachError
+from .pruning.scoring import check_weighted, make_recipe, warn_about_whole
+from .routing.builder import ANSWERS, Builder, Built, Held, Plan, Settings
+from .routing.placement import rank_candidates, try_cuts, usable_cuts
+from .routing.search import LADDER, Goal, Outcome, Size, climb
+from .utils.jobs import over_chunks
+from .utils.params import caller_level, check_choice, check_integer, check_number, naming
 
 _ROUTE_SAMPLES = 5_000
 # Of the ladder: two fifths of the multiplications stay.
@@ -108,7 +107,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         apart, but what the other filters cannot make up for.
     prefix_low_rank : float or "auto", default="auto"
         Fraction of the sliced prefix's multiplications that stay when its layers become products
-        of two with fewer outputs in between, see `sinfkit.low_rank.factorize`; on top of what
+        of two with fewer outputs in between, see `sinfkit.repair.factorize`; on top of what
         slicing saves.  1 leaves the layers as they are.  ``"auto"``: a search tries a half, and
         keeps it where that serves its goal; without a search 1.
     answers : {"all", "cluster"}, default="all"
@@ -138,7 +137,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     top_k : int, default=2
     router_weight : float or "auto", default="auto"
         Exponent of the router's posterior in the product with the subgraph's, see
-        `sinfkit.routing.fuse`.  ``"auto"`` chooses it by held-out log loss.
+        `sinfkit.inference.fuse`.  ``"auto"`` chooses it by held-out log loss.
     validation_fraction : float, default=0.2
         Share of the calibration samples that is held out for the automatic choices, where ``fit``
         is not given samples for them.
@@ -204,7 +203,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     With the pruner's ``budget_unit="latency"``, each layer's time for a batch is taken to be the
     overhead of its calls, plus what is left of it times the sum of the time for its weights, for
     each call, and of the time for its multiplications, for each sample.  Behind the predictor each
-    cluster makes a call.  The three times are measured, see `sinfkit.layer_times`.
+    cluster makes a call.  The three times are measured, see `sinfkit.pruning.layer_times`.
 
     Examples
     --------
@@ -755,7 +754,7 @@ n_features)
         prepack: bool = True,
         padded: bool = False,
     ) -> Runtime:
-        """Return the routed network as a module for prediction, see `sinfkit.runtime.Runtime`.
+        """Return the routed network as a module for prediction, see `sinfkit.inference.Runtime`.
 
         Parameters
         ----------
@@ -845,7 +844,7 @@ n_features)
         Path
             The folder; ``sinf_onnx.py`` in it loads the rest.
         """
-        from .export import to_onnx
+        from .export.onnx import to_onnx
 
         return to_onnx(self, folder, **options)
 

@@ -13,18 +13,17 @@ from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, fx, nn
 
-from ._base import TorchEstimator, all_or_nothing
-from ._cached import gather
-from ._calls import caller_level
-from ._jobs import over_chunks
-from ._parameters import check_choice, check_integer, check_number, naming
-from ._validation import hold_out, mean, validate_X
-from .activations import MAX_POOL_SIZE
-from .capability import average, centred
-from .graph import CutPoint, cut_points, find_cut, layer_names, split
-from .probe import fit_probe
-from .profiling import count_macs
-from .routing import RouteFit, cluster_posterior, fit_route_predictor
+from .base import TorchEstimator, all_or_nothing
+from .criteria.activations import MAX_POOL_SIZE
+from .criteria.discriminability import average, centred
+from .criteria.probe import fit_probe
+from .data.validation import hold_out, mean, validate_X
+from .graph.cost import count_macs
+from .graph.cuts import CutPoint, cut_points, find_cut, layer_names, split
+from .inference.router import RouteFit, cluster_posterior, fit_route_predictor
+from .pruning.cached import gather
+from .utils.jobs import over_chunks
+from .utils.params import caller_level, check_choice, check_integer, check_number, naming
 
 METHODS = ("confusion", "activation", "given")
 # A probe with less is nearly certain of everything, says little of what is alike, and takes long:

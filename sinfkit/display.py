@@ -14,7 +14,12 @@ import numpy as np
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from sklearn.utils.validation import check_is_fitted
 
-from ._parameters import (
+from .classifier import SINFClassifier
+from .clusterer import SemanticClusterer
+from .data.validation import encode, validate_y
+from .inference.report import SINFReport
+from .pruner import DCSPruner
+from .utils.params import (
     check_choice,
     check_integer,
     check_kind,
@@ -22,11 +27,6 @@ from ._parameters import (
     is_integer,
     naming,
 )
-from ._validation import encode, validate_y
-from .classifier import SINFClassifier
-from .clusterer import SemanticClusterer
-from .pruner import DCSPruner
-from .report import SINFReport
 
 __all__ = [
     "ClusterTreeDisplay",

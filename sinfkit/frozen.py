@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._device import resolve_device
-from ._packing import Packed, pack
-from ._parameters import check_integer, naming
-from ._weights_file import Loaded, WeightsFile
+from .utils.device import resolve_device
+from .utils.params import check_integer, naming
+from .utils.pickling import Packed, pack
+from .weights_file import Loaded, WeightsFile
 
 # One copy of a network per device and process, however many FrozenModels hold the same weights.
 _COPIES: WeakValueDictionary[tuple[str, str], nn.Module] = WeakValueDictionary()

@@ -11,17 +11,13 @@ from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import fx
 
-from ._base import Calibration, TorchClassifierMixin, TorchEstimator, all_or_nothing
-from ._cached import gather, score
-from ._jobs import over_chunks
-from ._parameters import check_integer, check_number, naming
-from ._validation import hold_out, validate_X
-from .activations import Statistics, pool
-from .budget import budgeted_widths
-from .graph import find_layer, observation_nodes, penultimate
-from .iterative import Pruned, prune_in_rounds
-from .repair import affordable_images, repair
-from .subgraph import (
+from .base import Calibration, TorchClassifierMixin, TorchEstimator, all_or_nothing
+from .criteria.activations import Statistics, pool
+from .data.validation import hold_out, validate_X
+from .graph.cuts import find_layer, observation_nodes, penultimate
+from .pruning.budget import budgeted_widths
+from .pruning.cached import gather, score
+from .pruning.scoring import (
     Recipe,
     check_weighted,
     choose_channels,
@@ -30,7 +26,11 @@ from .subgraph import (
     sliceable,
     warn_about_whole,
 )
-from .surgery import ChannelGroup
+from .pruning.tvsprune import Pruned, prune_in_rounds
+from .repair.sequential import affordable_images, repair
+from .slicing.groups import ChannelGroup
+from .utils.jobs import over_chunks
+from .utils.params import check_integer, check_number, naming
 
 
 class DCSPruner(
@@ -50,14 +50,14 @@ class DCSPruner(
         grid searches, and to give normalisation.  None trains a small default network in ``fit``.
     criterion : str or callable, default="dcs"
         Filter score: ``"dcs"``, ``"fdr"``, ``"taylor"``, ``"obs"``, ``"l1"``, ``"random"`` or any
-        key of `sinfkit.scores.CRITERIA`; or a function of a `sinfkit.scores.LayerData` that returns
-        one score per filter, low for those to remove.
+        key of `sinfkit.criteria.CRITERIA`; or a function of a `sinfkit.criteria.LayerData` that
+        returns one score per filter, low for those to remove.
     schedule : {"linear", "geometric", "uniform", "global", "iterative"}, default="linear"
         How many filters each layer loses.  The first three say how the fraction removed grows from
         the first layer to the last; ``"uniform"`` removes `max_ratio` everywhere.  ``"global"``
         removes, over all layers, what is lost most cheaply until `budget` is met; the criterion
         orders the filters of a layer, and layers are compared by what their readers lose for good
-        (see `sinfkit.obs.costs_in_order`).  ``"iterative"`` removes what scores far below its
+        (see `sinfkit.criteria.costs_in_order`).  ``"iterative"`` removes what scores far below its
         layer's mean, scores again, and goes on while the accuracy on held-out samples allows
         (IterTVSPrune; theirs has ``criterion="hellinger"`` and ``repair="none"``).
     min_ratio : float, default=0.1
@@ -87,7 +87,7 @@ class DCSPruner(
         other classes are ignored.
     repair : {"least_squares", "static_least_squares", "match", "mean", "none"}, \
 default="least_squares"
-        Closed-form repair after slicing, see `sinfkit.repair`.
+        Closed-form repair after slicing, see `sinfkit.repair.sequential`.
     penalty : float, default=3.0
         Ridge penalty of the DCS probe.
     pool_size : int, default=1
@@ -434,7 +434,7 @@ n_features)
 
     def _layers_from(self, graph: fx.GraphModule, output: str) -> list[str]:
         """Names of the layers from `first_layer` on, the output layer among the consumers."""
-        from .graph import layer_names
+        from .graph.cuts import layer_names
 
         names = layer_names(graph)
         if self.first_layer is None:

@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 
 import sinfkit
-from sinfkit._container import KEY, _digest
-from sinfkit.storage import load
+from sinfkit.persistence import KEY, load
+from sinfkit.persistence.container import _digest
 
-FOLDER = Path(__file__).parent / "data"
+FOLDER = Path(__file__).parent / "stored"
 ADDRESS_SPACE = 2**30
 PACKAGE = os.path.join(os.path.dirname(sinfkit.__file__), "")
 MEMORY = 256 * 2**20  # bytes that resident memory may grow by over all cases

@@ -15,10 +15,10 @@ from sklearn.base import clone
 from torch import nn
 
 import sinfkit
-from sinfkit import separability
+from sinfkit.criteria import CRITERIA, LayerData, get_criterion
+from sinfkit.criteria import separability as separability
 from sinfkit.export import to_exported, to_onnx
-from sinfkit.models import default_network
-from sinfkit.scores import CRITERIA, LayerData, get_criterion
+from sinfkit.zoo import default_network
 
 SINF = sinfkit.SINFClassifier
 
@@ -494,7 +494,7 @@ def targets(world: World) -> list[Target]:
     )
     add(
         "ImageDataset()",
-        lambda **a: repr(sinfkit.datasets.ImageDataset(**a)),
+        lambda **a: repr(sinfkit.zoo.ImageDataset(**a)),
         {"X": X, "y": y, "class_names": ("a", "b"), "clusters": None},
         weight=0,
     )

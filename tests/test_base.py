@@ -17,7 +17,7 @@ from sinfkit import (
     classifier,
     clusterer,
 )
-from sinfkit._base import all_or_nothing, progress
+from sinfkit.base import all_or_nothing, progress
 
 
 class Counter(BaseEstimator):

@@ -17,11 +17,10 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
-from sinfkit.assembly import build_subgraph
 from sinfkit.classifier import _some_of_each
-from sinfkit.layer_times import LayerTime
-from sinfkit.profiling import count_macs, count_parameters
-from sinfkit.search import Goal, Outcome
+from sinfkit.graph import count_macs, count_parameters
+from sinfkit.pruning import LayerTime
+from sinfkit.routing import Goal, Outcome, build_subgraph
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +434,7 @@ def test_the_calls_of_each_cluster_are_paid_for(frozen, data, monkeypatch):
         names = [name for name, m in graph.named_modules() if isinstance(m, layers)]
         return {name: LayerTime(0.1, 0.0, 0.9 / 64) for name in names}
 
-    monkeypatch.setattr("sinfkit.builder.fit_layer_times", same_for_all)
+    monkeypatch.setattr("sinfkit.routing.builder.fit_layer_times", same_for_all)
     tried = [
         SINFClassifier(
             frozen,
@@ -628,7 +627,7 @@ def test_subgraphs_are_made_for_what_they_will_answer(frozen, data, monkeypatch,
         samples.append(arguments[-1])
         return build_subgraph(*arguments)
 
-    monkeypatch.setattr("sinfkit.builder.build_subgraph", watched)
+    monkeypatch.setattr("sinfkit.routing.builder.build_subgraph", watched)
     clf = SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),

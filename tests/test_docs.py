@@ -17,7 +17,7 @@ import sinfkit
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = set(sinfkit.__all__) - {"__version__"}
-MODULES = ["sinfkit", *(f"sinfkit.{m.name}" for m in pkgutil.iter_modules(sinfkit.__path__))]
+MODULES = ["sinfkit", *(m.name for m in pkgutil.walk_packages(sinfkit.__path__, "sinfkit."))]
 
 
 def code_blocks() -> list:

@@ -20,10 +20,10 @@ from sklearn.base import clone
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel
-from sinfkit._packing import pack
-from sinfkit._weights_file import Loaded, WeightsFile
 from sinfkit.frozen import as_frozen
-from sinfkit.models import default_network
+from sinfkit.utils import pack
+from sinfkit.weights_file import Loaded, WeightsFile
+from sinfkit.zoo import default_network
 
 
 def test_clone_and_deepcopy_give_the_same_object():

@@ -15,7 +15,7 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, train_network
-from sinfkit.profiling import count_macs, count_parameters
+from sinfkit.graph import count_macs, count_parameters
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch
 from contenders import Contender
 from torch import Tensor, nn
 
-from sinfkit._prepacked import can_prepack, prepacked
+from sinfkit.inference import can_prepack, prepacked
 
 FORMS = ("eager", "folded", "packed", "compiled", "onnx", "onnx-int8", "bfloat16")
 _CALIBRATION = 512  # images from which ranges are taken for int8
@@ -63,7 +63,7 @@ def why_not(contender: Contender, form: str, device: torch.device) -> str:
         if device.type != "cpu":
             return "ONNX Runtime is timed on the CPU only: add --device cpu"
     if contender.classifier is not None and form != "eager":
-        module = "sinfkit.export" if form.startswith("onnx") else "sinfkit.runtime"
+        module = "sinfkit.export.onnx" if form.startswith("onnx") else "sinfkit.inference.runtime"
         if _is_missing(module):
             return f"this version of sinfkit has no {module}: update it"
     return ""
@@ -141,14 +141,14 @@ def _routed(
     if form == "eager":
         return Form(network, "channels_last")
     if form.startswith("onnx"):
-        from sinfkit._onnx_loader import load
         from sinfkit.export import to_onnx
+        from sinfkit.export.onnx_loader import load
 
         if not folder.exists():
             dtype = "int8" if form == "onnx-int8" else "float32"
             to_onnx(classifier, folder, dtype=dtype, X=_some(images))
         return Form(load(folder, n_threads=n_threads).predict_proba, "numpy")
-    from sinfkit.runtime import Runtime
+    from sinfkit.inference import Runtime
 
     dtype = "bfloat16" if form == "bfloat16" else "float32"
     runtime = Runtime(
@@ -162,7 +162,7 @@ def make_packed(contender: Contender) -> Any:
     if contender.classifier is None:
         assert contender.module is not None
         return _packed(contender.module)
-    from sinfkit.runtime import Runtime
+    from sinfkit.inference import Runtime
 
     return Runtime(contender.classifier.network_)
 

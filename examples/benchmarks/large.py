@@ -34,12 +34,10 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
-from sinfkit.graph import output_layer
-from sinfkit.layer_times import expected_seconds, fit_layer_times
-from sinfkit.profiling import count_macs, paired_latency
-from sinfkit.report import branch_costs
-from sinfkit.subgraph import sliceable
-from sinfkit.surgery import find_groups
+from sinfkit.graph import count_macs, output_layer, paired_latency
+from sinfkit.inference import branch_costs
+from sinfkit.pruning import expected_seconds, fit_layer_times, sliceable
+from sinfkit.slicing import find_groups
 
 NAME = "large"
 KEYS = ("network", "side", "contestant", "budget", "form", "threads", "batch")
@@ -277,7 +275,7 @@ and a routed one (five clusters, no exits, no fallback) have the same budget of 
 All take turns with the base, in the same form: batch-norms folded, channels_last, float32 or
 bfloat16. A small batch runs several subgraphs on a few images each, hence the last column. The one
 before has the speed-up that ``budget_unit="latency"`` would expect, from the base's layers alone
-(:func:`sinfkit.layer_times.fit_layer_times`), for float32.
+(:func:`sinfkit.pruning.fit_layer_times`), for float32.
 
 ``python examples/benchmarks/large.py``
 """

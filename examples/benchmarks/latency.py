@@ -44,7 +44,7 @@ from record import Table, to_hex
 from shipped import IMPORTANCES, SCOPES
 from tqdm.auto import tqdm
 
-from sinfkit.profiling import paired_latency
+from sinfkit.graph import paired_latency
 
 NAME = "latency"
 STUDY = ("network", "width", "base_seed", "split")

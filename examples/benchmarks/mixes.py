@@ -7,7 +7,7 @@ import torch
 from forms import batch_of
 from numpy.typing import NDArray
 
-from sinfkit.network import SINFNetwork
+from sinfkit.inference import SINFNetwork
 
 MIXES = ("natural", "uniform", "single")
 _IMAGES = 512  # at least so many are seen in a cell, in batches of the cell's size

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sinfkit.graph import trace
-from sinfkit.layer_times import layer_seconds
-from sinfkit.low_rank import factorized
-from sinfkit.network import SINFNetwork
-from sinfkit.profiling import count_macs, paired_latency
+from sinfkit.graph import count_macs, paired_latency, trace
+from sinfkit.inference import SINFNetwork
+from sinfkit.pruning import layer_seconds
+from sinfkit.repair import factorized
 
 PARTS = ("prefix", "router", "grouping", "subgraphs", "base's rest", "fusion")
 _TURNS = 3  # of base and routed network, layer by layer

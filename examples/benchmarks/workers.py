@@ -26,7 +26,9 @@ import torch
 from distributed import Client, LocalCluster
 from joblib import Parallel, delayed, parallel_config
 
-from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, _jobs, builder, vgg16
+import sinfkit.routing.builder as builder
+import sinfkit.utils.jobs as _jobs
+from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, vgg16
 
 
 class Bytes:
@@ -38,7 +40,7 @@ class Bytes:
         self.back: list[int] = []
 
     def __call__(self, jobs: Any, n_jobs: int | None) -> list[Any]:
-        """Run jobs as `sinfkit._jobs.run` does, and count."""
+        """Run jobs as `sinfkit.utils.run` does, and count."""
         jobs = list(jobs)
         for _, arguments, _ in jobs:
             sizes = [len(cloudpickle.dumps(a)) for a in arguments]

@@ -11,11 +11,9 @@ import torch
 from study import Study
 from torch import Tensor, nn
 
-from sinfkit.assembly import ROUTER_WEIGHTS, TEMPERATURES, pooled_output
-from sinfkit.graph import find_cut, split, trace
-from sinfkit.network import Normalise
-from sinfkit.profiling import fold_batch_norm
-from sinfkit.routing import RoutePredictor, choose_exit, fit_route_predictor
+from sinfkit.graph import find_cut, fold_batch_norm, split, trace
+from sinfkit.inference import Normalise, RoutePredictor, choose_exit, fit_route_predictor
+from sinfkit.routing import ROUTER_WEIGHTS, TEMPERATURES, pooled_output
 
 POOL = 2  # cells per side of what a probe sees, as in SemanticClusterer
 

@@ -25,7 +25,7 @@ from stats import Estimate, estimate
 from suffix import REPAIRS, Case
 from sweep import RATIOS, UNPRUNED, VALUES, sweep
 
-from sinfkit.scores import CRITERIA
+from sinfkit.criteria import CRITERIA
 
 NAME = "criteria"
 KEYS = ("network", "width", "base_seed", "split", "cluster", "resample", "criterion", "seed")

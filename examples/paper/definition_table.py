@@ -26,8 +26,7 @@ from suffix import Case
 from sweep import RATIOS, UNPRUNED, VALUES, sweep
 from torch import Tensor
 
-from sinfkit.capability import discriminative_capability
-from sinfkit.scores import LayerData
+from sinfkit.criteria import LayerData, discriminative_capability
 
 NAME = "definition"
 FACTORS = ("penalty", "rule", "scaling", "pool", "norm", "variant")

@@ -1,8 +1,9 @@
 """Closed-form low rank in a prefix that is sliced already: does it save time, and at what price?
 
-Convolutions of a routed network's prefix become products of two, see `sinfkit.low_rank`. Router and
-subgraphs stay as they were: what `SINFClassifier(prefix_low_rank=...)`, which fits them anew, would
-lose is no more than this. What it costs and saves stands beside slicing to a smaller budget::
+Convolutions of a routed network's prefix become products of two, see
+`sinfkit.repair.low_rank`. Router and subgraphs stay as they were: what
+`SINFClassifier(prefix_low_rank=...)`, which fits them anew, would lose is no more than this. What
+it costs and saves stands beside slicing to a smaller budget::
 
     python low_rank_table.py --weights vgg16.pt --data ~/images --fitted fits
     python low_rank_table.py --quick
@@ -28,9 +29,9 @@ from record import LOW_RANK, Table, files, read
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinfkit.low_rank import factorize
-from sinfkit.network import SINFNetwork
-from sinfkit.profiling import count_macs, paired_latency
+from sinfkit.graph import count_macs, paired_latency
+from sinfkit.inference import SINFNetwork
+from sinfkit.repair import factorize
 
 NAME = "low_rank"
 KEYS = ("network", "width", "base_seed", "split", "budget", "share")
@@ -155,7 +156,7 @@ def page(folder: Path) -> rst.Page | None:
 
 _NOTE = """\
 Routed networks whose prefix was sliced under a budget, and the same with convolutions of the prefix
-replaced by products of two (:func:`~sinfkit.low_rank.factorize`), so that a share of its
+replaced by products of two (:func:`~sinfkit.repair.factorize`), so that a share of its
 multiplications stays; 1 is the network as it is. Router and subgraphs are not fitted anew, as
 ``SINFClassifier(prefix_low_rank=...)`` does. Error: squared, of the prefix's output, over its
 variance. Compare a smaller share with the next smaller budget. Batch 256.

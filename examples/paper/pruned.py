@@ -9,7 +9,7 @@ import rst
 from record import from_hex
 from stats import Estimate, estimate
 
-from sinfkit.scores import CRITERIA
+from sinfkit.criteria import CRITERIA
 
 Contestant = tuple[str, str, str, str]  # library, criterion, schedule, repair
 

@@ -34,8 +34,8 @@ from tqdm.auto import tqdm
 from whole import Draw, Whole
 
 from sinfkit import DCSPruner
+from sinfkit.criteria import CRITERIA
 from sinfkit.repair import REPAIRS
-from sinfkit.scores import CRITERIA
 
 NAME = "pruning"
 KEYS = ("network", "width", "base_seed", "split", "library", "criterion", "schedule", "repair")

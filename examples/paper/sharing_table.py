@@ -36,8 +36,7 @@ from scipy.stats import hypergeom
 from stats import Estimate, estimate
 from tqdm.auto import tqdm
 
-from sinfkit.activations import collect
-from sinfkit.capability import discriminative_capability
+from sinfkit.criteria import collect, discriminative_capability
 from sinfkit.graph import layer_names, observation_nodes, trace
 
 NAME = "sharing"

@@ -34,10 +34,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier, __version__
-from sinfkit.low_rank import factorize
-from sinfkit.network import SINFNetwork
-from sinfkit.profiling import count_macs, paired_latency
-from sinfkit.report import branch_costs
+from sinfkit.graph import count_macs, paired_latency
+from sinfkit.inference import SINFNetwork, branch_costs
+from sinfkit.repair import factorize
 
 NAME = "sinf"
 KEYS = ("network", "width", "base_seed", "split", "contestant", "kind", "size", "seed", "variant")

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from sinfkit import FrozenModel, load_image_folder, resnet50, train_network, vgg16, vgg19
-from sinfkit.datasets import ImageDataset
+from sinfkit.zoo import ImageDataset
 
 try:
     import tomllib
@@ -187,7 +187,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def open_study(options: argparse.Namespace, width: float = 0.125) -> Study:
     """Load, or make up, what the options ask for; `width` is that of a made-up network."""
-    from sinfkit._device import resolve_device
+    from sinfkit.utils import resolve_device
 
     torch.set_num_threads(options.threads)
     device = resolve_device(options.device)

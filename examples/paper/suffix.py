@@ -16,7 +16,7 @@ import torch
 from study import BATCH, Study, frozen
 from torch import Tensor, fx
 
-from sinfkit.activations import Statistics, collect
+from sinfkit.criteria import Statistics, collect
 from sinfkit.graph import (
     cut_points,
     find_layer,
@@ -26,11 +26,9 @@ from sinfkit.graph import (
     split,
     trace,
 )
-from sinfkit.moments import Moments, gather_moments
-from sinfkit.repair import repair
-from sinfkit.static import static_least_squares
-from sinfkit.subgraph import Recipe, choose_channels, make_recipe, score_classes, sliceable
-from sinfkit.surgery import check_sliced, find_groups, slice_channels
+from sinfkit.pruning import Recipe, choose_channels, make_recipe, score_classes, sliceable
+from sinfkit.repair import Moments, gather_moments, repair, static_least_squares
+from sinfkit.slicing import check_sliced, find_groups, slice_channels
 
 REPAIRS = ("none", "match", "static", "least_squares")
 

@@ -12,24 +12,22 @@ import torch
 from study import BATCH, Study, frozen
 from torch import Tensor, fx
 
-from sinfkit.activations import Statistics, collect
-from sinfkit.budget import shared_widths
-from sinfkit.costs import network_cost
-from sinfkit.graph import observation_nodes, output_layer, trace
-from sinfkit.moments import Moments, gather_moments
-from sinfkit.profiling import count_macs, count_parameters
-from sinfkit.repair import affordable_images, repair
-from sinfkit.schedules import n_removed, removal_ratios
-from sinfkit.static import static_least_squares
-from sinfkit.subgraph import (
+from sinfkit.criteria import Statistics, collect
+from sinfkit.graph import count_macs, count_parameters, observation_nodes, output_layer, trace
+from sinfkit.pruning import (
     Recipe,
     Scored,
     choose_channels,
     make_recipe,
+    n_removed,
+    network_cost,
+    removal_ratios,
     score_classes,
+    shared_widths,
     sliceable,
 )
-from sinfkit.surgery import check_sliced, find_groups, slice_channels
+from sinfkit.repair import Moments, affordable_images, gather_moments, repair, static_least_squares
+from sinfkit.slicing import check_sliced, find_groups, slice_channels
 
 _LARGEST_RATIO = 0.99
 _HALVINGS = 20

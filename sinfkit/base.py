@@ -1,0 +1,513 @@
+"""What the three estimators share: fitting as a whole or not at all, pickling, preparing data."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import joblib
+import numpy as np
+import torch
+from sklearn import get_config
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import accuracy_score
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, check_memory
+from torch import fx, nn
+from tqdm.auto import tqdm
+
+from .data.validation import (
+    Batcher,
+    ClassTable,
+    Images,
+    check_answers,
+    check_channels,
+    hold_out,
+    match_classes,
+    mean,
+    validate_weight,
+    validate_X,
+    validate_y,
+    warn_if_mismatched,
+    without_zeros,
+)
+from .frozen import FrozenModel, as_frozen, describe
+from .graph.cuts import output_layer, trace
+from .slicing.groups import ChannelGroup, find_groups
+from .utils.device import in_pieces, is_out_of_memory, loaded_device, resolve_device
+from .utils.params import check_integer, check_jobs, check_verbose, naming
+from .utils.pickling import Borrowed, Packed, borrow, pack, versions, warn_of_versions
+
+Fit = TypeVar("Fit", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+def all_or_nothing(fit: Fit) -> Fit:
+    """Make a ``fit`` method change its estimator only when it succeeds.
+
+    The method runs on a blank twin that has the parameters alone; its attributes replace the
+    estimator's at the very end.  An error or Ctrl-C therefore leaves what was fitted before.
+    """
+
+    @functools.wraps(fit)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = self._get_param_names()
+        twin = object.__new__(type(self))
+        twin.__dict__.update({k: v for k, v in self.__dict__.items() if k in names})
+        fit(twin, *args, **kwargs)
+        kept = {k: v for k, v in self.__dict__.items() if not k.endswith("_") or k.startswith("_")}
+        # One assignment: Ctrl-C comes before it or after it.
+        self.__dict__ = kept | twin.__dict__
+        return self
+
+    return cast(Fit, wrapper)
+
+
+@dataclass
+class Calibration:
+    """A base network and the samples it is studied on, checked and matched.
+
+    Attributes
+    ----------
+    frozen : FrozenModel
+    graph : GraphModule
+        The traced network on `batcher.device`; it shares the frozen weights.
+    output : str
+        Name of the output layer.
+    X : ndarray or Tensor of shape (n_samples, ...)
+    codes : ndarray of shape (n_samples,)
+        Class of each sample as a position in `table.classes`; -1 if it is none of them.
+    table : ClassTable
+    n_outputs : int
+    batcher : Batcher
+    example : Tensor of shape (1, ...)
+        One normalised sample.
+    seed : int
+    weight : ndarray of shape (n_samples,) or None
+        How many times each sample counts, larger than 0; None where all count once.
+    """
+
+    frozen: FrozenModel
+    graph: fx.GraphModule
+    output: str
+    X: Images
+    codes: np.ndarray
+    table: ClassTable
+    n_outputs: int
+    batcher: Batcher
+    example: torch.Tensor
+    seed: int
+    weight: np.ndarray | None = None
+
+    def weights(self, index: np.ndarray) -> np.ndarray | None:
+        """How many times each of the samples `index` counts; None where all count once."""
+        return None if self.weight is None else self.weight[index]
+
+    @functools.cached_property
+    def key(self) -> tuple[str, ...]:
+        """Tells network, samples and batches apart from others, for caches."""
+        return (
+            self.frozen.digest,
+            joblib.hash(self.X),
+            str(self.batcher.device),
+            str(self.batcher.batch_size),
+        )
+
+    @functools.cached_property
+    def groups(self) -> list[ChannelGroup]:
+        """The network's coupled channels, in forward order."""
+        with naming("model"):
+            return find_groups(self.graph, self.example, self.output)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a job elsewhere: the samples stay here, and the graph is traced anew there."""
+        state = {k: v for k, v in self.__dict__.items() if k not in ("X", "graph", "batcher")}
+        state["example"] = pack(self.example)
+        batcher = self.batcher
+        state["batcher"] = (str(batcher.device), batcher.dtype, batcher.batch_size)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        stored, dtype, batch_size = state.pop("batcher")
+        device = loaded_device(stored)
+        self.__dict__.update(state)
+        self.example = state["example"].unpack(device)
+        self.batcher = Batcher(self.frozen, device, dtype, batch_size)
+        self.graph = trace(self.frozen.module(device))
+
+
+class TorchClassifierMixin(ClassifierMixin):
+    """scikit-learn's mixin, with a score whose errors say which argument they are about."""
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Compute the share of samples whose class is predicted.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+        y : array-like of shape (n_samples,)
+            Their classes.
+        sample_weight : array-like of shape (n_samples,), optional
+
+        Returns
+        -------
+        float
+        """
+        check_is_fitted(self)
+        predicted = self.predict(X)
+        if isinstance(predicted, torch.Tensor):
+            predicted = predicted.cpu().numpy()
+        y = validate_y(y, len(predicted))
+        weight = validate_weight(sample_weight, len(predicted))
+        with naming("y"):
+            return float(accuracy_score(y, predicted, sample_weight=weight))
+
+
+class TorchEstimator(BaseEstimator):
+    """Base class of the estimators: device, pickling, calibration data."""
+
+    model: Any
+    model_classes: Any
+    batch_size: int
+    device: Any
+    n_jobs: int | None
+    memory: Any
+    random_state: Any
+    verbose: int
+
+    def _calibrate(
+        self,
+        X: Any,
+        y: Any,
+        classes: Any = None,
+        sample_weight: Any = None,
+        held_out: float | None = None,
+    ) -> Calibration:
+        """Validate everything that ``fit`` is given, and trace the network.
+
+        Samples of weight 0 are left out here, so that nothing behind knows of them.  A network that
+        is trained here does not see the samples that ``hold_out`` gives for the share `held_out`
+        and a generator of the calibration's seed.
+        """
+        self._check_shared()
+        device = resolve_device(self.device)
+        frozen = None if self.model is None else as_frozen(self.model)
+        X = validate_X(
+            self, X, reset=True, input_shape=None if frozen is None else frozen.input_shape
+        )
+        check_channels(X)
+        y = validate_y(y, len(X))
+        X, y, weight = without_zeros(X, y, validate_weight(sample_weight, len(X)))
+        with naming("random_state"):
+            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        if frozen is None:
+            if self.model_classes is not None:
+                raise ValueError(
+                    "model_classes describes the outputs of `model`, but model is None."
+                )
+            rows = _unseen(y, held_out, seed)
+            seen = None if weight is None else weight[rows]
+            frozen = _train_default(X[rows], y[rows], device, seed, self.verbose, seen)
+        module = frozen.module(device)
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        batcher = Batcher(frozen, device, dtype, int(self.batch_size))
+        check_normalisation(frozen, X)
+        example = batcher.normalise(batcher.load(X[:1]))
+        n_outputs = _n_outputs(module, example)
+        table = match_classes(y, n_outputs, self.model_classes, classes)
+        self.input_shape_ = tuple(X.shape[1:])
+        self.classes_ = table.classes
+        self.device_ = device
+        self.base_model_ = frozen
+        with naming("model"):
+            graph = trace(module)
+            output = output_layer(graph, n_outputs)
+        return Calibration(
+            frozen,
+            graph,
+            output,
+            X,
+            table.encode(y),
+            table,
+            n_outputs,
+            batcher,
+            example,
+            seed,
+            weight,
+        )
+
+    def _check_shared(self) -> None:
+        """Raise for values of the parameters that all estimators have, before anything costly."""
+        check_integer("batch_size", self.batch_size)
+        check_jobs(self.n_jobs)
+        check_verbose(self.verbose)
+        with naming("memory"):
+            check_memory(self.memory)
+
+    def _check_base(self, logits: torch.Tensor, calibration: Calibration) -> None:
+        """Refuse outputs that are not finite; warn where outputs and labels disagree.
+
+        Parameters
+        ----------
+        logits : Tensor of shape (n_samples, n_outputs)
+            The base's outputs for all of `calibration.X`.
+        """
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(
+                "The model's output holds NaN or infinity on the calibration samples. Check the "
+                "normalisation (mean, std) and the scale of X."
+            )
+        known = calibration.codes >= 0
+        columns = torch.as_tensor(calibration.table.outputs)
+        answers = logits[torch.as_tensor(known)][:, columns].argmax(1).cpu().numpy()
+        accuracy = mean(answers == calibration.codes[known], calibration.weights(known))
+        warn_if_mismatched(accuracy, len(calibration.table.classes), int(known.sum()))
+
+    def _batcher(self, module: nn.Module) -> Batcher:
+        """Batches for prediction with a fitted `module`."""
+        check_integer("batch_size", self.batch_size)
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        return Batcher(self.base_model_, self.device_, dtype, int(self.batch_size))
+
+    def to(self, device: str | torch.device) -> Any:
+        """Move the fitted networks to a device.
+
+        Parameters
+        ----------
+        device : str or torch.device
+
+        Returns
+        -------
+        self
+        """
+        check_is_fitted(self)
+        self.device_ = resolve_device(device)
+        for value in self.__dict__.values():
+            if isinstance(value, nn.Module) and value is not self.model:
+                value.to(self.device_)
+        return self
+
+    def _home(self, X: Any) -> torch.device:
+        """Where answers for `X` go batch by batch: to the host, or where `X` is."""
+        return X.device if answers_in_torch(X) else torch.device("cpu")
+
+    def _run(
+        self, network: Callable[..., torch.Tensor], batches: Iterable[torch.Tensor], X: Any
+    ) -> torch.Tensor:
+        """Answers for all batches of `X`, which must be numbers, where `_home` wants them."""
+        home = self._home(X)
+        with torch.inference_mode():
+            rows = list(in_pieces(lambda x: network(x).to(home), batches))
+        # Not in inference mode: what that makes may not be changed in place, as scikit-learn does.
+        joined = torch.cat(rows)
+        # What stays on a device is not looked at, as the host would have to wait for it.
+        return joined if answers_in_torch(X) else check_answers(joined)
+
+    def _as_wanted(self, answers: torch.Tensor, X: Any, double: bool | None = None) -> Any:
+        """Answers as a tensor or an array, see `answers_in_torch`.
+
+        `double` asks for float64 (True) or float32 (False).
+        """
+        if double is not None:
+            answers = answers.to(torch.float64 if double else torch.float32)
+        return answers if answers_in_torch(X) else answers.numpy()
+
+    def _labels(self, best: Any) -> Any:
+        """Labels of classes given by their positions: a tensor if these are one, and numbers."""
+        classes: np.ndarray = self.classes_
+        if isinstance(best, torch.Tensor):
+            if classes.dtype.kind in "biuf":
+                return torch.from_numpy(classes.copy()).to(best.device)[best]
+            best = best.cpu().numpy()
+        return classes[best]
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        return BaseEstimator.__repr__(self._for_display(), N_CHAR_MAX)
+
+    def _for_display(self) -> BaseEstimator:
+        """An estimator of the same name and parameters, but with one line for a module."""
+        # Not of this class: scikit-learn breaks the lines of those that keep its own `__repr__`.
+        kind = type(self)
+        twin: Any = object.__new__(
+            type(kind.__name__, (BaseEstimator,), {"__init__": kind.__init__})
+        )
+        for name, value in self.get_params(deep=False).items():
+            if isinstance(value, TorchEstimator):
+                value = value._for_display()
+            elif isinstance(value, nn.Module):
+                value = _Text(describe(value))
+            setattr(twin, name, value)
+        return cast(BaseEstimator, twin)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted estimator to one file without code, for `sinfkit.load`.
+
+        Parameters
+        ----------
+        path : path-like
+            Whatever is there is replaced when the new file is complete, and not before.
+
+        Raises
+        ------
+        NotFittedError
+            If it is not fitted.
+        TypeError
+            If it holds something that is no data, such as a callable criterion.
+        OSError
+            If the file cannot be written; what was there is left as it was.
+        """
+        from .persistence.estimators import save
+
+        save(self, path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        state["_versions"] = versions()
+        modules = {k: v for k, v in state.items() if isinstance(v, nn.Module)}
+        for name in modules:
+            del state[name]
+        if modules:
+            packed: Packed | Borrowed = (whole := pack(modules))
+            base = state.get("base_model_")
+            # Unsliced parts, and a `model` that is not frozen, hold the base's weights once more.
+            # Where the base's own pickle only names a file, the others must do without it.
+            if isinstance(base, FrozenModel) and getattr(base, "_source", None) is None:
+                packed = borrow(whole, base._packed)
+            state["_packed_modules"] = packed
+        if "device_" in state:
+            state["device_"] = str(state["device_"])
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        warn_of_versions(type(self).__name__, state.pop("_versions", {}))
+        packed = state.pop("_packed_modules", None)
+        device = state.get("device_")
+        if device is not None:
+            state["device_"] = device = loaded_device(device)
+        if isinstance(packed, Borrowed):
+            packed = packed.complete(state["base_model_"]._packed)
+        if packed is not None:
+            modules = packed.unpack("cpu")
+            for name, module in modules.items():
+                state[name] = module if name == "model" or device is None else module.to(device)
+        super().__setstate__(state)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.target_tags.one_d_labels = True
+        tags.input_tags.two_d_array = True
+        tags.input_tags.three_d_array = False
+        return tags
+
+
+class _Text:
+    """Something whose repr is a given text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def answers_in_torch(X: Any) -> bool:
+    """Whether answers for `X` are tensors: it is one, and scikit-learn's array API dispatch is on.
+
+    Without dispatch they are NumPy arrays, whatever `X` is.
+    """
+    return isinstance(X, torch.Tensor) and bool(get_config()["array_api_dispatch"])
+
+
+def check_normalisation(frozen: FrozenModel, X: Images) -> None:
+    """Raise if `mean` and `std` do not have one value per channel of `X`."""
+    if frozen.mean is None or frozen.std is None:
+        return
+    widths = {len(frozen.mean), len(frozen.std)} - {1}
+    if widths and widths != {int(X.shape[1])}:
+        raise ValueError(
+            f"The mean and std of model are for {max(widths)} channels, but X has {X.shape[1]}."
+        )
+
+
+def progress(items: Iterable[T], description: str, verbose: int, total: int | None = None) -> Any:
+    """Wrap an iterable in a progress bar if `verbose`, else return it as it is."""
+    if not verbose:
+        return items
+    return tqdm(items, desc=description, total=total, leave=False)
+
+
+def _n_outputs(module: nn.Module, example: torch.Tensor) -> int:
+    """Width of the network's output; a ValueError where it cannot take the samples."""
+    try:
+        with torch.inference_mode():
+            logits = module(example)
+    except Exception as error:  # a network may raise what it likes
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"The model cannot take samples of shape {tuple(example.shape[1:])}: {error}"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(
+            f"The model must return one row of class scores per sample (a 2-D tensor), got {got}."
+        )
+    return int(logits.shape[1])
+
+
+def _unseen(y: np.ndarray, held_out: float | None, seed: int) -> np.ndarray | slice:
+    """The samples that a network may be trained on."""
+    if held_out is None:
+        return slice(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whoever splits for good warns of classes too small
+        codes = np.unique(y, return_inverse=True)[1]
+        return hold_out(codes, held_out, np.random.default_rng(seed))[0]
+
+
+def _train_default(
+    X: Images,
+    y: np.ndarray,
+    device: torch.device,
+    seed: int,
+    verbose: int,
+    weight: np.ndarray | None,
+) -> FrozenModel:
+    """Train the small default network on the calibration samples themselves."""
+    from .zoo.networks import default_network, train_network
+
+    classes, codes = np.unique(y, return_inverse=True)
+    double = X.dtype in (np.float64, torch.float64) and X.ndim == 2
+    network_type = torch.float64 if double else torch.float32
+    data = X.cpu().numpy() if isinstance(X, torch.Tensor) else X
+    scale = 255.0 if data.dtype == np.uint8 else 1.0
+    axes = (0,) if data.ndim == 2 else (0, 2, 3)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = data.mean(axis=axes, dtype=np.float64) / scale
+        std = data.std(axis=axes, dtype=np.float64) / scale
+    if not np.isfinite(std).all() or np.abs(mean).max() > torch.finfo(network_type).max:
+        raise ValueError("X holds values too large to compute with. Scale them down.")
+    std = np.where(std > 1e-12 * np.maximum(1.0, np.abs(mean)), std, 1.0)
+    network = default_network(tuple(X.shape[1:]), len(classes), network_type, random_state=seed)
+    # Small sets need more epochs for as many steps.
+    epochs = int(np.clip(np.ceil(20_000 / len(codes)), 8, 60))
+    trained = train_network(
+        network,
+        data,
+        codes,
+        epochs=epochs,
+        mean=mean.tolist(),
+        std=std.tolist(),
+        sample_weight=weight,
+        device=device,
+        random_state=seed,
+        verbose=verbose,
+    )
+    return FrozenModel(trained, mean.tolist(), std.tolist())

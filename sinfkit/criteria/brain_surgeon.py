@@ -1,0 +1,503 @@
+"""Structured optimal brain surgeon: what removing a channel costs the layers that read it.
+
+A layer that loses inputs can make up for part of them by new weights on the others. The optimal
+brain surgeon (Hassibi and Stork, 1992) knows how much: with the second moments of the inputs, both
+the best new weights and the error that stays have a closed form. Taken for whole channels, and
+greedily, it ranks a layer's filters by what they do to the layers behind. No labels, no gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph.cuts import batch_norm_behind, layer_names
+from ..repair.moments import (
+    MAX_INPUTS,
+    MAX_ROWS,
+    damped_cholesky,
+    gather_moments,
+    measurable,
+    n_blocks,
+)
+from ..repair.ridge import double
+from ..slicing.channels import ChannelGroup
+from ..utils.params import caller_level
+
+__all__ = [
+    "Consumer",
+    "costs_in_order",
+    "gather_consumers",
+    "marginal_costs",
+    "removal_costs",
+    "weigh_outputs",
+]
+
+_DAMPING = 1e-2  # of the mean second moment: what few samples do not show is not free to remove
+_IN_ORDER = 32  # channels for which one look at all of them serves, where their order is given
+_POOL = 8  # channels, at least, that one look at all of them serves
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer that reads a group's channels.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name of the layer.
+    gram : Tensor of shape (n_blocks, n_inputs, n_inputs)
+        Covariance of what the layer multiplies with its weights, float64; one block for each group
+        of a grouped convolution.
+    weight : Tensor of shape (n_blocks, n_outputs, n_inputs)
+        Its weights, float64, each output times the gain of the batch-norm behind it.
+    columns : tuple of (int ndarray of shape (k, size), int ndarray of shape (k,))
+        For each block: the inputs that carry a channel, a row for each of k channels, and which
+        channels of the group these are.
+    noise : float
+        Variance that rounding alone can give an input.
+    """
+
+    name: str
+    gram: Tensor
+    weight: Tensor
+    columns: tuple[tuple[np.ndarray, np.ndarray], ...]
+    noise: float = 0.0
+    _inverses: dict[int, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs in all blocks."""
+        return self.weight.shape[0] * self.weight.shape[1]
+
+    def inverse(self, block: int) -> tuple[Tensor, float]:
+        """Inverse of a block's damped covariance, and the damping.
+
+        Computed once for all groups that the layer reads: they share `_inverses`.
+        """
+        if block not in self._inverses:
+            gram = self.gram[block]
+            damping = float(_DAMPING * gram.diagonal().mean() + self.noise)
+            factor, damping = damped_cholesky(gram, damping)
+            self._inverses[block] = torch.cholesky_inverse(factor), damping
+        return self._inverses[block]
+
+
+def gather_consumers(
+    graph: fx.GraphModule,
+    groups: Sequence[ChannelGroup],
+    batches: Iterable[Tensor],
+    *,
+    n_images: int,
+    outputs: Sequence[int] | None = None,
+    max_rows: int = MAX_ROWS,
+    seed: int = 0,
+    sample_weight: Tensor | None = None,
+) -> dict[str, list[Consumer]]:
+    """Gather the input covariances of all layers that read the channels of some groups.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        From `trace`, in eval mode.
+    groups : sequence of ChannelGroup
+        Those to be ranked.
+    batches : iterable of Tensor of shape (n, ...)
+        Inputs, normalised, on the network's device; read once.
+    n_images : int
+        How many they are in all.
+    outputs : sequence of int, optional
+        The network's outputs that stay, where it loses some: the other rows of the output layer do
+        not count, nor what is common to those that stay, which no answer depends on.
+    max_rows : int, default=20000
+        Positions that enter a covariance, spread evenly over the images, at least one of each.
+    seed : int, default=0
+        Of the positions.
+    sample_weight : Tensor of shape (n_images,), optional
+        How many times each image counts, in the order of the batches. Default: once.
+
+    Returns
+    -------
+    dict of str to list of Consumer
+        By group name. A layer that is called more than once is left out.
+
+    Warns
+    -----
+    UserWarning
+        For layers with more than 10,000 inputs (to one block), which are left out.
+
+    Notes
+    -----
+    Positions are drawn batch by batch: where not all are taken, another batch size draws others.
+    """
+    modules = dict(graph.named_modules())
+    calls = measurable(graph)
+    members = [m for group in groups for m in group._members if m.side == "in"]
+    readers = list(dict.fromkeys(m.module for m in members if m.module in calls))
+    moments = gather_moments(
+        graph,
+        readers,
+        batches,
+        n_images=n_images,
+        max_rows=max_rows,
+        seed=seed,
+        sample_weight=sample_weight,
+    )
+    wide = [name for name in readers if name not in moments]
+    if wide:
+        warnings.warn(
+            f"Criterion 'obs' leaves out what {', '.join(wide)} would lose: more than "
+            f"{MAX_INPUTS} inputs.",
+            UserWarning,
+            stacklevel=caller_level(),
+        )
+    inverses: dict[str, dict[int, tuple[Tensor, float]]] = {name: {} for name in moments}
+    gains = norm_gains(graph)
+    last = layer_names(graph)[-1]
+    found: dict[str, list[Consumer]] = {}
+    for group in groups:
+        found[group.name] = []
+        for member in group._members:
+            if member.side != "in" or member.module not in moments:
+                continue
+            layer = modules[member.module]
+            weight = double(layer.weight.detach()).flatten(1)
+            if member.module in gains:
+                weight = weight * gains[member.module].to(weight)[:, None]
+            if member.module == last and outputs is not None:
+                weight = weight[list(outputs)]
+                weight = weight - weight.mean(0) if len(weight) > 1 else weight
+            weight = weight.unflatten(0, (n_blocks(layer), -1))
+            columns = _columns(layer, member.index, member.channel)
+            name, known = member.module, moments[member.module]
+            found[group.name].append(
+                Consumer(name, known.covariance, weight, columns, known.noise, inverses[name])
+            )
+    return found
+
+
+def removal_costs(consumers: Sequence[Consumer], n_channels: int, n_groups: int = 1) -> Tensor:
+    r"""Rank a group's channels by what their removal costs the layers that read them.
+
+    Parameters
+    ----------
+    consumers : sequence of Consumer
+    n_channels : int
+    n_groups : int, default=1
+        Runs of channels that lose the same local indices, see `ChannelGroup`.
+
+    Returns
+    -------
+    Tensor of shape (n_channels,)
+        For each channel the share of its consumers' output variance (summed over consumers) that is
+        lost for good when it and all channels of lower score are gone and the weights on the others
+        are the best there are. Zeros where there is no consumer.
+
+    Notes
+    -----
+    With inputs of covariance :math:`H` and weights :math:`W`, removing the inputs :math:`k` and
+    refitting the others loses :math:`\operatorname{tr} W_k ([H^{-1}]_{kk})^{-1} W_k'`, and leaves
+    :math:`W - W_k ([H^{-1}]_{kk})^{-1} [H^{-1}]_{k:}` (Hassibi and Stork, NIPS 1992; for groups of
+    weights: Kurtic, Frantar and Alistarh, NeurIPS 2023). The channel with the lowest loss is
+    removed, the losses are taken again, and so on: of two that repeat each other, one stays. For
+    speed, losses are taken again of a tenth of the channels, until one of the others may be lower.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from sinfkit.criteria import Consumer, removal_costs
+    >>> x = torch.randn(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    >>> x = torch.cat([x, x[:, :1] * 2], 1)         # the third input repeats the first
+    >>> columns = ((np.arange(3)[:, None], np.arange(3)),)
+    >>> consumer = Consumer("next", x.T.cov()[None], torch.ones(1, 1, 3).double(), columns)
+    >>> cost = removal_costs([consumer], 3)
+    >>> int(cost.argmin()), float(cost.min()) < 0.01
+    (0, True)
+    """
+    run = n_channels // n_groups
+    problems = _problems(consumers, run)
+    score = torch.zeros(n_channels, dtype=torch.float64)
+    if not problems:
+        return score
+    left, lost = np.arange(run), 0.0
+    while len(left):
+        costs = _sum_of_costs(problems)[left]
+        order = np.argsort(costs, kind="stable")
+        size = max(_POOL, len(left) // 10)
+        pool, rest = left[order[:size]], costs[order[size:]]
+        # A channel's cost rises while others leave (unless it only corrected one of them): while
+        # the cheapest of the pool costs less than the cheapest outside did, it goes next.
+        limit = float(rest[0]) if len(rest) else float("inf")
+        out = []
+        for unit, cost in _one_by_one([problem.corner(pool) for problem in problems], pool, limit):
+            lost += cost
+            score[unit::run] = lost
+            out.append(unit)
+        for problem in problems:
+            problem.remove(np.array(out))
+        left = np.setdiff1d(left, out)
+    return score
+
+
+def costs_in_order(consumers: Sequence[Consumer], order: np.ndarray) -> np.ndarray:
+    """What is lost for good while a group's channels leave in a given order.
+
+    Parameters
+    ----------
+    consumers : sequence of Consumer
+    order : int ndarray of shape (n_units,)
+        The units that leave, the first one first: channels or, in a group of several runs (see
+        `removal_costs`), local indices.  All of them, once.
+
+    Returns
+    -------
+    ndarray of shape (n_units,)
+        As the scores of `removal_costs`: of the consumers' output variance the share that is lost
+        when so many have left and the weights on the others are the best there are.  Not
+        descending.  Zeros where there is no consumer.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from sinfkit.criteria import Consumer, costs_in_order
+    >>> columns = ((np.arange(2)[:, None], np.arange(2)),)
+    >>> gram = torch.diag(torch.tensor([3.0, 1.0])).double()[None]  # independent inputs
+    >>> consumer = Consumer("next", gram, torch.ones(1, 1, 2).double(), columns)
+    >>> costs_in_order([consumer], np.array([1, 0])).round(2)
+    array([0.25, 1.  ])
+    """
+    lost = np.zeros(len(order))
+    problems = _problems(consumers, len(order))
+    if not problems:
+        return lost
+    for start in range(0, len(order), _IN_ORDER):
+        pool = order[start : start + _IN_ORDER]
+        # Of the inverse, only the corner of those that leave next is kept up to date one by one.
+        corners = [problem.corner(pool) for problem in problems]
+        for i, unit in enumerate(pool, start):
+            lost[i] = _sum_of_costs(corners)[unit]
+            for corner in corners:
+                corner.remove(np.array([unit]))
+        for problem in problems:
+            problem.remove(pool)
+    return np.cumsum(lost)
+
+
+def marginal_costs(costs: Tensor, n_groups: int = 1) -> Tensor:
+    """What each channel's removal added to what was lost before it.
+
+    Parameters
+    ----------
+    costs : Tensor of shape (n_channels,)
+        From `removal_costs`, where each counts all that went before.
+    n_groups : int, default=1
+        As there; the channels that leave together have the same.
+
+    Returns
+    -------
+    Tensor of shape (n_channels,)
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sinfkit.criteria import marginal_costs
+    >>> marginal_costs(torch.tensor([3.0, 0.5, 1.0])).tolist()
+    [2.0, 0.5, 0.5]
+    """
+    run = costs[: len(costs) // n_groups]
+    order = run.argsort(stable=True)
+    added = torch.empty_like(run)
+    added[order] = run[order].diff(prepend=run.new_zeros(1)).clamp_min(0.0)
+    return added.repeat(n_groups)
+
+
+def weigh_outputs(
+    consumers: Sequence[Consumer], importance: Mapping[str, Tensor]
+) -> list[Consumer]:
+    """Let losses of some of a consumer's outputs count more than those of others.
+
+    Parameters
+    ----------
+    consumers : sequence of Consumer
+    importance : mapping of str to Tensor of shape (n_outputs,)
+        By name of the consumer, what a squared error of each output is multiplied with, not
+        negative. Only ratios matter. All outputs of consumers that are not named count alike, as
+        do those of one whose importance is zero throughout.
+
+    Returns
+    -------
+    list of Consumer
+        They share what is expensive with the ones given.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from sinfkit.criteria import Consumer, removal_costs, weigh_outputs
+    >>> columns = ((np.arange(2)[:, None], np.arange(2)),)   # two inputs, each with one output
+    >>> one = torch.eye(2).double()[None]
+    >>> consumer = Consumer("next", one, one, columns)
+    >>> weighed = weigh_outputs([consumer], {"next": torch.tensor([3.0, 1.0])})
+    >>> removal_costs(weighed, 2).round(decimals=2).tolist()
+    [1.0, 0.25]
+    """
+    weighed = []
+    for consumer in consumers:
+        counts = importance.get(consumer.name)
+        if counts is not None and bool((counts > 0).any()):
+            rows = double(counts / counts.max()).sqrt().reshape(consumer.weight.shape[:2])
+            rows = rows.to(consumer.weight.device)
+            consumer = replace(consumer, weight=consumer.weight * rows[:, :, None])
+        weighed.append(consumer)
+    return weighed
+
+
+def _problems(consumers: Sequence[Consumer], run: int) -> list[_Problem]:
+    """The blocks of consumers that channels can leave, each with its share in a loss."""
+    problems = [
+        _Problem(consumer, block, run)
+        for consumer in consumers
+        for block in range(len(consumer.gram))
+        if len(consumer.columns[block][1])
+    ]
+    totals = {consumer.name: 0.0 for consumer in consumers}
+    for problem in problems:
+        totals[problem.name] += problem.variance
+    problems = [problem for problem in problems if totals[problem.name] > 0]
+    for problem in problems:
+        problem.share = 1.0 / totals[problem.name]
+    return problems
+
+
+def _sum_of_costs(problems: Sequence[_Problem]) -> np.ndarray:
+    """What the removal of each unit would lose now, over all consumers."""
+    return torch.stack([problem.costs() for problem in problems]).sum(0).numpy()
+
+
+def _one_by_one(
+    problems: list[_Problem], pool: np.ndarray, limit: float
+) -> Iterator[tuple[int, float]]:
+    """Take units out of small problems, the cheapest first, as long as that costs no more."""
+    left = list(pool)
+    while left:
+        costs = _sum_of_costs(problems)[left]
+        best = int(np.argmin(costs))
+        if costs[best] > limit and len(left) < len(pool):
+            return
+        unit = left.pop(best)
+        yield int(unit), float(costs[best])
+        for problem in problems:
+            problem.remove(np.array([unit]))
+
+
+class _Problem:
+    """One block of one consumer, while channels leave it.
+
+    Parameters
+    ----------
+    consumer : Consumer
+    block : int
+    run : int
+        Channels ``u, u + run, ...`` leave together, as unit u.
+    """
+
+    share = 1.0  # of a loss in the consumer's variance
+    _columns: Tensor
+
+    def __init__(self, consumer: Consumer, block: int, run: int) -> None:
+        self.name, self._run = consumer.name, run
+        gram, weight = consumer.gram[block], consumer.weight[block]
+        inverse, damping = consumer.inverse(block)
+        size = float(weight.square().sum())
+        self.variance = float((weight @ gram * weight).sum())
+        if self.variance <= 2 * consumer.noise * size:
+            self.variance = 0.0  # rounding is all there is
+        else:
+            self.variance += damping * size
+        columns, channels = consumer.columns[block]
+        units = channels % run
+        order = np.argsort(units, kind="stable")
+        self._units = torch.as_tensor(np.unique(units))
+        # Inputs that carry other groups' channels stay: of the inverse, only the corner is needed.
+        self._inverse, self._weight = inverse, weight
+        self._narrow(torch.as_tensor(columns[order].reshape(len(self._units), -1)))
+
+    def costs(self) -> Tensor:
+        """Of each unit that is left, the share that its removal would lose; 0 for the others."""
+        lost = torch.zeros(self._run, dtype=torch.float64)
+        if len(self._units) == 0:
+            return lost
+        columns = self._columns.to(self._inverse.device)
+        cells = self._inverse[columns[:, :, None], columns[:, None, :]]
+        weight = self._weight[:, columns].permute(1, 2, 0)
+        each = (torch.linalg.solve(cells, weight) * weight).sum((1, 2)).cpu()
+        return lost.index_add_(0, self._units, each.clamp_min(0.0) * self.share)
+
+    def remove(self, units: np.ndarray) -> None:
+        """Take units out, and refit the weights on the others."""
+        out = torch.as_tensor(np.isin(self._units.numpy(), units))
+        gone = self._columns[out].flatten()
+        rows = self._inverse[gone]
+        carried = torch.linalg.solve(rows[:, gone], rows)
+        self._weight.addmm_(self._weight[:, gone], carried, alpha=-1.0)
+        self._inverse.addmm_(rows.T, carried, alpha=-1.0)  # zero where they were
+        self._columns, self._units = self._columns[~out], self._units[~out]
+        if self._columns.numel() < 0.7 * len(self._inverse):
+            self._narrow(self._columns)
+
+    def corner(self, units: np.ndarray) -> _Problem:
+        """The same for some units only: enough for what they cost while others of them leave."""
+        small = copy.copy(self)
+        own = torch.as_tensor(np.isin(self._units.numpy(), units))
+        small._units = self._units[own]
+        small._narrow(self._columns[own])
+        return small
+
+    def _narrow(self, columns: Tensor) -> None:
+        """Keep only some inputs, a row of them for each unit; as copies, which may be changed."""
+        inside = columns.flatten()
+        self._inverse = self._inverse[inside][:, inside]
+        self._weight = self._weight[:, inside]
+        self._columns = torch.arange(len(inside)).reshape(columns.shape)
+
+
+def _columns(
+    layer: nn.Module, index: np.ndarray, channel: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """For each block of a layer, the inputs of each channel, and the channels."""
+    cells = 1
+    if isinstance(layer, nn.Conv2d):
+        cells = layer.kernel_size[0] * layer.kernel_size[1]
+        per_block = layer.in_channels // layer.groups
+    else:
+        assert isinstance(layer, nn.Linear)
+        per_block = layer.in_features
+    blocks = []
+    for block in range(n_blocks(layer)):
+        here = index // per_block == block
+        local, channels = index[here] % per_block, channel[here]
+        order = np.argsort(channels, kind="stable")
+        names, counts = np.unique(channels, return_counts=True)
+        if len(set(counts)) > 1:
+            raise ValueError("the channels of a group do not have equally many inputs")
+        places = local[order].reshape(len(names), int(counts[0]) if len(counts) else 0)
+        inputs = places[:, :, None] * cells + np.arange(cells)
+        blocks.append((inputs.reshape(len(names), -1), names))
+    return tuple(blocks)
+
+
+def norm_gains(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """What the batch-norm that follows a layer multiplies its outputs with."""
+    modules = dict(graph.named_modules())
+    gains = {}
+    for layer, name in batch_norm_behind(graph).items():
+        norm = modules[name]
+        if norm.running_var is not None and norm.num_features == len(modules[layer].weight):
+            gain = (double(norm.running_var) + norm.eps).rsqrt()
+            gains[layer] = gain if norm.weight is None else gain * double(norm.weight.detach())
+    return gains

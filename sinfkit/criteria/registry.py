@@ -1,0 +1,504 @@
+"""Filter scores: pure functions of one layer's record, one score per filter, and their registry."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.params import check_kind
+from . import separability
+from .brain_surgeon import Consumer, marginal_costs, removal_costs, weigh_outputs
+from .discriminability import (
+    DCSResult,
+    average,
+    centred,
+    check_features,
+    check_weight,
+    discriminative_capability,
+)
+
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "DCSResult",
+    "LayerData",
+    "discriminative_capability",
+    "get_criterion",
+]
+
+
+@dataclass(frozen=True)
+class LayerData:
+    """What a criterion may know about one layer; only what it declares is collected.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name of the layer in the network, for messages.
+    features : Tensor of shape (n_samples, n_filters, n_cells), optional
+        Activations averaged over a grid of ``n_cells`` cells.
+    y : Tensor of shape (n_samples,), optional
+        Class of each sample, integers ``0 .. n_classes - 1``.
+    sample_weight : Tensor of shape (n_samples,), optional
+        How many times each sample counts, float64 and larger than 0; None where all count once.
+        What is collected by other means (`taylor`, `map_rank`, `consumers` ...) is weighted
+        already.
+    weight : Tensor of shape (n_filters, ...), optional
+        Weight of the convolution or linear layer; filters are its first axis.
+    norm_scale : Tensor of shape (n_filters,), optional
+        Scale of the batch-norm that follows the layer.
+    norm_gain : Tensor of shape (n_filters,), optional
+        What that batch-norm multiplies each filter's output with, ``gamma / sqrt(var + eps)``; ones
+        where no batch-norm follows.
+    taylor, taylor_squared : Tensor of shape (n_filters,), optional
+        Mean over samples of ``|activation * gradient|``, or of its square, see
+        `sinfkit.criteria.taylor_scores`.
+    map_rank, map_independence, map_zeros : Tensor of shape (n_filters,), optional
+        Means over images, see the functions of the same names in `sinfkit.criteria.feature_maps`.
+    map_range : Tensor of shape (n_filters,), optional
+        Largest activation minus smallest; collected with those three.
+    couplings : tuple of Tensor of shape (n_filters,), optional
+        What each filter can carry from a layer to another, see
+        `sinfkit.criteria.gather_couplings`.
+    consumers : tuple of Consumer, optional
+        The layers that read the filters' outputs, see `sinfkit.criteria.gather_consumers`.
+    consumer_features : mapping of str to Tensor of shape (n_samples, n_outputs * n_cells), optional
+        Pooled activations of those of these layers that are observed, by name.
+    n_groups : int
+        Runs of filters that lose the same local indices, see `sinfkit.slicing.ChannelGroup`.
+    n_classes : int
+        Number of classes that `y` counts.
+    generator : torch.Generator, optional
+        Source of randomness, on the CPU.
+    """
+
+    name: str = ""
+    features: Tensor | None = None
+    y: Tensor | None = None
+    sample_weight: Tensor | None = None
+    weight: Tensor | None = None
+    norm_scale: Tensor | None = None
+    norm_gain: Tensor | None = None
+    taylor: Tensor | None = None
+    taylor_squared: Tensor | None = None
+    map_rank: Tensor | None = None
+    map_independence: Tensor | None = None
+    map_zeros: Tensor | None = None
+    map_range: Tensor | None = None
+    couplings: tuple[Tensor, ...] | None = None
+    consumers: tuple[Consumer, ...] | None = None
+    consumer_features: Mapping[str, Tensor] | None = None
+    n_groups: int = 1
+    n_classes: int = 0
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A filter score and what it needs to know.
+
+    Attributes
+    ----------
+    name : str
+        Key in `CRITERIA`, or the name of the user's function.
+    function : callable
+        From a `LayerData`, and keyword options, to a Tensor of shape (n_filters,): one score per
+        filter, low for those to remove first.
+    needs : frozenset of str
+        Fields of `LayerData` that must be there.
+    options : frozenset of str
+        Keyword arguments that the function knows.
+    weighted : bool
+        Whether it knows samples that count more than others, or looks at no sample.
+    cumulative : bool
+        Whether a score says what is lost when this filter and all of lower score are gone, as a
+        share of what layers have in common; see `sinfkit.criteria.removal_costs`.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    needs: frozenset[str]
+    options: frozenset[str]
+    weighted: bool = True
+    cumulative: bool = False
+
+    def __reduce__(self) -> Any:
+        # By name: some are made by a function, and the caches know the package's own by identity.
+        if CRITERIA.get(self.name) is self:
+            return get_criterion, (self.name,)
+        return super().__reduce__()
+
+
+_Function = Callable[..., Tensor]
+
+CRITERIA: dict[str, Criterion] = {}
+"""Criteria by name."""
+
+
+def _register(
+    name: str, needs: Iterable[str], *, weighted: bool = True, cumulative: bool = False
+) -> Callable[[_Function], _Function]:
+    """Put a criterion into the registry; its keyword-only parameters are its options."""
+
+    def decorate(function: _Function) -> _Function:
+        options = _keywords(function)
+        CRITERIA[name] = Criterion(name, function, frozenset(needs), options, weighted, cumulative)
+        return function
+
+    return decorate
+
+
+def _keywords(function: _Function) -> frozenset[str]:
+    """Names of a function's keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def get_criterion(criterion: str | Criterion | Callable[..., Tensor]) -> Criterion:
+    """Look up a criterion, or make one of a function.
+
+    Parameters
+    ----------
+    criterion : str, Criterion or callable
+        A key of `CRITERIA`; or a function of a `LayerData` that returns one score per filter, low
+        for those to remove first. A function may say in its attribute ``needs``, a set of field
+        names, what must be collected for it. Without it: everything that costs no gradient.  One
+        that looks at samples is taken to know weights if ``"sample_weight"`` is among its needs.
+
+    Returns
+    -------
+    Criterion
+        The criterion.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or a function needs a field that `LayerData` does not have.
+    TypeError
+        If it is neither a name nor callable.
+
+    Examples
+    --------
+    >>> from sinfkit.criteria import get_criterion
+    >>> sorted(get_criterion("fdr").needs)
+    ['features', 'y']
+    """
+    if isinstance(criterion, Criterion):
+        return criterion
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise ValueError(
+                f"criterion must be one of {sorted(CRITERIA)} or a function, got {criterion!r}"
+            )
+        return CRITERIA[criterion]
+    if not callable(criterion) or isinstance(criterion, (type, nn.Module)):
+        raise TypeError(f"criterion must be a name or a function, got {type(criterion).__name__}")
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    default = {"features", "y", "weight", "norm_scale", "generator"}
+    needs = frozenset(getattr(criterion, "needs", default))
+    unknown = needs - set(LayerData.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"criterion {name!r} needs {sorted(unknown)}, which no layer has")
+    weighted = "sample_weight" in needs or not needs & {"features", "y", "consumer_features"}
+    return Criterion(name, criterion, needs, frozenset(), weighted)
+
+
+def _need(data: LayerData, field: str) -> Any:
+    """A field of the record that the criterion cannot do without."""
+    value = getattr(data, field)
+    if value is None:
+        raise ValueError(f"the criterion needs {field} of layer {data.name!r}, which is missing")
+    return value
+
+
+def _sample_weight(data: LayerData) -> Tensor | None:
+    """The samples' weights where the features are."""
+    return check_weight(data.sample_weight, _need(data, "features").detach().double())
+
+
+def _activations(data: LayerData) -> Tensor:
+    """Pooled activations in double precision, of three axes."""
+    features = _need(data, "features")
+    check_kind("features", features, Tensor, "a Tensor")
+    return check_features(features, torch.zeros(features.shape[:1]))[0]
+
+
+def _weight(data: LayerData, *, folded: bool = False) -> Tensor:
+    """Weights, a row for each filter; times the gain of the batch-norm behind if `folded`."""
+    rows = _need(data, "weight").detach().double().flatten(1)
+    return rows * _need(data, "norm_gain").detach().to(rows)[:, None] if folded else rows
+
+
+@_register("dcs", needs=("features", "y"))
+def dcs(
+    data: LayerData,
+    *,
+    penalty: float = 3.0,
+    variant: str = "norm",
+    norm: str = "fro",
+    scaling: str = "root",
+) -> Tensor:
+    """Discriminative Capability Score, see `discriminative_capability`."""
+    return discriminative_capability(
+        _need(data, "features"),
+        _need(data, "y"),
+        penalty=penalty,
+        variant=variant,
+        norm=norm,
+        scaling=scaling,
+        sample_weight=data.sample_weight,
+    ).score
+
+
+@_register("dcs_closed_form", needs=("features", "y"))
+def dcs_closed_form(data: LayerData) -> Tensor:
+    """DCS in the limit of a strong penalty: spread of the classes' mean activations. A control."""
+    return dcs(data, penalty=float("inf"), scaling="layer")
+
+
+@_register("dcs_shuffled", needs=("features", "y", "generator"), weighted=False)
+def dcs_shuffled(data: LayerData, *, penalty: float = 3.0) -> Tensor:
+    """DCS with shuffled labels, a control: what is left is the size of the signals."""
+    y = _need(data, "y")
+    order = torch.randperm(len(y), generator=data.generator).to(y.device)
+    return dcs(replace(data, y=y[order]), penalty=penalty)
+
+
+@_register("l1", needs=("weight",))
+def l1(data: LayerData) -> Tensor:
+    """Sum of a filter's absolute weights (Li et al., 2017)."""
+    return _weight(data).abs().sum(1)
+
+
+@_register("l1_folded", needs=("weight", "norm_gain"))
+def l1_folded(data: LayerData) -> Tensor:
+    """L1 norm of a filter with the batch-norm behind folded in.
+
+    ``sum |w| |gamma| / sqrt(var + eps)``: the network computes the same with a larger weight and a
+    smaller gain, and so does this score. A control for `l1`; the folding is ours.
+    """
+    return _weight(data, folded=True).abs().sum(1)
+
+
+@_register("l2", needs=("weight",))
+def l2(data: LayerData) -> Tensor:
+    """Root of the sum of a filter's squared weights."""
+    return _weight(data).square().sum(1).sqrt()
+
+
+@_register("l2_folded", needs=("weight", "norm_gain"))
+def l2_folded(data: LayerData) -> Tensor:
+    """L2 norm of a filter with the batch-norm behind folded in, as for `l1_folded`."""
+    return _weight(data, folded=True).square().sum(1).sqrt()
+
+
+@_register("taylor", needs=("taylor",))
+def taylor(data: LayerData) -> Tensor:
+    """First-order change of the loss without a filter (Molchanov et al., 2017, 2019)."""
+    return _need(data, "taylor").detach().double()
+
+
+@_register("taylor_squared", needs=("taylor_squared",))
+def taylor_squared(data: LayerData) -> Tensor:
+    """Mean over samples of the squared first-order change of the loss (Molchanov et al., 2019)."""
+    return _need(data, "taylor_squared").detach().double()
+
+
+@_register("obs", needs=("weight", "consumers"), cumulative=True)
+def obs(data: LayerData) -> Tensor:
+    """What the layers behind lose for good without a filter, see `sinfkit.criteria.removal_costs`.
+
+    Filters whose readers are not known (too wide, or called more than once) are ranked by L1 norm.
+    """
+    consumers = _need(data, "consumers")
+    if not consumers:
+        size = l1(data)
+        return size / size.sum().clamp_min(torch.finfo(size.dtype).tiny)
+    return removal_costs(consumers, len(_need(data, "weight")), data.n_groups)
+
+
+@_register("dcs_obs", needs=("y", "weight", "consumers", "consumer_features"), cumulative=True)
+def dcs_obs(data: LayerData, *, penalty: float = 3.0, power: float = 1.0) -> Tensor:
+    """What the layers behind lose for good, each of their outputs counted by its own DCS.
+
+    A loss of an output counts in proportion to that output's DCS to the `power`. Outputs that are
+    not observed (those of the network itself) count alike. Filters whose readers are not known are
+    ranked by L1 norm.
+    """
+    y, observed = _need(data, "y"), _need(data, "consumer_features")
+    consumers, importance = _need(data, "consumers"), {}
+    for consumer in consumers:
+        if consumer.name in observed:
+            x = observed[consumer.name].reshape(len(y), consumer.n_outputs, -1)
+            found = discriminative_capability(
+                x, y, penalty=penalty, sample_weight=data.sample_weight
+            )
+            importance[consumer.name] = found.score.cpu().pow(power)
+    return obs(replace(data, consumers=tuple(weigh_outputs(consumers, importance))))
+
+
+@_register("dcs_plus_obs", needs=("features", "y", "weight", "consumers"))
+def dcs_plus_obs(data: LayerData, *, penalty: float = 3.0, share: float = 0.75) -> Tensor:
+    """DCS, and what a filter adds to what the layers behind lose for good; `share` is that of DCS.
+
+    Both are divided by their sum over the layer. A filter that discriminates stays, and so does one
+    that others cannot stand in for. Filters whose readers are not known are ranked by DCS alone.
+    """
+    own = dcs(data, penalty=penalty).cpu()
+    if not _need(data, "consumers"):
+        return own
+    lost = marginal_costs(obs(data), data.n_groups)
+    return share * own + (1.0 - share) * lost / lost.sum().clamp_min(torch.finfo(lost.dtype).tiny)
+
+
+@_register("fpgm", needs=("weight",))
+def fpgm(data: LayerData) -> Tensor:
+    """Sum of a filter's distances to all others of its layer (He et al., CVPR 2019).
+
+    A filter of zeros scores 0, wherever the others lie: it costs nothing to remove (our addition).
+    """
+    return _sum_of_distances(_weight(data))
+
+
+@_register("fpgm_folded", needs=("weight", "norm_gain"))
+def fpgm_folded(data: LayerData) -> Tensor:
+    """Sum of distances as for `fpgm`, with the batch-norm behind folded in as for `l1_folded`."""
+    return _sum_of_distances(_weight(data, folded=True))
+
+
+def _sum_of_distances(w: Tensor) -> Tensor:
+    """Of each row to all others; 0 for rows of zeros."""
+    return torch.where(w.any(1), torch.cdist(w, w).sum(1), 0.0)
+
+
+@_register("bn_scale", needs=("norm_scale",))
+def bn_scale(data: LayerData) -> Tensor:
+    """Absolute scale of the batch-norm behind the layer (Liu et al., ICCV 2017)."""
+    return _need(data, "norm_scale").detach().double().abs()
+
+
+@_register("dfpc", needs=("couplings",))
+def dfpc(data: LayerData) -> Tensor:
+    """What a channel can carry from layer to layer, by the weights alone (DFPC, ICLR 2023).
+
+    Sum over pairs of layers, see `sinfkit.criteria.gather_couplings`, which says what is the
+    authors' (Narshana, Murti and Bhattacharyya) and what our reading.
+    """
+    return torch.stack(_need(data, "couplings")).detach().double().sum(0)
+
+
+@_register("hrank", needs=("map_rank", "map_range"))
+def hrank(data: LayerData) -> Tensor:
+    """Mean rank of a filter's feature map over images (HRank, Lin et al., CVPR 2020).
+
+    Of the map as a matrix of H rows and W columns, see `sinfkit.criteria.map_rank`. A filter
+    whose activation is always the same scores 0.
+    """
+    return _if_it_varies(data, _need(data, "map_rank"))
+
+
+@_register("chip", needs=("map_independence", "map_range"))
+def chip(data: LayerData) -> Tensor:
+    """Channel independence (CHIP, Sui et al., NeurIPS 2021).
+
+    Drop of the nuclear norm of the layer's (C, H W) maps without the filter's row, mean over
+    images, see `sinfkit.criteria.map_independence`. A filter whose activation is always the
+    same scores 0.
+    """
+    return _if_it_varies(data, _need(data, "map_independence"))
+
+
+@_register("apoz", needs=("map_zeros", "map_range"))
+def apoz(data: LayerData) -> Tensor:
+    """One minus the average percentage of zeros (APoZ, Hu et al., 2016), in [0, 1].
+
+    They remove filters of high APoZ, so here those that fire least score lowest. A filter whose
+    activation is always the same scores 0.
+    """
+    return _if_it_varies(data, 1.0 - _need(data, "map_zeros"))
+
+
+def _if_it_varies(data: LayerData, score: Tensor) -> Tensor:
+    """The score, or 0 for filters that a constant can replace."""
+    return torch.where(_need(data, "map_range") > 0, score, 0.0).detach().double()
+
+
+def _register_separability(name: str, function: Callable[..., Tensor]) -> None:
+    """Register a score of `sinfkit.criteria.separability`."""
+
+    def criterion(data: LayerData) -> Tensor:
+        return function(_need(data, "features"), _need(data, "y"), data.sample_weight)
+
+    criterion.__name__, criterion.__doc__ = name, function.__doc__
+    _register(name, needs=("features", "y"))(criterion)
+
+
+for _name, _separability in (
+    ("fdr", separability.fisher_ratio),
+    ("abs_snr", separability.abs_snr),
+    ("t", separability.t_statistic),
+    ("sym_div", separability.sym_div),
+    ("j_div", separability.j_divergence),
+    ("hellinger", separability.hellinger),
+    ("di", separability.discriminant_information),
+):
+    _register_separability(_name, _separability)
+
+
+@_register("mmd", needs=("features", "y", "generator"), weighted=False)
+def mmd(data: LayerData) -> Tensor:
+    """Maximum mean discrepancy, see `sinfkit.criteria.max_mean_discrepancy`."""
+    return separability.max_mean_discrepancy(
+        _need(data, "features"), _need(data, "y"), generator=data.generator
+    )
+
+
+@_register("activation_std", needs=("features",))
+def activation_std(data: LayerData) -> Tensor:
+    """Standard deviation of a filter's pooled activation, mean over cells. A control: no labels."""
+    x, weight = _activations(data), _sample_weight(data)
+    return average(centred(x, weight).square(), weight).sqrt().flatten(1).mean(1)
+
+
+@_register("activation_mean", needs=("features",))
+def activation_mean(data: LayerData) -> Tensor:
+    """Mean absolute value of a filter's pooled activation, mean over cells. A control: no labels.
+
+    A filter whose pooled activation is always the same scores 0: a constant can replace it.
+    """
+    x = _activations(data)
+    mean = average(x.abs(), _sample_weight(data))
+    return torch.where((x != x[0]).any(0), mean, 0.0).flatten(1).mean(1)
+
+
+@_register("class_std", needs=("features", "y"))
+def class_std(data: LayerData) -> Tensor:
+    r"""Standard deviation between classes, not normalised by anything. A control.
+
+    Mean over cells of :math:`\sqrt{\sum_c p_c (m_c - m)^2}`, with :math:`p_c` and :math:`m_c` the
+    frequency and the mean of class c, and :math:`m` the mean of all samples.
+    """
+    x, codes, n_classes = check_features(_need(data, "features"), _need(data, "y"))
+    weight = _sample_weight(data)
+    x = centred(x, weight)
+    if weight is None:
+        share = torch.bincount(codes, minlength=n_classes).to(x)[:, None, None] / len(x)
+        total = x.new_zeros(n_classes, *x.shape[1:]).index_add_(0, codes, x) / len(x)
+    else:
+        weight = weight / weight.sum()
+        share = x.new_zeros(n_classes).index_add_(0, codes, weight)[:, None, None]
+        x = x * weight[:, None, None]
+        total = x.new_zeros(n_classes, *x.shape[1:]).index_add_(0, codes, x)
+    return (total.square() / share).sum(0).sqrt().mean(1)
+
+
+@_register("random", needs=("weight", "generator"))
+def random(data: LayerData) -> Tensor:
+    """Uniform random numbers, the lower end of every comparison."""
+    n_filters = len(_need(data, "weight"))
+    return torch.rand(n_filters, generator=data.generator, dtype=torch.float64)

@@ -1,0 +1,478 @@
+"""X and y: what the estimators accept, and how batches of it reach the network."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn import get_config
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_array, column_or_1d, validate_data
+
+from ..frozen import FrozenModel
+from ..utils.device import host_tensor, settle_after_fork
+from ..utils.params import caller_level, naming, shown
+
+__all__ = [
+    "Batcher",
+    "hold_out",
+    "match_classes",
+    "validate_weight",
+    "validate_y",
+    "warn_if_mismatched",
+]
+
+Images = np.ndarray | torch.Tensor
+LARGEST_WEIGHT = 1e30  # whose sums are numbers still, in single precision as well
+
+
+def validate_X(
+    estimator: Any,
+    X: Any,
+    *,
+    reset: bool,
+    input_shape: tuple[int, ...] | None = None,
+    finite: bool = True,
+) -> Images:
+    """Check samples and give them the shape that the network takes.
+
+    Parameters
+    ----------
+    estimator : BaseEstimator
+        Receives `n_features_in_` and `input_shape_` where `reset` is true; is compared with them
+        otherwise.
+    X : array-like or Tensor of shape (n_samples, channels, height, width) or (n_samples, \
+n_features)
+        uint8 stays as it is; other integers become float64.
+    reset : bool
+        True in ``fit``.
+    input_shape : tuple of int, optional
+        Shape of one sample; lets flattened 2-D `X` through.
+    finite : bool, default=True
+        Whether tensors are searched for NaN and infinity here, for which the host waits for their
+        device.  False: the caller does.
+
+    Returns
+    -------
+    ndarray or Tensor of shape (n_samples, *input_shape)
+        uint8, float32 or float64.
+
+    Raises
+    ------
+    ValueError
+        For a wrong shape, NaN or infinity, or no samples; the message names what and where.
+    """
+    if isinstance(X, torch.Tensor):
+        checked: Images = _validate_tensor(estimator, X, reset=reset, finite=finite)
+    else:
+        with naming("X"):
+            checked = validate_data(
+                estimator,
+                X,
+                reset=reset,
+                allow_nd=True,
+                dtype=[np.float64, np.float32, np.uint8],
+                accept_sparse=False,
+            )
+    expected = input_shape if reset else estimator.input_shape_
+    if expected is not None and checked.ndim == 2 and len(expected) > 1:
+        if checked.shape[1] != int(np.prod(expected)):
+            raise ValueError(
+                f"X has {checked.shape[1]} features per sample, but input_shape={expected} needs "
+                f"{int(np.prod(expected))}."
+            )
+        checked = checked.reshape(len(checked), *expected)
+    shape = tuple(checked.shape[1:])
+    if checked.ndim not in (2, 4):
+        raise ValueError(
+            f"X must have shape (n_samples, channels, height, width) or (n_samples, n_features), "
+            f"not {tuple(checked.shape)}. For one grey image use X[None, None]."
+        )
+    if expected is not None and shape != tuple(expected):
+        raise ValueError(_shape_message(shape, tuple(expected)))
+    return checked
+
+
+def validate_y(y: Any, n_samples: int) -> np.ndarray:
+    """Check labels: one class label per sample, as a 1-D NumPy array.
+
+    Parameters
+    ----------
+    y : array-like or Tensor of shape (n_samples,)
+    n_samples : int
+
+    Returns
+    -------
+    ndarray of shape (n_samples,)
+    """
+    if y is None:
+        raise ValueError(
+            "requires y to be passed, but the target y is None: class labels are needed."
+        )
+    with naming("y"):
+        if isinstance(y, torch.Tensor):
+            if y.layout != torch.strided or y.device.type == "meta":
+                raise TypeError("y must be a dense tensor that holds its values.")
+            y = y.detach().cpu().numpy()
+        y = column_or_1d(y, warn=True)
+        if y.dtype.kind == "f" and not np.isfinite(y).all():
+            raise ValueError("Input y contains NaN or infinity.")
+        if y.dtype.kind in "mM":
+            raise ValueError(f"y must hold class labels, got dates or times ({y.dtype}).")
+        check_classification_targets(y)
+        np.unique(y)  # labels that have no order are none
+    if len(y) != n_samples:
+        raise ValueError(f"X has {n_samples} samples, but y has {len(y)} labels.")
+    return y
+
+
+def validate_weight(
+    sample_weight: Any, n_samples: int, name: str = "sample_weight"
+) -> np.ndarray | None:
+    """Check how many times each sample counts.
+
+    Parameters
+    ----------
+    sample_weight : array-like or Tensor of shape (n_samples,), or None
+    n_samples : int
+    name : str, default="sample_weight"
+        For messages.
+
+    Returns
+    -------
+    ndarray of shape (n_samples,) or None
+        Float64; None where each sample counts once.
+
+    Raises
+    ------
+    ValueError
+        For a single number, a wrong length, what is not finite or negative, or zeros throughout.
+    """
+    if sample_weight is None:
+        return None
+    with naming(name):
+        if isinstance(sample_weight, torch.Tensor):
+            if sample_weight.layout != torch.strided or sample_weight.device.type == "meta":
+                raise TypeError(f"{name} must be a dense tensor that holds its values.")
+            sample_weight = sample_weight.detach().cpu()
+        sample_weight = np.asarray(sample_weight)
+        if sample_weight.ndim == 0:
+            raise ValueError(
+                f"{name} must hold one number for each of the {n_samples} samples, got "
+                f"{shown(sample_weight.item())}."
+            )
+        weight = check_array(
+            sample_weight, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name=name
+        )
+    if weight.shape != (n_samples,):
+        raise ValueError(
+            f"{name} must hold one number for each of the {n_samples} samples, got shape "
+            f"{weight.shape}."
+        )
+    if (weight < 0).any():
+        raise ValueError(f"{name} must not be negative, but its smallest value is {weight.min()}.")
+    if weight.max() > LARGEST_WEIGHT:
+        raise ValueError(f"{name} must be at most {LARGEST_WEIGHT:g}, but holds {weight.max()}.")
+    if not weight.any():
+        raise ValueError(f"{name} holds only zeros; at least one sample weight must not be zero.")
+    return None if (weight == 1).all() else weight
+
+
+def without_zeros(
+    X: Images, y: np.ndarray, weight: np.ndarray | None
+) -> tuple[Images, np.ndarray, np.ndarray | None]:
+    """Leave samples of weight 0 out; weights of 1 throughout become None."""
+    if weight is None or weight.all():
+        return X, y, weight
+    kept = np.flatnonzero(weight)
+    rows = torch.as_tensor(kept, device=X.device) if isinstance(X, torch.Tensor) else kept
+    weight = weight[kept]
+    return X[rows], y[kept], None if (weight == 1).all() else weight
+
+
+def mean(values: np.ndarray, weight: np.ndarray | None = None) -> float:
+    """Mean over samples, of which some may count more than others."""
+    return float(np.mean(values) if weight is None else np.average(values, weights=weight))
+
+
+def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool, finite: bool) -> torch.Tensor:
+    """`validate_data` for tensors, which stay on their device."""
+    X = X.detach()
+    if X.layout != torch.strided or X.is_quantized or X.device.type == "meta":
+        raise TypeError("X must be a dense tensor that holds its values.")
+    if X.ndim < 2:
+        raise ValueError(f"X must have at least 2 dimensions, got shape {tuple(X.shape)}.")
+    if len(X) == 0:
+        raise ValueError(f"Found X with 0 samples (shape={tuple(X.shape)}); at least 1 is needed.")
+    if X.numel() == 0:
+        raise ValueError(f"X has samples without values, shape {tuple(X.shape)}.")
+    if X.is_complex():
+        raise ValueError("Complex data not supported: X must be real.")
+    if X.dtype not in (torch.uint8, torch.float32, torch.float64):
+        X = X.to(torch.float32 if X.is_floating_point() else torch.float64)
+    finite = finite and not get_config()["assume_finite"]
+    if finite and X.is_floating_point() and not bool(torch.isfinite(X).all()):
+        raise ValueError(f"X contains NaN or infinity, as {type(estimator).__name__} cannot use.")
+    if reset:
+        estimator.n_features_in_ = int(X.shape[1])
+    elif X.shape[1] != estimator.n_features_in_:
+        raise ValueError(
+            f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting "
+            f"{estimator.n_features_in_} features as input."
+        )
+    return X
+
+
+def _shape_message(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Say what is wrong with the shape of a sample."""
+    text = f"Each sample of X has shape {shape}, but the model takes {expected}."
+    if len(shape) == 3 and len(expected) == 3 and (shape[2], shape[0], shape[1]) == expected:
+        text += " X looks like NHWC (channels last); pass NCHW: X.transpose(0, 3, 1, 2)."
+    return text
+
+
+def check_channels(X: Images) -> None:
+    """Raise if images look like NHWC; called in ``fit``, where no shape is known yet."""
+    if X.ndim == 4 and X.shape[3] in (1, 3, 4) and X.shape[1] not in (1, 3, 4):
+        raise ValueError(
+            f"X has shape {tuple(X.shape)}, which looks like NHWC (channels last). sinfkit takes "
+            "NCHW: X.transpose(0, 3, 1, 2)."
+        )
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Which output of the network means which label.
+
+    Attributes
+    ----------
+    classes : ndarray of shape (n_classes,)
+        Sorted labels.
+    outputs : ndarray of shape (n_classes,)
+        Index of the network's output for each of `classes`.
+    """
+
+    classes: np.ndarray
+    outputs: np.ndarray
+
+    def encode(self, y: np.ndarray) -> np.ndarray:
+        """Labels to positions in `classes`; -1 for labels that are not among them."""
+        position = np.searchsorted(self.classes, y)
+        position = np.minimum(position, len(self.classes) - 1)
+        return np.where(self.classes[position] == y, position, -1)
+
+
+def match_classes(
+    y: np.ndarray,
+    n_outputs: int,
+    model_classes: Sequence[Any] | None,
+    classes: Sequence[Any] | None = None,
+) -> ClassTable:
+    """Match the labels of the calibration samples with the network's outputs.
+
+    Parameters
+    ----------
+    y : ndarray of shape (n_samples,)
+    n_outputs : int
+        Width of the network's output.
+    model_classes : sequence of length n_outputs, optional
+        The label of each output.  Without it, integers within ``0..n_outputs-1`` are output
+        indices; other labels are matched in sorted order if there are `n_outputs` of them.
+    classes : sequence, optional
+        The labels to keep; default all of the network's.
+
+    Returns
+    -------
+    ClassTable
+
+    Raises
+    ------
+    ValueError
+        If a label is unknown to the network, a class has no samples, or the counts disagree.
+    """
+    present = np.unique(y)
+    if model_classes is not None:
+        with naming("model_classes"):
+            labels = np.asarray(model_classes)
+            np.unique(labels)
+        if labels.ndim != 1 or len(labels) != n_outputs:
+            raise ValueError(
+                f"model_classes must have one label for each of the model's {n_outputs} outputs, "
+                f"got shape {labels.shape}."
+            )
+        if len(np.unique(labels)) != len(labels):
+            raise ValueError("model_classes names a label twice.")
+    elif present.dtype.kind in "iub" and present.min() >= 0 and present.max() < n_outputs:
+        labels = np.arange(n_outputs)
+    elif len(present) == n_outputs:
+        labels = present
+    else:
+        raise ValueError(
+            f"y has {len(present)} distinct labels, but the model has {n_outputs} outputs. Pass "
+            "model_classes=[...], the label of each output in order."
+        )
+    unknown = present[~np.isin(present, labels)]
+    if len(unknown):
+        raise ValueError(
+            f"y has labels that the model does not know: {_list(unknown)}. See model_classes."
+        )
+    if classes is not None:
+        with naming("classes"):
+            wanted = np.asarray(classes)
+            if wanted.ndim != 1:
+                raise ValueError("classes must be a sequence of labels, or None for all.")
+            wanted = np.unique(wanted)
+        if wanted.size == 0:
+            raise ValueError("classes is empty; name at least one class, or pass None for all.")
+        unknown = wanted[~np.isin(wanted, labels)]
+        if len(unknown):
+            raise ValueError(f"classes has labels that the model does not know: {_list(unknown)}.")
+    else:
+        wanted = np.unique(labels)
+    missing = wanted[~np.isin(wanted, present)]
+    if len(missing):
+        raise ValueError(
+            f"No calibration samples for class(es) {_list(missing)} in y, or none of a "
+            "sample_weight above 0. Give samples of every class of the model; DCSPruner can also "
+            "be told the classes to keep (classes=...)."
+        )
+    order = np.argsort(labels, kind="stable")
+    outputs = order[np.searchsorted(labels, wanted, sorter=order)]
+    # The labels' own type: present may hold the same values in another one.
+    return ClassTable(wanted.astype(present.dtype, copy=False), outputs)
+
+
+def _list(values: np.ndarray, limit: int = 5) -> str:
+    """A few values, and how many more."""
+    shown = ", ".join(repr(v.item() if hasattr(v, "item") else v) for v in values[:limit])
+    return shown + (f" and {len(values) - limit} more" if len(values) > limit else "")
+
+
+def warn_if_mismatched(accuracy: float, n_classes: int, n_samples: int) -> None:
+    """Warn where the base answers the calibration samples no better than chance.
+
+    Chance is 1/K; three standard errors above it tell a weak network from a wrong label order.
+    """
+    chance = 1.0 / n_classes
+    if n_classes > 1 and accuracy <= chance + 3 * np.sqrt(chance * (1 - chance) / n_samples):
+        warnings.warn(
+            f"The model answers {accuracy:.1%} of the calibration samples correctly, no better "
+            f"than chance ({chance:.1%}): its outputs and the labels seem mismatched. Check "
+            "model_classes, and the normalisation (mean, std) of FrozenModel.",
+            UserWarning,
+            stacklevel=caller_level(),
+        )
+
+
+def encode(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Positions of labels in the sorted `classes`; a ValueError where one is not among them."""
+    with naming("y"):
+        position = np.minimum(np.searchsorted(classes, y), len(classes) - 1)
+        unknown = np.asarray(classes[position] != y)
+    if unknown.any():
+        first = y[unknown][0] if unknown.ndim else y[0]
+        raise ValueError(f"y has labels that were not in fit: {first!r} for one.")
+    return position
+
+
+def check_answers(answers: torch.Tensor) -> torch.Tensor:
+    """Return the answers for `X`, or raise where they are not numbers."""
+    finite = torch.isfinite(answers).flatten(1).all(1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"The network's answer for sample {int((~finite).nonzero()[0, 0])} of X is NaN or "
+            "infinite. Look for very large values in X."
+        )
+    return answers
+
+
+class Batcher:
+    """Batches of samples as the network wants them: on its device, in its type, normalised.
+
+    Parameters
+    ----------
+    frozen : FrozenModel
+        Supplies `mean` and `std`.
+    device : torch.device
+    dtype : torch.dtype
+        The network's floating type.
+    batch_size : int
+    """
+
+    def __init__(
+        self, frozen: FrozenModel, device: torch.device, dtype: torch.dtype, batch_size: int
+    ) -> None:
+        settle_after_fork()  # whatever computes needs batches first
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        self._mean = None if frozen.mean is None else torch.tensor(frozen.mean, dtype=dtype)
+        self._std = None if frozen.std is None else torch.tensor(frozen.std, dtype=dtype)
+
+    def load(self, X: Images) -> torch.Tensor:
+        """Put samples on the device: float, uint8 divided by 255.  Not normalised."""
+        if isinstance(X, np.ndarray):
+            X = host_tensor(X)
+        x = X.to(self.device)
+        x = x.to(self.dtype).div_(255) if x.dtype == torch.uint8 else x.to(self.dtype)
+        return x
+
+    def normalise(self, x: torch.Tensor) -> torch.Tensor:
+        """(x - mean) / std per channel."""
+        if self._mean is None or self._std is None:
+            return x
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        return (x - self._mean.to(x.device).view(shape)) / self._std.to(x.device).view(shape)
+
+    def raw(self, X: Images) -> Iterator[torch.Tensor]:
+        """Batches that are loaded, not normalised (SINFNetwork normalises by itself)."""
+        for start in range(0, len(X), self.batch_size):
+            yield self.load(X[start : start + self.batch_size])
+
+    def __call__(self, X: Any, index: np.ndarray | None = None) -> Iterator[torch.Tensor]:
+        """Normalised batches of `X`, or of its rows `index` in that order."""
+        n = len(X) if index is None else len(index)
+        for start in range(0, n, self.batch_size):
+            stop = min(start + self.batch_size, n)
+            rows = slice(start, stop) if index is None else index[start:stop]
+            yield self.normalise(self.load(X[rows]))
+
+
+def hold_out(
+    codes: np.ndarray, fraction: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split calibration samples class by class into a fitting part and a held-out part.
+
+    Parameters
+    ----------
+    codes : int ndarray of shape (n_samples,)
+        Class of each sample.
+    fraction : float
+        Share of each class that is held out, at least one sample.
+    rng : Generator
+
+    Returns
+    -------
+    fit, held : int ndarrays
+        Sorted indices.  Where a class has fewer than two samples, all samples serve for both, with
+        a warning: what is chosen on the held-out part is then too optimistic.
+    """
+    counts = np.bincount(codes)
+    if counts[counts > 0].min() < 2:
+        warnings.warn(
+            "A class has a single calibration sample, so that none can be held out: the same "
+            "samples fit and validate. Give at least two samples of each class.",
+            UserWarning,
+            stacklevel=caller_level(),
+        )
+        everything = np.arange(len(codes))
+        return everything, everything
+    held = []
+    for k in np.flatnonzero(counts):
+        rows = rng.permutation(np.flatnonzero(codes == k))
+        n = int(np.clip(round(fraction * len(rows)), 1, len(rows) - 1))
+        held.append(rows[:n])
+    index = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(codes)), index), index

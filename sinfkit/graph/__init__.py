@@ -1,0 +1,43 @@
+"""The network as a graph: traced, observed, cut in two, and what it costs."""
+
+from .cost import Latency, count_macs, count_parameters, fold_batch_norm, paired_latency
+from .cuts import (
+    CutPoint,
+    batch_norm_behind,
+    channel_axis,
+    copy_sharing_weights,
+    cut_points,
+    find_cut,
+    find_layer,
+    layer_names,
+    observation_nodes,
+    opaque_modules,
+    output_layer,
+    penultimate,
+    split,
+    with_capture,
+)
+from .tracing import trace
+
+__all__ = [
+    "CutPoint",
+    "Latency",
+    "batch_norm_behind",
+    "channel_axis",
+    "copy_sharing_weights",
+    "count_macs",
+    "count_parameters",
+    "cut_points",
+    "find_cut",
+    "find_layer",
+    "fold_batch_norm",
+    "layer_names",
+    "observation_nodes",
+    "opaque_modules",
+    "output_layer",
+    "paired_latency",
+    "penultimate",
+    "split",
+    "trace",
+    "with_capture",
+]

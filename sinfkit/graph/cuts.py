@@ -1,0 +1,487 @@
+"""Where a network can be observed, and where it can be cut in two.
+
+Everything here reads or builds ``torch.fx`` graphs; nothing computes with data.  Layers keep the
+qualified names that they have in the user's model.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .nodes import (
+    called_layer,
+    called_module,
+    is_activation,
+    is_arithmetic,
+    is_batch_size,
+    is_identity,
+    is_norm,
+    is_pool,
+    is_shape_query,
+    is_station,
+    n_channels,
+    unpacks,
+)
+from .observe import channel_axis, observation_nodes, with_capture
+from .tracing import copy_sharing_weights, new_graph, opaque_modules, trace
+
+__all__ = [
+    "CutPoint",
+    "batch_norm_behind",
+    "channel_axis",
+    "copy_sharing_weights",
+    "cut_points",
+    "find_cut",
+    "find_layer",
+    "layer_names",
+    "observation_nodes",
+    "opaque_modules",
+    "output_layer",
+    "penultimate",
+    "split",
+    "trace",
+    "with_capture",
+]
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """A place where a network can be cut in two, because just one tensor is live.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name of the layer before the cut or, where several branches join, of the module
+        that ends there.  No two cuts of a network have the same.
+    node : str
+        Name of the graph node whose value crosses the cut.
+    """
+
+    name: str
+    node: str
+
+
+def layer_names(gm: fx.GraphModule) -> list[str]:
+    """Names of a network's layers.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`.
+
+    Returns
+    -------
+    list of str
+        Every ``Conv2d`` and ``Linear`` in the order of first execution, which need not be the one
+        of definition.  Layers inside opaque modules are missing.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> layer_names(trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))))
+    ['0', '2']
+    """
+    return list(
+        dict.fromkeys(str(n.target) for n in gm.graph.nodes if called_layer(gm, n) is not None)
+    )
+
+
+def find_layer(gm: fx.GraphModule, name: str) -> str:
+    """The layer with a given name, or the first one of a given module.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`.
+    name : str
+        Qualified name of a layer or of a module with layers.
+
+    Returns
+    -------
+    str
+        The layer's name.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the message lists those there are.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> body = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+    >>> find_layer(trace(nn.Sequential(body, nn.Linear(3, 2))), "0")
+    '0.0'
+    """
+    names = layer_names(gm)
+    for layer in names:
+        if _lies_in(layer, name):
+            return layer
+    raise ValueError(f"The network has no layer {name!r}. Its layers: {', '.join(names)}.")
+
+
+def batch_norm_behind(gm: fx.GraphModule) -> dict[str, str]:
+    """Map each layer to the batch-norm that alone reads its output, where one does.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`, or a half from `split`.
+
+    Returns
+    -------
+    dict of str to str
+        From the name of a layer to that of a batch-norm.
+    """
+    found = {}
+    for node in gm.graph.nodes:
+        norm = called_module(gm, node)
+        if not isinstance(norm, _BatchNorm):
+            continue
+        source = node.all_input_nodes[0]
+        if source.op == "call_module" and len(source.users) == 1:
+            if called_layer(gm, source) is not None:
+                found[str(source.target)] = str(node.target)
+    return found
+
+
+def output_layer(gm: fx.GraphModule, n_outputs: int) -> str:
+    """Name of the layer that computes a network's outputs.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`.
+    n_outputs : int
+        Width of the network's output, one per class.
+
+    Returns
+    -------
+    str
+        The last layer: a ``Linear`` or a 1 x 1 convolution with `n_outputs` output channels.
+
+    Raises
+    ------
+    ValueError
+        If the last layer is none such.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> output_layer(trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))), 2)
+    '2'
+    """
+    stations = [n for n in gm.graph.nodes if is_station(gm, n)]
+    if not stations:
+        raise ValueError("The network has no Conv2d or Linear layer, so no outputs to choose from.")
+    name = str(stations[-1].target)
+    layer = called_layer(gm, stations[-1])
+    whole = f"The network must end in a Linear or 1 x 1 Conv2d layer with {n_outputs} outputs"
+    if layer is None:
+        raise ValueError(
+            f"{whole}, but it ends in {name!r}, which torch.fx cannot look into. Move the last "
+            "layer out of it."
+        )
+    pointwise = isinstance(layer, nn.Linear) or (layer.kernel_size == (1, 1) and layer.groups == 1)
+    if not pointwise or n_channels(layer) != n_outputs:
+        raise ValueError(f"{whole}, but its last layer, {name!r}, is {layer}.")
+    return name
+
+
+def cut_points(gm: fx.GraphModule) -> list[CutPoint]:
+    """All places where a network can be cut in two.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`.
+
+    Returns
+    -------
+    list of CutPoint
+        In the order of execution.  Each has at least one layer before and one after it, and no
+        layer on both sides.
+
+    Notes
+    -----
+    Between two layers there may be several nodes with one live tensor.  The cut comes after the
+    norm and the activation, and after pooling and dropout that follow directly, so that the
+    tensor is small; it comes before flattening, so that a feature map stays one.
+
+    A cut after a plain layer has that layer's name.  Where branches join (a residual sum, a
+    concatenation, a gate) it has the name of the smallest module that holds the layers since the
+    cut before, if that module ends there (``"layer2.3"``), and else that of the layer executed
+    last.  Trailing parts that are no numbers are left out where that makes no difference
+    (``"features.3"`` for ``"features.3.conv"``).
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    >>> cut_points(gm)
+    [CutPoint(name='0', node='_1')]
+    """
+    nodes = list(gm.graph.nodes)
+    stations = [node for node in nodes if is_station(gm, node)]
+    is_single = set(_single_live(nodes))
+    segments: dict[int, list[fx.Node]] = {}  # by the number of stations before
+    n_before = 0
+    for node in nodes:
+        n_before += n_before < len(stations) and node is stations[n_before]
+        if node in is_single and 0 < n_before < len(stations):
+            segments.setdefault(n_before, []).append(node)
+
+    names: dict[fx.Node, str] = {}
+    start = 0
+    for stop, candidates in segments.items():
+        place = _moved_on(gm, candidates, nodes)
+        if candidates[0] is stations[stop - 1]:
+            names[place] = str(candidates[0].target)
+        else:
+            names[place] = _joined_name(stations, start, stop)
+        start = stop
+    return [CutPoint(names[p], p.name) for p in _with_own_modules(gm, list(names))]
+
+
+def find_cut(gm: fx.GraphModule, name: str) -> CutPoint:
+    """The cut with a given name, or the one that closes a given layer or module.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`.
+    name : str
+        Name of a cut, or qualified name of a layer or of a module with layers: then the first cut
+        that leaves all of it before the cut.
+
+    Returns
+    -------
+    CutPoint
+
+    Raises
+    ------
+    ValueError
+        If there is no such cut; the message lists those there are.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> body = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+    >>> find_cut(trace(nn.Sequential(body, nn.Linear(3, 2))), "0").name
+    '0.2'
+    """
+    cuts = cut_points(gm)
+    named = [cut for cut in cuts if cut.name == name]
+    if named:
+        return named[0]
+    order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
+    inside = [
+        order[n.name] for n in gm.graph.nodes if is_station(gm, n) and _lies_in(n.target, name)
+    ]
+    closing = [cut for cut in cuts if inside and order[cut.node] >= inside[-1]]
+    if closing:
+        return closing[0]
+    problem = "cannot be cut after" if inside else "has no layer or module"
+    possible = ", ".join(cut.name for cut in cuts) or "nowhere"
+    raise ValueError(f"The network {problem} {name!r}. It can be cut after: {possible}.")
+
+
+def split(gm: fx.GraphModule, cut: CutPoint) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a network in two.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`.
+    cut : CutPoint
+        From `cut_points` or `find_cut` of the same network.
+
+    Returns
+    -------
+    prefix, rest : GraphModule
+        ``rest(prefix(x))`` computes what ``gm(x)`` does.  Both share their submodules with `gm`,
+        each has only those that it runs, and the names of submodules and nodes are the same
+        (those of nodes until a half is pickled or traced).
+
+    Raises
+    ------
+    ValueError
+        If the network has no such cut.
+
+    Notes
+    -----
+    What can be computed anew, such as the number of samples, does not cross the cut.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    >>> prefix, rest = split(gm, find_cut(gm, "0"))
+    >>> layer_names(prefix), layer_names(rest)
+    (['0'], ['2'])
+    """
+    nodes = list(gm.graph.nodes)
+    place = next((n for n in nodes if n.name == cut.node), None)
+    if place is None or place not in _single_live(nodes):
+        raise ValueError(f"{cut} is not a place where this network can be cut.")
+    free = _recomputable(nodes)
+    at = nodes.index(place)
+
+    front = new_graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in nodes[: at + 1]:
+        env[node] = front.node_copy(node, env.__getitem__)
+    front.output(env[place])
+
+    back = new_graph()
+    entry = back.placeholder("x")
+    env = {place: entry}
+
+    def value(node: fx.Node) -> fx.Node:
+        """A node's counterpart in the rest; computed anew if it lies before the cut."""
+        if node not in env:
+            if is_batch_size(node):
+                env[node] = back.call_method("size", (entry, 0))
+            else:
+                env[node] = back.node_copy(node, value)
+        return env[node]
+
+    for node in nodes[at + 1 :]:
+        if node not in free:
+            env[node] = back.node_copy(node, value)
+    return _finished(gm, front), _finished(gm, back)
+
+
+def penultimate(gm: fx.GraphModule, output: str) -> fx.GraphModule:
+    """The network up to the input of its output layer.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`.
+    output : str
+        Name of the output layer, see `output_layer`.
+
+    Returns
+    -------
+    GraphModule
+        Shares its submodules with `gm`.
+
+    Raises
+    ------
+    ValueError
+        If the network has no such layer.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    >>> layer_names(penultimate(gm, "2"))
+    ['0']
+    """
+    graph = new_graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and node.target == output:
+            graph.output(env[node.all_input_nodes[0]])
+            return _finished(gm, graph)
+        env[node] = graph.node_copy(node, env.__getitem__)
+    raise ValueError(f"The network has no layer {output!r}.")
+
+
+def _finished(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module for part of a graph, with only the submodules and tensors that it uses."""
+    part = fx.GraphModule(gm, graph)
+    part.graph.eliminate_dead_code()
+    # Once more: the first one has the parameters of the dead code, too.
+    return fx.GraphModule(part, part.graph, class_name=type(gm).__name__).eval()
+
+
+def _lies_in(target: object, path: str) -> bool:
+    """Whether a qualified name is a path or lies under it."""
+    return target == path or str(target).startswith(path + ".")
+
+
+def _recomputable(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes that need not cross a cut: parameters, batch size, and what follows from them."""
+    free: set[fx.Node] = set()
+    for node in nodes:
+        sources = node.all_input_nodes
+        derived = node.op in ("call_function", "call_method") and sources
+        if node.op == "get_attr" or is_batch_size(node) or (derived and free.issuperset(sources)):
+            free.add(node)
+    for node in reversed(nodes):  # the input's shape, if only the number of samples is read
+        if is_shape_query(node) and free.issuperset(node.users):
+            free.add(node)
+    return free
+
+
+def _single_live(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Nodes after which their own value, a tensor, is all that the rest of the graph needs."""
+    free = _recomputable(nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    last_use = {n: max((order[u] for u in n.users if u not in free), default=-1) for n in nodes}
+    live: set[fx.Node] = set()
+    found = []
+    for i, node in enumerate(nodes):
+        if node not in free and last_use[node] > i:
+            live.add(node)
+        live = {n for n in live if last_use[n] > i}
+        if live == {node} and not any(unpacks(user) for user in node.users):
+            found.append(node)
+    return found
+
+
+def _moved_on(
+    gm: fx.GraphModule, candidates: Sequence[fx.Node], nodes: Sequence[fx.Node]
+) -> fx.Node:
+    """The last of the candidates that norm, activation, pooling or dropout lead to."""
+    place = candidates[0]
+    for candidate in candidates[1:]:
+        between = nodes[nodes.index(place) + 1 : nodes.index(candidate) + 1]
+        if not all(
+            n.op == "get_attr"
+            or is_norm(gm, n)
+            or is_activation(gm, n)
+            or is_pool(gm, n)
+            or is_identity(gm, n)
+            or is_arithmetic(n)
+            for n in between
+        ):
+            break
+        place = candidate
+    return place
+
+
+def _joined_name(stations: Sequence[fx.Node], start: int, stop: int) -> str:
+    """Name of a cut at which branches join; their layers are stations start, ..., stop - 1."""
+    names = [str(n.target) for n in stations]
+    inside, before, after = names[start:stop], names[:start], names[stop:]
+    path = os.path.commonprefix([name.split(".")[:-1] for name in inside])
+    if not path or _any_in(after, path):
+        return inside[-1]
+    while not path[-1].isdigit() and path[1:] and not _any_in(before + after, path[:-1]):
+        path = path[:-1]
+    return ".".join(path)
+
+
+def _any_in(names: Iterable[str], path: Sequence[str]) -> bool:
+    """Whether any of the modules lies in the one with a path."""
+    return any(_lies_in(name, ".".join(path)) for name in names)
+
+
+def _with_own_modules(gm: fx.GraphModule, places: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those of the places where no module with parameters is called both before and after."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    calls: dict[int, list[int]] = {}
+    for node, i in order.items():
+        module = called_module(gm, node)
+        for parameter in () if module is None else module.parameters():
+            calls.setdefault(id(parameter), []).append(i)
+    spans = [(at[0], at[-1]) for at in calls.values() if len(at) > 1]
+    return [p for p in places if not any(first <= order[p] < last for first, last in spans)]

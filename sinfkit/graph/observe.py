@@ -1,0 +1,212 @@
+"""Which value of a graph is a layer's activation, and how to see it while the network computes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .nodes import (
+    called_layer,
+    is_activation,
+    is_addition,
+    is_identity,
+    is_norm,
+    is_pool,
+    is_shape_query,
+    n_channels,
+)
+from .tracing import new_graph
+
+
+def observation_nodes(gm: fx.GraphModule, layers: Iterable[str]) -> dict[str, str]:
+    """Where the activations of layers are to be observed.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`, or a half from `split`.
+    layers : iterable of str
+        Names of layers, as in `layer_names`.
+
+    Returns
+    -------
+    dict of str to str
+        From the name of a layer to that of the node whose value is its activation: after norm and
+        activation function and, where the layer ends the branch of a residual block, after the
+        addition and its norm and activation function; before pooling, flattening and
+        concatenation.  Layers that are added up share one node.  The value has as many channels
+        as the layer, along `channel_axis`.
+
+    Raises
+    ------
+    ValueError
+        If a name is no layer of the network.
+
+    Notes
+    -----
+    A layer that is called several times is observed at its first call.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from sinfkit.graph import trace
+    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    >>> observation_nodes(gm, ["0", "2"])
+    {'0': '_1', '2': '_2'}
+    """
+    calls: dict[str, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if called_layer(gm, node) is not None:
+            calls.setdefault(str(node.target), node)
+    places = {}
+    for name in layers:
+        if name not in calls:
+            raise ValueError(
+                f"The network has no layer {name!r} that can be observed. Its layers: "
+                f"{', '.join(calls)}."
+            )
+        places[name] = _activation_of(gm, calls[name]).name
+    return places
+
+
+def channel_axis(gm: fx.GraphModule, node: str) -> int:
+    """Axis of a node's value that holds the channels.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`, or a half from `split`.
+    node : str
+        Name of a node.
+
+    Returns
+    -------
+    int
+        -1 where the channels come from a ``Linear`` layer, which maps the last axis whatever the
+        rank; otherwise 1.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from sinfkit.graph import trace
+    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    >>> channel_axis(gm, "_1")
+    -1
+    """
+    return -1 if isinstance(_source_layer(gm, _named(gm, node)), nn.Linear) else 1
+
+
+def with_capture(
+    gm: fx.GraphModule, nodes: Mapping[str, str], fn: Callable[[str, Tensor], None]
+) -> fx.GraphModule:
+    """A network that shows values to a function while it computes.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        From `trace`, or a half from `split`.
+    nodes : mapping of str to str
+        From a key of the caller's choice to the name of a node.
+    fn : callable
+        Called as ``fn(key, value)`` right after the node is computed.  The network keeps a value
+        no longer than it would without the call.
+
+    Returns
+    -------
+    GraphModule
+        Computes what `gm` does and shares its submodules.  Meant to be used at once: it holds
+        `fn`, so it can be pickled only if `fn` can.
+
+    Raises
+    ------
+    ValueError
+        If the network has no such node.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from sinfkit.graph import trace
+    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    >>> shapes = {}
+    >>> watched = with_capture(gm, {"hidden": "_1"}, lambda k, v: shapes.update({k: v.shape}))
+    >>> watched(torch.zeros(5, 4)).shape, shapes
+    (torch.Size([5, 2]), {'hidden': torch.Size([5, 3])})
+    """
+    keys: dict[fx.Node, list[str]] = {}
+    for key, name in nodes.items():
+        keys.setdefault(_named(gm, name), []).append(key)
+    graph = new_graph()
+    env: dict[fx.Node, fx.Node] = {}
+    parts: dict[str, Any] = {}
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        if node.op in ("call_module", "get_attr"):
+            parts[str(node.target)] = operator.attrgetter(str(node.target))(gm)
+        for key in keys.get(node, ()):
+            capture = f"_capture_{len(parts)}"
+            parts[capture] = _Capture(key, fn)
+            graph.call_module(capture, (env[node],))
+    return fx.GraphModule(parts, graph, class_name=type(gm).__name__).eval()
+
+
+class _Capture(nn.Module):
+    """Shows its input to a function."""
+
+    def __init__(self, key: str, fn: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self.key, self.fn = key, fn
+
+    def forward(self, value: Tensor) -> None:
+        """Call the function; return nothing, so that nothing is kept."""
+        self.fn(self.key, value)
+
+
+def _named(gm: fx.GraphModule, name: str) -> fx.Node:
+    """The node with a name."""
+    for node in gm.graph.nodes:
+        if node.name == name:
+            return node
+    raise ValueError(f"The graph has no node {name!r}.")
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Nodes that use a node's values, not only its shape."""
+    return [user for user in node.users if not is_shape_query(user)]
+
+
+def _activation_of(gm: fx.GraphModule, layer: fx.Node) -> fx.Node:
+    """The node whose value is the activation of a layer that another node calls."""
+    place = ahead = layer
+    while True:
+        readers = _readers(ahead)
+        if len(readers) != 1 or readers[0].all_input_nodes.count(ahead) != 1:
+            return place
+        before, ahead = ahead, readers[0]
+        if is_identity(gm, ahead):  # looked through, never stopped at
+            continue
+        if is_addition(ahead):
+            other = next(a for a in ahead.all_input_nodes if a is not before)
+            source, own = _source_layer(gm, other), called_layer(gm, layer)
+            assert own is not None
+            if source is not None and n_channels(source) != n_channels(own):
+                return place  # broadcast
+        elif not (is_norm(gm, ahead) or is_activation(gm, ahead)):
+            return place
+        place = ahead
+
+
+def _source_layer(gm: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
+    """A layer whose channels a node's value has, if one can be told."""
+    layer = called_layer(gm, node)
+    if layer is not None:
+        return layer
+    if is_addition(node):
+        sources = (_source_layer(gm, n) for n in node.all_input_nodes)
+        return next((s for s in sources if s is not None), None)
+    if is_norm(gm, node) or is_activation(gm, node) or is_pool(gm, node) or is_identity(gm, node):
+        return _source_layer(gm, node.all_input_nodes[0])
+    return None

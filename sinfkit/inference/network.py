@@ -1,0 +1,387 @@
+"""The routed network: what runs when a fitted `SINFClassifier` predicts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .router import RoutePredictor, cluster_posterior, fuse
+
+__all__ = ["Normalise", "SINFNetwork", "own_classes"]
+
+FALLBACKS = ("base", "topk", "none")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where each sample of a batch goes.
+
+    Attributes
+    ----------
+    log_posterior : Tensor of shape (n_samples, n_classes)
+        The route predictor's log-probabilities of the fine classes.
+    posterior : Tensor of shape (n_samples, n_clusters)
+        The same, summed over each cluster.
+    cluster : int Tensor of shape (n_samples,)
+        The most likely cluster.
+    confidence : Tensor of shape (n_samples,)
+        Its probability.
+    """
+
+    log_posterior: Tensor
+    posterior: Tensor
+    cluster: Tensor
+    confidence: Tensor
+
+
+class Normalise(nn.Module):
+    """``(x - mean) / std`` per channel; the identity where both are None."""
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(self, mean: Tensor | None, std: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise a batch of shape (n_samples, channels, ...)."""
+        if self.mean is None or self.std is None:
+            return x
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        return (x - self.mean.view(shape)) / self.std.view(shape)
+
+
+def own_classes(class_clusters: Tensor, n_clusters: int) -> Tensor:
+    """Which classes belong to each cluster: bool, of shape (n_clusters, n_classes)."""
+    clusters = torch.arange(n_clusters, device=class_clusters.device)
+    return class_clusters == clusters[:, None]
+
+
+class SINFNetwork(nn.Module):
+    """Prefix, route predictor, feature router and one subgraph per cluster in one module.
+
+    The paper's four parts: common feature extractor (`prefix`), semantic route predictor
+    (`router`), feature router (`forward`: who goes where) and feature processor (`subgraphs`).
+
+    Parameters
+    ----------
+    normalise : nn.Module
+        Applied to the input first.
+    prefix : nn.Module
+        The layers that every sample passes.
+    router : RoutePredictor
+    subgraphs : sequence of nn.Module or None
+        For each cluster, prefix output to the logits of the classes that it answers, in ascending
+        order.  None where there is nothing to tell apart: the router's answer stands.
+    rest : nn.Module or None
+        The base network behind the prefix; needed for ``fallback="base"``.
+    class_clusters : int Tensor of shape (n_classes,)
+        Cluster of each class, which decides about routes.
+    outputs : int Tensor of shape (n_classes,)
+        Column of `rest`'s output for each class.
+    temperatures : Tensor of shape (n_clusters,)
+        Each subgraph's logits are divided by its temperature.
+    router_weight : float
+        Exponent of the router's posterior within the cluster, see `sinfkit.inference.fuse`.
+    threshold : float
+        Samples whose route confidence is below it take the fallback.
+    fallback : {"base", "topk", "none"}
+        What they take: the rest of the base network; the `top_k` most likely clusters' subgraphs
+        together; or their cluster's subgraph all the same.
+    top_k : int
+    answered : bool Tensor of shape (n_clusters, n_classes), optional
+        Which classes each subgraph answers.  Default: those of its cluster.
+    exit_threshold : float, default=2.0
+        Samples of which the route predictor gives one class at least this probability leave there,
+        with its answer; above 1 none does.
+    """
+
+    class_clusters: Tensor
+    outputs: Tensor
+    temperatures: Tensor
+    answered: Tensor
+
+    def __init__(
+        self,
+        normalise: nn.Module,
+        prefix: nn.Module,
+        router: RoutePredictor,
+        subgraphs: Sequence[nn.Module | None],
+        rest: nn.Module | None,
+        class_clusters: Tensor,
+        outputs: Tensor,
+        temperatures: Tensor,
+        *,
+        router_weight: float,
+        threshold: float,
+        fallback: str,
+        top_k: int,
+        answered: Tensor | None = None,
+        exit_threshold: float = 2.0,
+    ) -> None:
+        super().__init__()
+        if fallback not in FALLBACKS:
+            raise ValueError(f"fallback must be one of {FALLBACKS}, got {fallback!r}.")
+        if fallback == "base" and rest is None:
+            raise ValueError('fallback="base" needs the rest of the base network.')
+        self.normalise = normalise
+        self.prefix = prefix
+        self.router = router
+        self.subgraphs = nn.ModuleDict(
+            {str(c): s for c, s in enumerate(subgraphs) if s is not None}
+        )
+        self.rest = rest
+        self.n_clusters = len(subgraphs)
+        self.register_buffer("class_clusters", class_clusters)
+        self.register_buffer("outputs", outputs)
+        self.register_buffer("temperatures", temperatures)
+        if answered is None:
+            answered = own_classes(class_clusters, self.n_clusters)
+        self.register_buffer("answered", answered)
+        self.router_weight = router_weight
+        self.threshold = threshold
+        self.exit_threshold = exit_threshold
+        self.fallback = fallback
+        self.top_k = top_k
+
+    def subgraph(self, cluster: int) -> nn.Module | None:
+        """Return the subgraph of a cluster; None where the router's answer stands."""
+        key = str(cluster)
+        return self.subgraphs[key] if key in self.subgraphs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return class probabilities.
+
+        Parameters
+        ----------
+        x : Tensor of shape (n_samples, ...)
+            Samples before normalisation.
+
+        Returns
+        -------
+        Tensor of shape (n_samples, n_classes)
+            Rows sum to 1.
+        """
+        h, log_posterior = self.features(x)
+        return self.process(h, self._routes(log_posterior))
+
+    def forward_finite(self, x: Tensor) -> Tensor:
+        """Return class probabilities as `forward` does, but refuse samples with NaN or infinity.
+
+        Whether there are any is told by the copy that tells the host how many samples each cluster
+        has: to ask beforehand would be a second one.
+
+        Parameters
+        ----------
+        x : Tensor of shape (n_samples, ...)
+            Samples before normalisation.
+
+        Returns
+        -------
+        Tensor of shape (n_samples, n_classes)
+
+        Raises
+        ------
+        ValueError
+            If `x` holds NaN or infinity.
+        """
+        h, log_posterior = self.features(x)
+        return self.process(h, self._routes(log_posterior), torch.isfinite(x).all())
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run what every sample passes: the prefix's output, and the fine log-posterior."""
+        h = self.prefix(self.normalise(x))
+        return h, self.router(h)
+
+    def route(self, x: Tensor) -> Route:
+        """Run the prefix and the route predictor only."""
+        return self._routes(self.features(x)[1])
+
+    def route_features(self, h: Tensor) -> Route:
+        """Route samples by the prefix's output `h`."""
+        return self._routes(self.router(h))
+
+    def _routes(self, log_posterior: Tensor) -> Route:
+        """From the route predictor's answers to routes."""
+        posterior = cluster_posterior(log_posterior, self.class_clusters, self.n_clusters)
+        confidence, cluster = posterior.max(1)
+        return Route(log_posterior, posterior, cluster, confidence)
+
+    def process(self, h: Tensor, route: Route, finite: Tensor | None = None) -> Tensor:
+        """Run each sample's branch on the prefix's output, and put the answers back in order.
+
+        Parameters
+        ----------
+        h : Tensor of shape (n_samples, ...)
+        route : Route
+            Routes of the same samples; `cluster` may be replaced by the true one to see what a
+            perfect router would give.
+        finite : bool Tensor of shape (), optional
+            Where it is false a ValueError is raised, see `forward_finite`.
+
+        Returns
+        -------
+        Tensor of shape (n_samples, n_classes)
+        """
+        rows, branch = self.branches(route)
+        probabilities = route.log_posterior.exp()  # what stands for samples that leave
+        order, logits, fallback = self._run(h, rows, branch, finite)
+        if fallback is not None:
+            below, answers = fallback
+            probabilities[below] = answers
+        if len(order) == 0:
+            return probabilities
+        rows, branch = rows[order], branch[order]
+        members = self.answered[branch]
+        fused = fuse(
+            route.log_posterior[rows],
+            logits / self.temperatures[branch][:, None],
+            members,
+            self.router_weight,
+        )
+        if self.fallback == "topk":
+            return self._mix(route, rows, branch, members, fused)
+        probabilities[rows] = fused
+        return probabilities
+
+    def _mix(
+        self, route: Route, rows: Tensor, branch: Tensor, members: Tensor, fused: Tensor
+    ) -> Tensor:
+        """Join the answers of all subgraphs that a sample ran, each weighed by its cluster."""
+        router = route.log_posterior.exp()
+        weight = route.posterior[rows, branch][:, None] * members
+        total = torch.zeros_like(router).index_add_(0, rows, weight)
+        answers = torch.zeros_like(router).index_add_(0, rows, weight * fused)
+        mixed = torch.where(total > 0, answers / total.clamp_min(1e-30), router)
+        # Subgraphs that share some of their classes need not agree on their total.
+        return mixed / mixed.sum(1, keepdim=True)
+
+    def branch_logits(self, h: Tensor, branch: Tensor) -> Tensor:
+        """Logits of one given subgraph per sample.
+
+        Parameters
+        ----------
+        h : Tensor of shape (n_samples, ...)
+            The prefix's output.
+        branch : int Tensor of shape (n_samples,)
+            Cluster whose subgraph runs.
+
+        Returns
+        -------
+        Tensor of shape (n_samples, n_classes)
+            Without temperature; 0 in the columns of classes that the subgraph does not answer.
+        """
+        rows = torch.arange(len(branch), device=branch.device)
+        order, logits, _ = self._run(h, rows, branch)
+        return torch.empty_like(logits).index_copy_(0, order, logits)
+
+    def branches(self, route: Route) -> tuple[Tensor, Tensor]:
+        """List which branch each sample runs.
+
+        Returns
+        -------
+        rows, branch : int Tensors of shape (n_runs,)
+            Sample and branch of each run, in the order of the samples.  Branch `n_clusters` is the
+            base network, branch ``n_clusters + 1`` the way out behind the route predictor.
+        """
+        rows = torch.arange(len(route.cluster), device=route.cluster.device)
+        unsure = route.confidence < self.threshold
+        branch = route.cluster
+        if self.fallback == "base":
+            branch = torch.where(unsure, self.n_clusters, branch)
+        leaves: Tensor | None = None
+        if self.exit_threshold <= 1:
+            leaves = route.log_posterior.amax(1) >= math.log(max(self.exit_threshold, 1e-30))
+            branch = torch.where(leaves, self.n_clusters + 1, branch)
+        k = min(self.top_k, self.n_clusters)
+        if self.fallback != "topk" or k < 2:
+            return rows, branch
+        likely = route.posterior.topk(k, dim=1).indices
+        likely[:, 0] = branch
+        wanted = (unsure if leaves is None else unsure & ~leaves)[:, None].expand_as(likely).clone()
+        wanted[:, 0] = True
+        row, rank = wanted.nonzero(as_tuple=True)
+        return row, likely[row, rank]
+
+    def run_branch(self, branch: int, h: Tensor, index: Tensor) -> Tensor:
+        """Run one branch on its samples.
+
+        Parameters
+        ----------
+        branch : int
+            A cluster with a subgraph, or `n_clusters` for the base's rest.
+        h : Tensor of shape (n_samples, ...)
+            The prefix's output.
+        index : int Tensor of shape (n_rows,)
+            Its rows to run, in ascending order, none twice.
+
+        Returns
+        -------
+        Tensor of shape (n_rows, n_outputs)
+            Logits of the classes that the subgraph answers, or of the base's outputs.
+        """
+        # As many rows as there are, are all. And not index_select, which forgets channels_last.
+        return self._branch(branch)(h if len(index) == len(h) else h[index])
+
+    def _branch(self, branch: int) -> nn.Module:
+        """The module that runs a branch."""
+        module = self.rest if branch == self.n_clusters else self.subgraph(branch)
+        assert module is not None
+        return module
+
+    def _run(
+        self, h: Tensor, rows: Tensor, branch: Tensor, finite: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Run every branch on its rows.
+
+        Returns
+        -------
+        order : int Tensor of shape (n_routed,)
+            The runs of subgraphs, sorted by cluster.
+        logits : Tensor of shape (n_routed, n_classes)
+            Of these runs: in the columns of the subgraph's classes, 0 elsewhere.
+        fallback : (rows, probabilities) or None
+            The base network's answers, if any sample took that branch.
+        """
+        order = torch.argsort(branch, stable=True)
+        # The one place where the host must know: how many rows each branch has.  Not by bincount,
+        # which on a GPU asks for the smallest and the largest branch as well.
+        told = branch.new_zeros(self.n_clusters + 2)
+        told = told.scatter_add(0, branch, torch.ones_like(branch))
+        if finite is not None:
+            told = torch.cat((told, finite[None].to(told.dtype)))
+        counts = told.tolist()
+        if finite is not None and not counts.pop():
+            raise ValueError("X contains NaN or infinity, which no network can use.")
+        ends = list(itertools.accumulate(counts))
+        fallback = None
+        if counts[self.n_clusters]:
+            index = rows[order[ends[-3] : ends[-2]]]
+            out = self.run_branch(self.n_clusters, h, index)[:, self.outputs]
+            fallback = (index, torch.softmax(out.to(self.router.weight.dtype), 1))
+        order = order[: ends[-3]]
+        logits: Tensor | None = None
+        columns = None
+        for c, (n, end) in enumerate(zip(counts[:-2], ends[:-2], strict=True)):
+            if n == 0 or self.subgraph(c) is None:
+                continue
+            out = self.run_branch(c, h, rows[order[end - n : end]])
+            if logits is None:
+                logits = out.new_zeros(len(order), len(self.class_clusters))
+            if out.shape[1] == logits.shape[1]:
+                logits[end - n : end] = out
+                continue
+            if columns is None:
+                # Each cluster's classes in front; to look for them one by one would stop the host.
+                columns = self.answered.byte().argsort(dim=1, descending=True, stable=True)
+            logits[end - n : end].index_copy_(1, columns[c, : out.shape[1]], out)
+        if logits is None:
+            logits = h.new_zeros(len(order), len(self.class_clusters))
+        return order, logits, fallback

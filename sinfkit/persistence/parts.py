@@ -1,0 +1,558 @@
+"""Networks without their code: an architecture by name, and parts told by what differs from it.
+
+A part (prefix, subgraph, smaller network) has the graph of the base network's part, with narrower
+layers.  Of its tensors only those are stored that are neither the base's nor a slice of the base's;
+the widths of its layers follow from the tensors' shapes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..graph.tracing import copy_sharing_weights, trace
+from ..repair.low_rank import NARROW, WIDE, insert_factors
+from ..slicing.channels import NARROWABLE, is_depthwise
+from ..zoo import networks as models
+from .container import StorageError, fits
+from .plain import NotPlainError, take
+
+__all__ = ["describe"]
+
+CUSTOM = "custom"
+_LARGEST = 2**20  # classes or channels of an architecture
+_WIDEST = 64.0
+_FLOATS = (torch.float32, torch.float64, torch.float16)
+# What each architecture that is known by name takes, apart from `n_classes`.
+_OPTIONS = {
+    "vgg16": ("width", "in_channels"),
+    "vgg19": ("width", "in_channels"),
+    "resnet50": ("width", "in_channels", "stem"),
+    "default": ("input_shape",),
+}
+
+
+def describe(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Name a network's architecture, with what builds it again.
+
+    Parameters
+    ----------
+    module : nn.Module
+    input_shape : tuple of int
+
+    Returns
+    -------
+    dict
+        ``name`` and its options, or ``{"name": "custom", "class": ...}``.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for options in _guesses(module, input_shape):
+        twin = _build(options)
+        same = {name: tuple(tensor.shape) for name, tensor in twin.state_dict().items()} == shapes
+        # The text has every layer's options: strides, paddings, activations.
+        if same and type(twin) is type(module) and repr(twin) == repr(module):
+            return options
+    kind = type(module)
+    return {"name": CUSTOM, "class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def build(options: Any, factory: Callable[[], nn.Module] | None) -> nn.Module:
+    """Build an architecture; its weights are on the meta device, or whatever `factory` gave them.
+
+    Raises
+    ------
+    StorageError
+        If it is not known by name and there is no factory.
+    TypeError
+        If the factory gives no module.
+    """
+    if factory is not None:
+        module = factory()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"factory must return a torch.nn.Module, got {type(module).__name__}.")
+        return copy_sharing_weights(module).eval()  # it may belong to someone
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+        raise StorageError("The manifest names no architecture.")
+    name = options["name"]
+    if name == CUSTOM:
+        raise StorageError(
+            f"It holds a network of class {options.get('class')!r:.120}, which sinfkit cannot "
+            "build by itself. Pass factory=..., a function that returns such a network."
+        )
+    if name not in _OPTIONS or set(options) != {"name", "n_classes", *_OPTIONS[name]}:
+        raise StorageError(f"The manifest describes the unknown architecture {name!r:.40}.")
+    given = options["input_shape"] if name == "default" else [options["in_channels"]]
+    sizes = [options["n_classes"], *(given if isinstance(given, list) else [None])]
+    right = all(type(n) is int and 1 <= n <= _LARGEST for n in sizes)
+    if name == "default":
+        right = right and len(given) in (1, 3)
+    else:
+        width = options["width"]
+        right = right and type(width) in (int, float) and 0 < width <= _WIDEST
+    if name == "resnet50":
+        right = right and isinstance(options["stem"], str) and options["stem"] in ("cifar", "half")
+    if not right:
+        raise StorageError(f"The manifest has options that {name} cannot have.")
+    return _build(options).eval()
+
+
+def _build(options: Mapping[str, Any]) -> nn.Module:
+    """Build a known architecture, without weights."""
+    given = {key: value for key, value in options.items() if key != "name"}
+    with torch.device("meta"):
+        if options["name"] == "default":
+            return models.default_network(**given, random_state=0)
+        builders = {"vgg16": models.vgg16, "vgg19": models.vgg19, "resnet50": models.resnet50}
+        return builders[options["name"]](**given)
+
+
+def _guesses(module: nn.Module, input_shape: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """What a network may be: the options that fit its first and last layers."""
+    layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    if not layers or not isinstance(layers[-1], nn.Linear):
+        return
+    n_classes, first = layers[-1].out_features, layers[0]
+    if type(module) is nn.Sequential and len(input_shape) in (1, 3):
+        shape = [int(n) for n in input_shape]
+        yield {"name": "default", "n_classes": n_classes, "input_shape": shape}
+    elif isinstance(first, nn.Conv2d):
+        common = {"n_classes": n_classes, "in_channels": first.in_channels}
+        # Widths were rounded; those of 512 tell most about the factor.
+        for shift in (0, 0.25, -0.25, 0.45, -0.45):
+            if isinstance(module, models._VGG):
+                name = "vgg16" if len(layers) == 14 else "vgg19"
+                yield {"name": name, "width": (layers[-1].in_features + shift) / 512, **common}
+            elif isinstance(module, models._ResNet50):
+                stem = "half" if first.stride == (2, 2) else "cifar"
+                width = (layers[-1].in_features / 4 + shift) / 512
+                yield {"name": "resnet50", "width": width, "stem": stem, **common}
+
+
+def base_state(module: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors by name, tied ones once.
+
+    Raises
+    ------
+    NotPlainError
+        If one is of a kind that cannot be stored.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise NotPlainError(f"The network keeps {name!r} in its state, which is no tensor.")
+        floating = tensor.is_floating_point()
+        if not fits(tensor) or (floating and tensor.dtype not in _FLOATS):
+            raise NotPlainError(
+                f"The network's {name!r} is a tensor of {tensor.dtype}, which cannot be stored."
+            )
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
+def fill_base(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a network its stored weights, in place."""
+    names: dict[int, str] = {}
+    full = {}
+    types = set()
+    for name, own in module.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(own), name)
+        if first not in state:
+            raise StorageError(f"The base network needs {first!r:.80}, which the file has not got.")
+        tensor = state[first]
+        if tensor.shape != own.shape:
+            raise StorageError(
+                f"The base network's {name!r:.80} has shape {tuple(own.shape)}, and the file has "
+                f"{tuple(tensor.shape)}."
+            )
+        if tensor.is_floating_point() != own.is_floating_point():
+            raise StorageError(f"The file has {name!r:.80} as {tensor.dtype}.")
+        if tensor.is_floating_point():
+            types.add(tensor.dtype)
+            if tensor.dtype not in _FLOATS or not bool(torch.isfinite(tensor).all()):
+                raise StorageError(f"The base network's {name!r:.80} is not finite.")
+        elif tensor.dtype != own.dtype:
+            raise StorageError(f"The file has {name!r:.80} as {tensor.dtype}.")
+        full[name] = tensor
+    unknown = state.keys() - set(names.values())
+    if unknown:
+        raise StorageError(
+            f"The file has {min(unknown)!r:.80}, which the base network has not got."
+        )
+    mixed = len({t.dtype for t in module.state_dict().values() if t.is_floating_point()}) > 1
+    if len(types) > 1 and not mixed:
+        raise StorageError("The base network's weights have more than one type.")
+    module.load_state_dict(full, assign=True)
+
+
+def traced(module: nn.Module) -> fx.GraphModule:
+    """Trace a network; that parts of it stay whole was said when it was fitted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return trace(module)
+
+
+def describe_part(
+    name: str,
+    reference: fx.GraphModule,
+    part: nn.Module,
+    rows: Mapping[str, np.ndarray],
+    tensors: dict[str, Tensor],
+) -> dict[str, Any]:
+    """Say how a part differs from the base's; what is new goes to `tensors`.
+
+    Parameters
+    ----------
+    name : str
+        Of the part.
+    reference : GraphModule
+        The base's part.
+    part : GraphModule
+        The same with narrower layers.
+    rows : mapping of str to int ndarray
+        Layer to the outputs that it kept, where known.
+    tensors : dict of str to Tensor
+
+    Returns
+    -------
+    dict
+        ``stored``: names of tensors of its own; ``sliced``: name to the positions of its row and
+        column indices among the ``kept`` ones; ``ranks``, where there are any: layers that have
+        become two, with the number of outputs in between.
+
+    Raises
+    ------
+    NotPlainError
+        If it has another graph than the base's part.
+    """
+    ranks = _ranks(part)
+    try:
+        reference = insert_factors(reference, ranks)
+    except ValueError as error:
+        raise NotPlainError(f"The {name} cannot be built again: {error}") from error
+    if not isinstance(part, fx.GraphModule) or _program(part) != _program(reference):
+        raise NotPlainError(
+            f"The {name} does not run the same operations as that part of the base network, so "
+            "that it cannot be built from it again."
+        )
+    known, own = reference.state_dict(), part.state_dict()
+    if missing := known.keys() - own.keys():
+        raise NotPlainError(f"The {name} has lost its {min(missing)!r}.")
+    stored: list[str] = []
+    sliced: dict[str, list[int | None]] = {}
+    kept: dict[bytes, int] = {}
+
+    def number(index: Tensor | None) -> int | None:
+        if index is None:
+            return None
+        index = index.to(torch.int32)
+        position = kept.setdefault(index.numpy().tobytes(), len(kept))
+        tensors.setdefault(f"{name}/kept.{position}", index)
+        return position
+
+    for key, tensor in own.items():
+        tensor, base = tensor.cpu(), known.get(key)
+        if base is not None and tensor.dtype == base.dtype and torch.equal(tensor, base):
+            continue
+        if not fits(tensor):
+            raise NotPlainError(
+                f"The {name}'s {key!r} is of {tensor.dtype}, which cannot be stored."
+            )
+        layer = key.rpartition(".")[0]
+        found = None if base is None else _find_slice(base, tensor, rows.get(layer))
+        if found is None:
+            stored.append(key)
+            tensors[f"{name}/{key}"] = tensor
+        else:
+            sliced[key] = [number(found[0]), number(found[1])]
+    entry = {"stored": stored, "sliced": sliced, "kept": len(kept)}
+    return {**entry, "ranks": ranks} if ranks else entry
+
+
+def _ranks(part: nn.Module) -> dict[str, int]:
+    """Layers that have become two, with the number of outputs in between."""
+    found = {}
+    for name, module in part.named_modules():
+        children = dict(module.named_children())
+        if set(children) == {NARROW, WIDE} and isinstance(children[NARROW].weight, Tensor):
+            found[name] = len(children[NARROW].weight)
+    return found
+
+
+def _program(gm: fx.GraphModule) -> list[Any]:
+    """What a graph does, whatever its nodes are called."""
+    place = {node: i for i, node in enumerate(gm.graph.nodes)}
+
+    def argument(value: Any) -> Any:
+        return repr(fx.map_arg(value, lambda node: f"%{place[node]}"))
+
+    rows = []
+    for node in gm.graph.nodes:
+        target = node.target if node.op != "placeholder" else "x"
+        kind = type(gm.get_submodule(str(target))) if node.op == "call_module" else None
+        rows.append((node.op, target, kind, argument(node.args), argument(node.kwargs)))
+    return rows
+
+
+def _find_slice(
+    base: Tensor, tensor: Tensor, rows: np.ndarray | None
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """The rows and columns of `base` that make up `tensor`; None if it is no slice."""
+    if tensor.ndim < 2 or base.ndim != tensor.ndim or base.shape[2:] != tensor.shape[2:]:
+        return None  # indices take as much room as single numbers
+    n_rows, n_columns = tensor.shape[:2]
+    row: Tensor | None = None
+    if n_rows != base.shape[0]:
+        if rows is not None and len(rows) == n_rows and rows.max() < len(base):
+            row = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+        elif n_columns == base.shape[1]:
+            row = _positions(base[:, 0], tensor[:, 0])
+        if row is None:
+            return None
+    left = base if row is None else base[row]
+    column: Tensor | None = None
+    if n_columns != base.shape[1]:
+        column = _positions(left[0], tensor[0])
+        if column is None:
+            return None
+        left = left[:, column]
+    return (row, column) if torch.equal(left, tensor) else None
+
+
+def _positions(pool: Tensor, wanted: Tensor) -> Tensor | None:
+    """Where in `pool` the entries of `wanted` are, by their bytes; None if one is not there."""
+    # In reverse, so that of equal entries the first is found.
+    where = {pool[i].numpy().tobytes(): i for i in reversed(range(len(pool)))}
+    found = [where.get(entry.numpy().tobytes()) for entry in wanted]
+    return None if None in found else torch.tensor(found)
+
+
+class PartReader:
+    """Builds parts from their descriptions, within a number of bytes for all of them.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        Those of the file.
+    used : set of str
+        Receives the names of those that were taken.
+    max_bytes : int
+
+    Attributes
+    ----------
+    shared : set of int
+        Where the base's tensors lie, which parts share with each other as they did in ``fit``.
+        What was computed from the base's, by folding, each part has for itself.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], used: set[str], max_bytes: int) -> None:
+        self.tensors, self.used, self.left = tensors, used, max_bytes
+        self.shared: set[int] = set()
+
+    def read(self, name: str, reference: fx.GraphModule, entry: Any) -> fx.GraphModule:
+        """Build one part; it shares with `reference` what equals it."""
+        stored, sliced, n_kept, ranks = _checked_entry(name, entry)
+        try:
+            reference = insert_factors(reference, ranks)
+        except ValueError as error:
+            raise StorageError(f"The {name}: {error}") from error
+        known = reference.state_dict()
+        kept = [self._indices(f"{name}/kept.{i}") for i in range(n_kept)]
+        own = {key: take(f"{name}/{key}", self.tensors, self.used) for key in stored}
+        part = copy_sharing_weights(reference)
+        modules = dict(part.named_modules())
+        for key in (*own, *sliced):
+            module = modules.get(key.rpartition(".")[0])
+            new_bias = isinstance(module, (nn.Conv2d, nn.Linear)) and key.endswith(".bias")
+            new_bias = new_bias and key in own
+            if module is None or (key not in known and not new_bias):
+                raise StorageError(f"The base network has no {key!r:.80} for the {name}.")
+        # Before anything is allocated.
+        self.left -= sum(
+            _slice_bytes(name, key, known, sliced[key], kept)
+            if key in sliced
+            else (own[key] if key in own else base).nbytes
+            for key, base in known.items()
+        )
+        if self.left < 0:
+            raise StorageError(
+                "Its networks take more memory than max_bytes allows; pass a larger max_bytes to "
+                "load, if you trust the file."
+            )
+        for key, (row, column) in sliced.items():
+            value = known[key] if row is None else known[key].index_select(0, kept[row])
+            own[key] = value if column is None else value.index_select(1, kept[column])
+        for key, base in known.items():
+            if key not in own and base.data_ptr() not in self.shared:
+                own[key] = base.clone()
+        for key, value in own.items():
+            path, _, attribute = key.rpartition(".")
+            module, base = modules[path], known.get(key)
+            _check_tensor(f"The {name}'s {key!r:.80}", value, base, module)
+            if attribute in module._buffers:
+                module._buffers[attribute] = value
+            else:
+                module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+        for path in {key.rpartition(".")[0] for key in own}:
+            _fit_widths(f"The {name}'s {path!r:.80}", modules[path])
+        return part
+
+    def _indices(self, name: str) -> Tensor:
+        index = take(name, self.tensors, self.used)
+        if index.dtype != torch.int32 or index.ndim != 1 or len(index) == 0 or int(index.min()) < 0:
+            raise StorageError(f"{name!r:.80} is no list of indices.")
+        if len(index.unique()) < len(index):
+            raise StorageError(f"{name!r:.80} has an index twice.")
+        return index.long()
+
+
+def _checked_entry(
+    name: str, entry: Any
+) -> tuple[list[str], dict[str, list[int | None]], int, dict[str, int]]:
+    """What `describe_part` wrote."""
+    if not isinstance(entry, dict) or set(entry) - {"ranks"} != {"stored", "sliced", "kept"}:
+        raise StorageError(f"The manifest's entry for the {name} is not stored, sliced and kept.")
+    stored, sliced, kept = entry["stored"], entry["sliced"], entry["kept"]
+    right = isinstance(stored, list) and isinstance(sliced, dict) and type(kept) is int
+    right = right and all(isinstance(key, str) for key in stored) and 0 <= kept <= 2 * len(sliced)
+    right = right and len({*stored, *sliced}) == len(stored) + len(sliced)
+    if not right:
+        raise StorageError(f"The manifest's entry for the {name} is malformed.")
+    for pair in sliced.values():
+        if not isinstance(pair, list) or len(pair) != 2 or pair == [None, None]:
+            raise StorageError(f"The manifest's entry for the {name} has a slice without indices.")
+        if not all(i is None or (type(i) is int and 0 <= i < kept) for i in pair):
+            raise StorageError(f"The manifest's entry for the {name} has indices out of range.")
+    ranks = entry.get("ranks", {})
+    if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
+        raise StorageError(f"The manifest's entry for the {name} has ranks that are no integers.")
+    return stored, sliced, kept, ranks
+
+
+def _slice_bytes(
+    name: str,
+    key: str,
+    known: Mapping[str, Tensor],
+    pair: list[int | None],
+    kept: list[Tensor],
+) -> int:
+    """Bytes that a slice of the base's tensor takes, whose indices are checked here."""
+    shape = list(known[key].shape)
+    for axis, position in enumerate(pair):
+        if position is not None:
+            index = kept[position]
+            if axis >= len(shape) or int(index.max()) >= shape[axis]:
+                raise StorageError(f"The {name} takes more of {key!r:.80} than there is.")
+            shape[axis] = len(index)
+    return int(np.prod(shape, dtype=object)) * known[key].element_size()
+
+
+def _check_tensor(what: str, value: Tensor, base: Tensor | None, module: nn.Module) -> None:
+    """Type and shape of a part's tensor: as the base's, or narrower where layers can be."""
+    dtype = base.dtype if base is not None else next(module.parameters()).dtype
+    if value.dtype != dtype:
+        raise StorageError(f"{what} is of {value.dtype}, not of {dtype}.")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise StorageError(f"{what} is not finite.")
+    if base is None:
+        return
+    shape, largest = tuple(value.shape), tuple(base.shape)
+    if isinstance(module, NARROWABLE) and len(shape) == len(largest):
+        narrower = all(1 <= n <= most for n, most in zip(shape[:2], largest[:2], strict=True))
+        if narrower and shape[2:] == largest[2:]:
+            return
+    if shape != largest:
+        raise StorageError(f"{what} has shape {shape}, and the base network's has {largest}.")
+
+
+def _fit_widths(what: str, module: nn.Module) -> None:
+    """Let a layer's numbers of channels say what its tensors have."""
+    if not isinstance(module, NARROWABLE):
+        return
+    tensors = [
+        t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+    ]
+    vectors = {len(t) for t in tensors if t.ndim == 1}
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        out, inputs = (int(n) for n in module.weight.shape[:2])
+        vectors.add(out)
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = out, inputs
+        elif is_depthwise(module):
+            module.in_channels = module.out_channels = module.groups = out
+        else:
+            module.out_channels, module.in_channels = out, inputs * module.groups
+            if out % module.groups:
+                raise StorageError(f"{what} has a number of channels that its groups do not share.")
+    elif vectors:
+        attribute = "num_features" if isinstance(module, _BatchNorm) else "num_parameters"
+        setattr(module, attribute, min(vectors))
+    if len(vectors) > 1:
+        raise StorageError(f"{what} has tensors of different lengths.")
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph without data, and checks what the meta device does not."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        wanted = None
+        if isinstance(module, nn.Conv2d):
+            wanted, axis = module.in_channels, 1
+        elif isinstance(module, nn.Linear):
+            wanted, axis = module.in_features, -1
+        elif isinstance(module, _BatchNorm):
+            wanted, axis = module.num_features, 1
+        elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
+            wanted, axis = module.num_parameters, 1
+        if wanted is not None and args and args[0].shape[axis] != wanted:
+            raise StorageError(
+                f"{target!r:.80} takes {wanted} channels, and gets {int(args[0].shape[axis])}."
+            )
+        return super().call_module(target, args, kwargs)
+
+
+def output_of(what: str, gm: fx.GraphModule, x: Tensor, is_custom: bool) -> Tensor:
+    """What a graph gives for an input on the meta device: its shape, without any computation.
+
+    Code of a factory need not run there (it may hold tensors that are no buffers): where it fails,
+    it is run in earnest.
+
+    Raises
+    ------
+    StorageError
+        If its layers do not fit together.
+    """
+    twin = copy_sharing_weights(gm)
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                bare = torch.empty_like(parameter, device="meta")
+                module._parameters[name] = nn.Parameter(bare, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="meta")
+    try:
+        with torch.inference_mode():
+            found = _Shapes(twin).run(x)
+    except StorageError as error:
+        raise StorageError(f"The {what} does not fit together: {error}") from error
+    except Exception as error:
+        try:
+            if not is_custom:
+                raise
+            with torch.inference_mode():
+                found = gm(torch.zeros(x.shape, dtype=x.dtype))
+        except Exception:
+            raise StorageError(f"The {what} cannot run: {error}") from error
+    if not isinstance(found, Tensor):
+        raise StorageError(f"The {what} gives no tensor.")
+    return found.to("meta")

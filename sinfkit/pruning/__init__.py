@@ -1,0 +1,63 @@
+"""How many filters go from each layer, and the smaller network that results."""
+
+from .budget import Budgeted, budgeted_widths, shared_widths, tighten
+from .costs import UNITS, CostModel, network_cost
+from .layer_times import LayerTime, expected_seconds, fit_layer_times, layer_seconds
+from .schedules import (
+    SCHEDULES,
+    OutOfReachError,
+    marginal_losses,
+    n_above_mean,
+    n_removed,
+    removal_order,
+    removal_ratios,
+    select_kept,
+    select_top,
+    widths_within,
+)
+from .scoring import (
+    Recipe,
+    Scored,
+    choose_channels,
+    group_scores,
+    make_recipe,
+    score_classes,
+    score_layers,
+    sliceable,
+)
+from .tvsprune import FACTORS, Pruned, prune_in_rounds
+
+__all__ = [
+    "Budgeted",
+    "CostModel",
+    "FACTORS",
+    "LayerTime",
+    "OutOfReachError",
+    "Pruned",
+    "Recipe",
+    "SCHEDULES",
+    "Scored",
+    "UNITS",
+    "budgeted_widths",
+    "choose_channels",
+    "expected_seconds",
+    "fit_layer_times",
+    "group_scores",
+    "layer_seconds",
+    "make_recipe",
+    "marginal_losses",
+    "n_above_mean",
+    "n_removed",
+    "network_cost",
+    "prune_in_rounds",
+    "removal_order",
+    "removal_ratios",
+    "score_classes",
+    "score_layers",
+    "select_kept",
+    "select_top",
+    "shared_widths",
+    "sliceable",
+    "tighten",
+    "widths_within",
+]

@@ -1,0 +1,255 @@
+"""How long each layer takes on this machine, and how long it would take if less of it were left.
+
+Multiplications alone do not tell the time of a pass: a call has its overhead, and weights must be
+read for one sample as for a thousand.  The three are told apart by measuring a network whole and
+half as wide, with many samples and with few.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor, fx, nn
+
+from ..graph.cost import _synchronise
+from ..graph.tracing import copy_sharing_weights
+from ..repair.low_rank import factorized
+from ..slicing.channels import NARROWABLE, ChannelGroup, width
+from ..slicing.groups import slice_channels
+
+__all__ = ["LayerTime", "expected_seconds", "fit_layer_times", "layer_seconds"]
+
+_REPEATS = 15  # passes of a measurement
+_ROUNDS = 3  # turns of the networks that are measured
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Time of one layer, by number of samples and by how much of the layer is left.
+
+    Attributes
+    ----------
+    call : float
+        Seconds of a call, whatever is left.
+    weights : float
+        Seconds more of a call of the whole layer: those for its weights.
+    sample : float
+        Seconds of each sample for the whole layer: those for its multiplications.
+
+    Examples
+    --------
+    >>> from sinfkit.pruning import LayerTime
+    >>> layer = LayerTime(call=0.01, weights=0.04, sample=0.001)
+    >>> round(layer.seconds(100), 3)
+    0.15
+    >>> round(layer.seconds(100, fraction=0.5, n_calls=5), 3)
+    0.2
+    """
+
+    call: float
+    weights: float
+    sample: float
+
+    def seconds(self, n_samples: float, fraction: float = 1.0, n_calls: float = 1.0) -> float:
+        """Time of so many samples in so many calls, with a fraction of the weights left."""
+        per_call = self.call + fraction * self.weights
+        return n_calls * per_call + n_samples * fraction * self.sample
+
+
+def fit_layer_times(
+    graph: fx.GraphModule,
+    groups: Sequence[ChannelGroup],
+    chosen: Sequence[ChannelGroup],
+    batch: Tensor,
+    *,
+    form: Callable[[fx.GraphModule], fx.GraphModule] = copy_sharing_weights,
+    repeats: int = _REPEATS,
+) -> dict[str, LayerTime]:
+    """Measure on this machine what the layers' overhead, weights and multiplications take.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        In eval mode.
+    groups : sequence of ChannelGroup
+        All of its groups, as `find_groups` gives them.
+    chosen : sequence of ChannelGroup
+        Those that may be narrowed.
+    batch : Tensor of shape (n, ...)
+        Normalised samples.  All, and an eighth of them, go through the network at once.
+    form : callable, optional
+        Gives a network the form in which it will run, batch-norms folded for instance.
+    repeats : int, default=15
+        Passes of each of the four measurements, in three turns.
+
+    Returns
+    -------
+    dict of str to LayerTime
+        By qualified name, for the layers that `layer_seconds` times.
+
+    Notes
+    -----
+    The four measurements (whole and half as wide, all and few samples) determine the three times
+    by non-negative least squares of the relative errors.  The model is ours.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from sinfkit.graph import trace
+    >>> from sinfkit.pruning import fit_layer_times
+    >>> from sinfkit.pruning import sliceable
+    >>> from sinfkit.slicing import find_groups
+    >>> graph = trace(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).eval())
+    >>> batch = torch.zeros(32, 64)
+    >>> groups = find_groups(graph, batch, "2")
+    >>> times = fit_layer_times(graph, groups, sliceable(groups), batch, repeats=3)
+    >>> times["0"].seconds(32) > 0
+    True
+    """
+    half = {group.name: _every_other(group) for group in chosen}
+    narrow = slice_channels(graph, batch[:1], half, groups=list(groups)).model
+    assert isinstance(narrow, fx.GraphModule)
+    networks = [form(graph), form(narrow)]
+    whole = _sizes(networks[0])
+    cells = [(net, n) for n in (len(batch), max(1, len(batch) // 8)) for net in networks]
+    turns = [
+        [layer_seconds(net, batch[:n], max(1, repeats // _ROUNDS)) for net, n in cells]
+        for _ in range(_ROUNDS)
+    ]
+    rows: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for cell, (net, n) in enumerate(cells):
+        for name, size in _sizes(net).items():
+            if name in turns[0][cell]:
+                took = float(np.median([turn[cell][name] for turn in turns]))
+                rows[name].append((size / whole[name], n, took))
+    return {name: _fit(np.array(measured)) for name, measured in rows.items()}
+
+
+def _fit(cells: np.ndarray) -> LayerTime:
+    """Fit one layer: rows of fraction, samples and seconds."""
+    fraction, n, seconds = cells.T
+    design = np.stack([np.ones_like(n), fraction, fraction * n], axis=1)
+    call, weights, sample = nnls(design / seconds[:, None], np.ones(len(cells)))[0]
+    return LayerTime(float(call), float(weights), float(sample))
+
+
+def _every_other(group: ChannelGroup) -> np.ndarray:
+    """Half of a group's channels, the same in each run."""
+    run = group.n_channels // group.n_groups
+    local = np.arange(0, run, 2)
+    return (np.arange(group.n_groups)[:, None] * run + local).ravel()
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    """Number of weights of each layer; of a batch-norm without scales, of channels."""
+    return {
+        name: layer.weight.numel() if isinstance(layer.weight, Tensor) else width(layer, "out")
+        for name, layer in module.named_modules()
+        if isinstance(layer, NARROWABLE)
+    }
+
+
+def expected_seconds(
+    parts: Sequence[tuple[nn.Module, float]],
+    times: Mapping[str, LayerTime],
+    whole: nn.Module,
+    n_samples: int,
+) -> float:
+    """Expected time of a batch through the parts of a routed network.
+
+    Parameters
+    ----------
+    parts : sequence of (nn.Module, float)
+        Each part, and the share of the samples that run it.
+    times : mapping of str to LayerTime
+    whole : nn.Module
+        The network that `times` is about.
+    n_samples : int
+        Samples of the batch.
+
+    Returns
+    -------
+    float
+        Seconds.  A part is called unless no sample of the batch needs it, samples being
+        independent.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from sinfkit.pruning import LayerTime, expected_seconds
+    >>> layer = nn.Linear(4, 2)
+    >>> expected_seconds([(layer, 0.5)], {"": LayerTime(1.0, 2.0, 3.0)}, layer, n_samples=1)
+    3.0
+    """
+    sizes, total = _sizes(whole), 0.0
+    for part, share in parts:
+        n_calls = 1.0 - (1.0 - min(share, 1.0)) ** n_samples
+        for name, size in _sizes(part).items():
+            whole_name = name if name in times else factorized(name)
+            if whole_name in times:
+                fraction = size / sizes[whole_name]
+                total += times[whole_name].seconds(share * n_samples, fraction, n_calls)
+    return total
+
+
+def layer_seconds(
+    graph: fx.GraphModule, batch: Tensor, repeats: int = _REPEATS, warmup: int = 3
+) -> dict[str, float]:
+    """Measure how long each layer of a network takes on this machine.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        In eval mode; a copy that shares its weights is run.
+    batch : Tensor of shape (n, ...)
+        Normalised samples, which go through the network at once.
+    repeats : int, default=15
+        Forward passes that are measured.
+    warmup : int, default=3
+        Forward passes before them.
+
+    Returns
+    -------
+    dict of str to float
+        Median seconds of each convolution, linear layer, batch-norm and PReLU, by qualified name.
+        A layer that is called several times counts with all of its calls.
+
+    Notes
+    -----
+    Everything else (other activations, pooling, additions) is not timed: for the choice of filters
+    it is as if it took no time.
+    """
+    twin = copy_sharing_weights(graph).eval()
+    started: dict[str, float] = {}
+    passes: list[dict[str, float]] = []
+
+    def watch(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def before(module: Any, inputs: Any) -> None:
+            _synchronise()
+            started[name] = time.perf_counter()
+
+        def after(module: Any, inputs: Any, output: Any) -> None:
+            _synchronise()
+            passes[-1][name] += time.perf_counter() - started[name]
+
+        return before, after
+
+    for name, module in twin.named_modules():
+        if isinstance(module, NARROWABLE):
+            before, after = watch(name)
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after)
+    with torch.inference_mode():
+        for _ in range(warmup + repeats):
+            passes.append(defaultdict(float))
+            twin(batch)
+    names = passes[-1].keys()
+    return {name: float(np.median([p[name] for p in passes[warmup:]])) for name in names}

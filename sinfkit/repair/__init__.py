@@ -1,0 +1,30 @@
+"""REPAIR: closed-form corrections of a sliced network, without labels or gradients."""
+
+from .inputs import kept_inputs
+from .low_rank import NARROW, WIDE, UnreachableShareError, factorize, factorized, insert_factors
+from .moments import MAX_INPUTS, Moments, gather_moments
+from .ridge import fit_ridge
+from .sequential import REPAIRS, affordable_images, repair
+from .static import ALPHA, shrunk_layers, static_least_squares
+from .walk import Lockstep
+
+__all__ = [
+    "ALPHA",
+    "Lockstep",
+    "MAX_INPUTS",
+    "Moments",
+    "NARROW",
+    "REPAIRS",
+    "UnreachableShareError",
+    "WIDE",
+    "affordable_images",
+    "factorize",
+    "factorized",
+    "fit_ridge",
+    "gather_moments",
+    "insert_factors",
+    "kept_inputs",
+    "repair",
+    "shrunk_layers",
+    "static_least_squares",
+]

@@ -1,0 +1,402 @@
+"""Closed-form repair of a physically sliced network: no gradients, no labels, a few images.
+
+Slicing filters out of a network shifts and distorts what every later layer receives. Given
+calibration images, each remaining layer can be corrected against the dense network, front to
+back, with linear algebra alone. Nothing here is from the SINF paper, which leaves a subgraph as
+it was sliced (that is ``method="none"``); the corrections are this package's choice:
+
+``"mean"``
+    What was removed contributed a constant on average: it goes into the bias.
+``"match"``
+    Each kept channel gets back its dense mean and standard deviation (REPAIR, Jordan et al.,
+    ICLR 2023, with the dense network as reference).
+``"least_squares"``
+    Each layer is refitted, by ridge regression towards its old weights, to the dense layer's
+    output from the inputs that it really gets in the sliced network (asymmetric reconstruction:
+    Zhang et al., TPAMI 2016; He et al., ICCV 2017).
+``"static_least_squares"``
+    The same for the inputs that stay of those that it had in the dense network, see
+    `sinfkit.repair.static`. The sliced network is never run.
+
+For the others, both networks are walked side by side, one node at a time, so every layer's inputs
+are computed exactly once and already carry the repairs in front of them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..utils.params import caller_level
+from .moments import gather_moments
+from .ridge import double, fit_ridge
+from .static import shrunk_layers, static_least_squares
+from .walk import Lockstep, Site, find_site, sample, sample_patches
+
+__all__ = ["REPAIRS", "affordable_images", "repair"]
+
+REPAIRS = ("none", "mean", "match", "least_squares", "static_least_squares")
+ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+
+_HELD_OUT = 0.2  # of the images
+_MAX_BYTES = 2 * 2**30
+_MIN_ROWS = 20_000
+_RATIOS = (1 / 3, 3.0)  # to which "match" clips what it multiplies a channel with
+_CONSTANT = 1e-12  # a variance below this much of the mean square is rounding
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def repair(
+    dense: fx.GraphModule,
+    sliced: fx.GraphModule,
+    support: Mapping[str, np.ndarray],
+    X: Tensor,
+    *,
+    method: str = "least_squares",
+    X_sliced: Tensor | None = None,
+    max_rows: int | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    batch_size: int = 256,
+    seed: int = 0,
+    sample_weight: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Correct the layers of a sliced network against the dense one, in place.
+
+    Both networks are run side by side over `X`, node by node. A layer (``Conv2d`` or ``Linear``)
+    whose input no longer equals the dense one is corrected before its output is computed.
+
+    Parameters
+    ----------
+    dense : torch.fx.GraphModule
+        The network before slicing, traced, in evaluation mode. Not changed.
+    sliced : torch.fx.GraphModule
+        The same graph with filters removed. Corrected in place, but only by giving its modules
+        new parameters and buffers: tensors shared with other networks are never written to.
+    support : mapping of str to ndarray of int
+        Layer name to the kept output channels, as indices of the dense layer, in the order in
+        which the sliced layer has them. Layers that are not listed kept all of theirs.
+    X : Tensor of shape (n_images, ...)
+        Calibration input of `dense`, normalised and on its device. Labels are not needed.
+        Activations of all images are held for one or two layers at a time, in both networks.
+    method : {"none", "mean", "match", "least_squares", "static_least_squares"}, \
+default="least_squares"
+        The correction. ``"none"`` only measures.
+    X_sliced : Tensor of shape (n_images, ...), default=None
+        Input of `sliced` where it differs from `X`, for the same images (a sliced prefix in
+        front). None: `X`. The static form does not look at it.
+    max_rows : int, optional
+        Least squares: positions per layer entering the regression, spread evenly over the
+        images, at least one per image. Default: 20,000, or five of each image if that is more.
+    alphas : sequence of float
+        Least squares: ridge penalties to choose from, relative to the mean squared (centred)
+        input; chosen per layer by the error on one fifth of the images, from the middle one
+        outwards. Keeping the old weights is always a candidate. Default: 1e-4, 1e-3, ..., 100. The
+        static form has one of its own.
+    batch_size : int, default=256
+        Images per forward pass. The result does not depend on it beyond rounding.
+    seed : int, default=0
+        Of the positions and of the held-out images.
+    sample_weight : ndarray of shape (n_images,), optional
+        How many times each image counts, larger than 0. Default: once.
+
+    Returns
+    -------
+    dict of str to float
+        Layer name to what remains of its error after the repair: ``||Y - Yhat||^2 / ||Y - mean
+        Y||^2``, summed over channels, where Y is the dense layer's output (behind its batch-norm,
+        before the non-linearity) at the kept channels. 0 where nothing differs. For least
+        squares on the held-out images, otherwise on all. The static form predicts it, see
+        `sinfkit.repair.static_least_squares`.
+
+    Raises
+    ------
+    ValueError
+        If the graphs do not correspond, a network is in training mode, or the inputs do not fit.
+
+    Warns
+    -----
+    UserWarning
+        For layers that are used more than once or have reparametrised weights: left as sliced.
+
+    Notes
+    -----
+    Least squares solves, per layer, with kept-channel patches X and dense outputs Y, both centred::
+
+        W = W0 + ((X'X + a I)^-1 X'(Y - X W0'))',  a = alpha mean(diag X'X),  b = mean Y - W mean X
+
+    The bias goes into the layer, or into the running mean of a batch-norm behind a layer without
+    bias. At a residual addition, the branch that is executed last is fitted to the dense sum minus
+    the other, already sliced, operand.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from torch import fx, nn
+    >>> from sinfkit.repair import repair
+    >>> a, b = nn.Linear(4, 3), nn.Linear(3, 2)
+    >>> c, d = nn.Linear(4, 2), nn.Linear(2, 2)
+    >>> with torch.no_grad():
+    ...     a.weight[2] = a.weight[0] + a.weight[1]   # the third unit is redundant: remove it
+    ...     a.bias[2] = 0.0
+    ...     _ = c.weight.copy_(a.weight[:2]), c.bias.copy_(a.bias[:2])
+    ...     _ = d.weight.copy_(b.weight[:, :2]), d.bias.copy_(b.bias)
+    >>> dense = fx.symbolic_trace(nn.Sequential(a, b).eval())
+    >>> sliced = fx.symbolic_trace(nn.Sequential(c, d).eval())
+    >>> X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    >>> errors = repair(dense, sliced, {"0": np.array([0, 1]), "1": np.array([0, 1])}, X)
+    >>> bool((dense(X) - sliced(X)).abs().max() < 1e-3)
+    True
+    """
+    if method not in REPAIRS:
+        raise ValueError(f"method must be one of {', '.join(REPAIRS)}; got {method!r}.")
+    if not alphas or min(alphas) <= 0:
+        raise ValueError(f"alphas must be positive numbers, at least one; got {alphas!r}.")
+    if max_rows is None:
+        max_rows = max(_MIN_ROWS, 5 * len(X))
+    for name, value in (("max_rows", max_rows), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value!r}.")
+    X_sliced = X if X_sliced is None else X_sliced
+    if len(X) == 0 or len(X) != len(X_sliced):
+        raise ValueError(
+            f"X and X_sliced must hold the same images, at least one; got {len(X)} and "
+            f"{len(X_sliced)}."
+        )
+    if sample_weight is not None and sample_weight.shape != (len(X),):
+        raise ValueError(
+            f"sample_weight must hold one number for each of the {len(X)} images; got shape "
+            f"{sample_weight.shape}."
+        )
+    weight = None if sample_weight is None else torch.as_tensor(sample_weight)
+    if method == "static_least_squares":
+        moments = gather_moments(
+            dense,
+            shrunk_layers(dense, sliced),
+            X.split(batch_size),
+            n_images=len(X),
+            max_rows=max_rows,
+            seed=seed,
+            sample_weight=weight,
+        )
+        return static_least_squares(dense, sliced, support, moments, X)
+    walk = Lockstep(dense, sliced, X, X_sliced, batch_size)
+    rows = _Rows(len(X), max_rows, seed, weight)
+    errors: dict[str, float] = {}
+    skipped: list[str] = []
+    for node in walk.nodes:
+        name = str(node.target)
+        layer = walk.layer(node)
+        if layer is None:
+            walk.run(node)
+            continue
+        site = find_site(walk, node, layer, support.get(name))
+        if walk.inputs_agree(node) and (site.other is None or walk.agree(site.other)):
+            walk.run(node)
+            errors[name] = 0.0
+        elif not walk.called_once(node):
+            walk.run(node)
+            skipped.append(name)
+        elif layer is walk.module(node, "dense"):
+            raise ValueError(
+                f"The layer {name!r} is one module in both networks, so a repair would change the "
+                "dense one as well. Trace the sliced network from a copy."
+            )
+        else:
+            if method == "least_squares":
+                errors[name] = _least_squares(site, rows, alphas)
+            else:
+                errors[name] = _match_moments(site, method, weight)
+            if not math.isfinite(errors[name]):
+                raise ValueError(
+                    f"The inputs or outputs of the layer {name!r} are not finite numbers. Look for "
+                    "NaN or infinity in X and in the networks' weights."
+                )
+    if skipped and method != "none":
+        warnings.warn(
+            f"Layers that are used more than once stay as they were sliced: "
+            f"{', '.join(dict.fromkeys(skipped))}.",
+            UserWarning,
+            stacklevel=caller_level(),
+        )
+    return errors
+
+
+def affordable_images(graph: fx.GraphModule, example: Tensor, wanted: int) -> int:
+    """How many images a repair may take: one layer's values of all of them stay below 2 GiB.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        The dense network.
+    example : Tensor of shape (1, ...)
+        One input of it.
+    wanted : int
+
+    Returns
+    -------
+    int
+        At most `wanted`, and not below 64 for memory's sake.
+    """
+    values = _Sizes(graph)
+    with torch.inference_mode():
+        values.run(example)
+    return min(wanted, max(64, _MAX_BYTES // max(values.largest, 1)))
+
+
+class _Sizes(fx.Interpreter):
+    """Runs a network and notes the size of its largest value, in bytes."""
+
+    largest = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.largest = max(self.largest, value.numel() * value.element_size())
+        return value
+
+
+def _match_moments(site: Site, method: str, weight: Tensor | None) -> float:
+    """Pass a layer whose channels are scaled and shifted (or left alone); return its error."""
+    walk, layer = site.walk, site.layer
+    sums = torch.zeros(7, len(site.kept), dtype=torch.float64, device=site.gain.device)
+    n: int | float = 0
+    both = zip(walk.advance(site.node, "dense"), walk.advance(site.node, "sliced"), strict=True)
+    for (chunk, dense), (_, now) in both:
+        own, target = site.targets(dense, chunk)
+        axes = [axis for axis in range(now.ndim) if axis != site.axis % now.ndim]
+        products = (own, own * own, now, now * now, target, target * target, target * now)
+        if weight is None:
+            sums += torch.stack([_total(product, axes) for product in products])
+            n += now.numel() // len(site.kept)
+        else:
+            counts = weight[walk.images[chunk]]
+            along = counts.to(now).reshape(-1, *[1] * (now.ndim - 1))
+            sums += torch.stack([_total(product * along, axes) for product in products])
+            n += now[0].numel() // len(site.kept) * float(counts.sum())
+    own, own2, now, now2, target, target2, cross = sums / n
+
+    ratio, shift = torch.ones_like(own), torch.zeros_like(own)
+    if method == "match":
+        variance, wanted = now2 - now.square(), own2 - own.square()
+        ratio = (wanted.clamp(min=0) / variance).sqrt().clamp(*_RATIOS)
+        ratio = torch.where(variance > _CONSTANT * (now2 + own2), ratio, 1.0)
+    if method != "none":
+        shift = target - ratio * now
+        bias = 0.0 if layer.bias is None else double(layer.bias)
+        scaled = double(layer.weight) * ratio.reshape(-1, *[1] * (layer.weight.ndim - 1))
+        here = site.install(scaled, shift + (ratio - 1) * bias)
+        added = shift if here else torch.zeros_like(shift)
+        walk.amend(
+            site.node,
+            lambda y: y * site.along_channels(ratio, y) + site.along_channels(added, y),
+        )
+    square = target2 + ratio**2 * now2 + shift**2
+    square += 2 * (ratio * shift * now - ratio * cross - shift * target)
+    gain = site.gain.square()
+    return _relative(
+        float((square * gain).sum()),
+        float(((target2 - target.square()) * gain).sum()),
+        float((target2 * gain).sum()),
+    )
+
+
+def _least_squares(site: Site, rows: _Rows, alphas: Sequence[float]) -> float:
+    """Pass a layer whose weights are refitted; return its error on the held-out images."""
+    layer = site.layer
+    X, Y = _gather(site, rows)
+    n_groups, n_rows, _ = X.shape
+    n_train = n_rows * rows.n_train // len(rows.place)
+    weight = site.gain.square().reshape(n_groups, -1)
+    held = Y[:, n_train:] if n_train < n_rows else Y
+    counts = rows.counts(n_rows)
+    if counts is None:
+        spread = float((double(held.var(1, correction=0)) * weight).sum()) * held.shape[1]
+        power = float((double(held.square().mean(1)) * weight).sum()) * held.shape[1]
+    else:
+        counts = counts.to(Y.device)
+        own = counts[-held.shape[1] :].to(held)
+        centred = held - (own @ held / own.sum())[:, None]
+        spread, power = (float((double(own @ y.square()) * weight).sum()) for y in (centred, held))
+        del centred
+
+    old = layer.weight.reshape(n_groups, -1, X.shape[2])
+    Y -= X @ old.to(X).mT
+    if layer.bias is not None:
+        Y -= layer.bias.to(Y).reshape(n_groups, 1, -1)
+    fit = fit_ridge(X, Y, n_train, alphas, weight, counts)
+    del X, Y, held
+    site.install((double(old) + fit.coef.mT).reshape(layer.weight.shape), fit.intercept.flatten())
+    for _ in site.walk.advance(site.node, "sliced"):
+        pass
+    return _relative(fit.error, spread, power)
+
+
+def _gather(site: Site, rows: _Rows) -> tuple[Tensor, Tensor]:
+    """Pass a layer in the dense network; return inputs and targets, held-out images last.
+
+    Of shape (groups, rows, inputs of a group) and (groups, rows, outputs of a group).
+    """
+    walk, layer = site.walk, site.layer
+    n_groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    widths = n_groups * layer.weight[0].numel(), len(layer.weight)
+    where, gathered = torch.empty(0), []
+    for chunk, dense in walk.advance(site.node, "dense"):
+        _, target = site.targets(dense, chunk)
+        inputs = walk.value(site.node.all_input_nodes[0], "sliced", chunk)
+        place = rows.place[walk.images[chunk]]
+        if chunk == 0:
+            where = rows.draw(target.numel() // (len(place) * len(site.kept))).to(target.device)
+            dtype = torch.promote_types(target.dtype, torch.float32)
+            gathered = [target.new_empty(*where.shape, width, dtype=dtype) for width in widths]
+        here = where[walk.images[chunk]]
+        gathered[0][place] = sample_patches(inputs, layer, here).to(dtype)
+        gathered[1][place] = sample(target, layer, here).to(dtype)
+    X, Y = (part.flatten(0, 1).unflatten(1, (n_groups, -1)).transpose(0, 1) for part in gathered)
+    return X, Y
+
+
+class _Rows:
+    """Which positions of which images enter a regression, and which images are held out."""
+
+    def __init__(
+        self, n_images: int, max_rows: int, seed: int, weight: Tensor | None = None
+    ) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._per_image = max(1, max_rows // n_images)
+        # Place of each image in the regression; the last ones are held out.
+        self.place = torch.randperm(n_images, generator=self._generator)
+        self.n_train = n_images - round(_HELD_OUT * n_images)
+        self._weight = weight
+
+    def counts(self, n_rows: int) -> Tensor | None:
+        """How many times each row of the regression counts; None where all count once."""
+        if self._weight is None:
+            return None
+        placed = torch.empty_like(self._weight).index_copy_(0, self.place, self._weight)
+        return placed.repeat_interleave(n_rows // len(placed))
+
+    def draw(self, n_positions: int) -> Tensor:
+        """Positions for each image, of shape (n_images, n_drawn)."""
+        shape = len(self.place), n_positions
+        if n_positions <= self._per_image:
+            return torch.arange(n_positions).expand(shape)
+        order = torch.rand(shape, generator=self._generator)
+        return order.topk(self._per_image, dim=1).indices
+
+
+def _total(values: Tensor, axes: list[int]) -> Tensor:
+    """Sum over axes, in float64."""
+    return (values.cpu() if values.device.type == "mps" else values).sum(axes, dtype=torch.float64)
+
+
+def _relative(error: float, spread: float, power: float) -> float:
+    """An error relative to a spread, which rounding keeps from being exactly zero."""
+    floor = max(_CONSTANT * power, torch.finfo(torch.float64).tiny)
+    return max(error, 0.0) / max(spread, floor)

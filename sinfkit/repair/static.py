@@ -1,0 +1,253 @@
+"""Least squares from moments of the dense network alone.
+
+What a layer loses with some of its inputs, and the best weights on the others, follow from its
+dense weights and the covariance of its dense inputs. The covariance is gathered once; after that,
+any choice of channels at any ratio costs one linear system per layer and no look at an image. That
+is what a search over many sliced networks needs. `sinfkit.repair.sequential` with
+``method="least_squares"`` also corrects what earlier layers get wrong, but has to run both
+networks for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph.cuts import batch_norm_behind
+from ..graph.nodes import called_layer
+from ..utils.params import caller_level
+from .inputs import Inputs, kept_inputs
+from .moments import Moments, damped_cholesky, measurable, n_blocks
+from .ridge import double
+from .walk import Layer, checked_support, install, twins
+
+__all__ = ["ALPHA", "shrunk_layers", "static_least_squares"]
+
+ALPHA = 1e-2
+_WELL_SOLVED = 1e-3  # relative residual up to which single precision is taken to be enough
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def static_least_squares(
+    dense: fx.GraphModule,
+    sliced: fx.GraphModule,
+    support: Mapping[str, np.ndarray],
+    moments: Mapping[str, Moments],
+    example: Tensor,
+    *,
+    alpha: float = ALPHA,
+) -> dict[str, float]:
+    r"""Refit the layers of a sliced network from moments of the dense one, in place.
+
+    Parameters
+    ----------
+    dense : GraphModule
+        The network before slicing, from `trace`, in evaluation mode. Not changed.
+    sliced : GraphModule
+        The same graph with filters removed, with weights as they were sliced. Changed only by
+        giving its modules new parameters and buffers: tensors shared with other networks are
+        never written to.
+    support : mapping of str to ndarray of int
+        Layer name to the kept output channels, as indices of the dense layer, in the order in
+        which the sliced layer has them. Layers that are not listed kept all of theirs.
+    moments : mapping of str to Moments
+        From `sinfkit.repair.gather_moments` of `dense`; for any number of calls.
+    example : Tensor of shape (n, ...)
+        An input of both networks. Only its shape is looked at.
+    alpha : float, default=0.01
+        Ridge penalty, relative to the mean variance of the kept inputs. With thousands of images
+        anything from 1e-4 to 0.03 does as well; with a hundred, less than 0.01 fits noise.
+
+    Returns
+    -------
+    dict of str to float
+        By layer, in order of execution, the share of the variance of the dense layer's output
+        (behind its batch-norm, before the non-linearity, at the kept channels) that is lost for
+        good, if the inputs that stay are those of the dense network. 0 where no input is missing.
+
+    Raises
+    ------
+    ValueError
+        If the graphs do not correspond, a network is in training mode, one module is in both
+        networks, or the moments are not finite.
+
+    Warns
+    -----
+    UserWarning
+        For layers that lost inputs and stay as they were sliced, for want of moments.
+
+    Notes
+    -----
+    Of a layer's dense weights :math:`W`, let :math:`k` be the inputs that stay and :math:`r` those
+    removed, and :math:`H` the covariance of all. The new weights
+
+    .. math:: W_k + W_r H_{rk} (H_{kk} + a I)^{-1}, \quad
+              a = \alpha \operatorname{mean} \operatorname{diag} H_{kk},
+
+    are the ridge regression, towards the old weights, of what the removed inputs contributed on the
+    kept ones; where nothing is removed, nothing changes. The means go into the bias, or into the
+    running mean of a batch-norm behind a convolution without bias. The target is always the dense
+    layer's own output, also in front of a residual addition: what the other operand lacks is not
+    known without an image.
+
+    Linear systems are solved in single precision, and again in double where the residual shows that
+    it was not enough. Networks in float64 are solved in it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from sinfkit.graph import trace
+    >>> from sinfkit.repair import gather_moments
+    >>> from sinfkit.repair import static_least_squares
+    >>> from sinfkit.slicing import slice_channels
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval().requires_grad_(False)
+    >>> net[0].weight[2] = net[0].weight[0] + net[0].weight[1]  # redundant: remove it
+    >>> dense, X = trace(net), torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    >>> moments = gather_moments(dense, ["1"], [X], n_images=100)
+    >>> small = slice_channels(dense, X[:1], {"0": [0, 1]})
+    >>> lost = static_least_squares(dense, small.model, small.support, moments, X, alpha=1e-6)
+    >>> bool((dense(X) - small.model(X)).abs().max() < 1e-3), round(lost["1"], 3)
+    (True, 0.0)
+    """
+    twins(dense, sliced)
+    if not alpha > 0:
+        raise ValueError(f"alpha must be a positive number; got {alpha!r}.")
+    inputs = kept_inputs(dense, sliced, support, example.shape)
+    once = measurable(sliced)
+    norms = batch_norm_behind(sliced)
+    errors: dict[str, float] = {}
+    skipped: list[str] = []
+    for node in sliced.graph.nodes:
+        layer, old = called_layer(sliced, node), called_layer(dense, node)
+        name = str(node.target)
+        if layer is None or old is None:
+            continue
+        kept = checked_support(name, support.get(name), old, layer)
+        if layer.weight[0].numel() == old.weight[0].numel():
+            errors[name] = 0.0
+        elif name not in inputs or name not in once or name not in moments:
+            skipped.append(name)
+        elif layer is old:
+            raise ValueError(
+                f"The layer {name!r} is one module in both networks, so a repair would change the "
+                "dense one as well. Trace the sliced network from a copy."
+            )
+        else:
+            norm = _per_channel(sliced, norms.get(name), layer, inputs[name])
+            weight, shift, error = _refit(
+                old, layer, kept, inputs[name].kept, moments[name], _gain(norm, layer), alpha
+            )
+            if not np.isfinite(error):
+                raise ValueError(
+                    f"The moments of the layer {name!r} are not finite numbers. Look for NaN or "
+                    "infinity in the images and in the dense network's weights."
+                )
+            install(layer, norm, weight, shift)
+            errors[name] = error
+    if skipped:
+        warnings.warn(
+            "Layers without moments (called more than once, too wide, or behind something that "
+            f"mixes channels) stay as they were sliced: {', '.join(dict.fromkeys(skipped))}.",
+            UserWarning,
+            stacklevel=caller_level(),
+        )
+    return errors
+
+
+def shrunk_layers(dense: fx.GraphModule, sliced: fx.GraphModule) -> list[str]:
+    """Names of the layers that read fewer inputs in a sliced network: those to have moments."""
+    before, after = dict(dense.named_modules()), dict(sliced.named_modules())
+    return [
+        name
+        for name in measurable(sliced)
+        if before[name].weight[0].numel() > after[name].weight[0].numel()
+    ]
+
+
+def _refit(
+    old: Layer,
+    new: Layer,
+    kept: np.ndarray,
+    inputs: np.ndarray,
+    moments: Moments,
+    gain: Tensor,
+    alpha: float,
+) -> tuple[Tensor, Tensor, float]:
+    """A sliced layer's weight, the shift of its output, and the share of variance that is lost."""
+    dense = old.weight.detach().flatten(1)
+    cells = old.weight[0, 0].numel()
+    per_block = dense.shape[1] // cells  # input channels
+    outputs = len(dense) // n_blocks(old)
+    gain = gain.square().cpu()
+    weight = torch.empty(len(kept), new.weight[0].numel(), dtype=torch.float64)
+    shift = torch.empty(len(kept), dtype=torch.float64)
+    lost, spread, rounding = 0.0, 0.0, torch.finfo(torch.float64).tiny
+    for rows in np.split(np.arange(len(kept)), n_blocks(new)):
+        block, own = kept[rows[0]] // outputs, kept[rows] % outputs
+        local = inputs[inputs // per_block == block] % per_block
+        stays = np.zeros((per_block, cells), dtype=bool)
+        stays[local] = True
+        k, r = (torch.as_tensor(np.flatnonzero(part.ravel())) for part in (stays, ~stays))
+        H, mean = moments.covariance[block], moments.mean[block]
+        W = double(dense[kept[rows]]).to(H)
+        k, r = k.to(H.device), r.to(H.device)
+        H_k = H[k]
+        target = W[:, r] @ H_k[:, r].T  # what the removed inputs share with the kept ones
+        change, penalty = _solve(
+            H_k[:, k], target, alpha, moments.noise, dense.dtype == torch.float64
+        )
+        removed = ((W[:, r] @ H[r][:, r]) * W[:, r]).sum(1)
+        explained = (target * change).sum(1) + penalty * change.square().sum(1)
+        weight[rows] = (W[:, k] + change).cpu()
+        shift[rows] = (W[:, r] @ mean[r] - change @ mean[k]).cpu()
+        lost += float((removed - explained).cpu() @ gain[rows])
+        spread += float(moments.variance[block][own].cpu() @ gain[rows])
+        rounding += moments.noise * float(W.square().sum(1).cpu() @ gain[rows])
+    device = new.weight.device
+    share = max(lost, 0.0) / max(spread, rounding) if np.isfinite(lost) else lost
+    return weight.reshape(new.weight.shape).to(device), shift.to(device), share
+
+
+def _solve(
+    H: Tensor, target: Tensor, alpha: float, noise: float, exact: bool
+) -> tuple[Tensor, float]:
+    """``target (H + a I)^-1``, and a."""
+    penalty = float(alpha * H.diagonal().mean() + noise) if len(H) else 0.0
+    if not exact:
+        single = H.float()
+        single.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(single)
+        if not failed:
+            change = torch.cholesky_solve(target.float().T, factor).T
+            residual = target.float() - change @ single
+            if residual.norm() <= _WELL_SOLVED * target.norm():
+                return change.to(H), penalty
+    factor, penalty = damped_cholesky(H, penalty)
+    return torch.cholesky_solve(target.T, factor).T, penalty
+
+
+def _per_channel(
+    sliced: fx.GraphModule, name: str | None, layer: Layer, inputs: Inputs
+) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
+    """The batch-norm behind a layer, if it only scales and shifts its channels."""
+    norm = None if name is None else sliced.get_submodule(name)
+    calls = [n for n in sliced.graph.nodes if n.op == "call_module" and n.target == name]
+    if not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or len(calls) != 1:
+        return None
+    per_feature = isinstance(norm, nn.BatchNorm2d) or inputs.n_axes == 2
+    return norm if per_feature and norm.running_var is not None else None
+
+
+def _gain(norm: nn.BatchNorm1d | nn.BatchNorm2d | None, layer: Layer) -> Tensor:
+    """What the batch-norm behind a layer multiplies each channel with."""
+    if norm is None:
+        return torch.ones(len(layer.weight), dtype=torch.float64)
+    assert norm.running_var is not None
+    gain = (double(norm.running_var) + norm.eps).rsqrt()
+    return gain if norm.weight is None else gain * double(norm.weight.detach())

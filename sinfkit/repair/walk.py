@@ -1,0 +1,509 @@
+"""A layer under repair: what its output runs into, and how its inputs and outputs are sampled."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ..graph.nodes import called_module, is_addition, is_identity, is_layer, is_shape_query
+from .ridge import double
+
+__all__ = ["Lockstep"]
+
+Side = Literal["dense", "sliced"]
+
+
+@dataclass
+class _Value:
+    """A node's value in both networks, in chunks; one and the same list where they agree."""
+
+    dense: list[Any] = field(default_factory=list)
+    sliced: list[Any] = field(default_factory=list)
+
+
+class Lockstep:
+    """A walk over two networks that have the same graph.
+
+    Each node of `nodes` is to be passed in order: by `run`, or by `advance` for the dense network
+    and then for the sliced one.
+
+    Parameters
+    ----------
+    dense, sliced : GraphModule
+        From `trace`, with the same nodes; only weights and widths differ.
+    X, X_sliced : Tensor of shape (n_images, ...)
+        Their inputs; the same object if they do not differ.
+    batch_size : int
+        Images per chunk.
+
+    Attributes
+    ----------
+    sliced : GraphModule
+    nodes : list of fx.Node
+        Nodes of the sliced network, without its output.
+    images : list of slice
+        The images of each chunk.
+
+    Raises
+    ------
+    ValueError
+        If the graphs have different nodes, several inputs, or modules in training mode.
+    """
+
+    def __init__(
+        self,
+        dense: fx.GraphModule,
+        sliced: fx.GraphModule,
+        X: Tensor,
+        X_sliced: Tensor,
+        batch_size: int,
+    ) -> None:
+        self.sliced = sliced
+        self._networks = {"dense": dense, "sliced": sliced}
+        self._interpreters = {side: fx.Interpreter(gm) for side, gm in self._networks.items()}
+        self._twins = twins(dense, sliced)
+        self.nodes = [node for node in sliced.graph.nodes if node.op != "output"]
+        self.images = [slice(i, i + batch_size) for i in range(0, len(X), batch_size)]
+        self._inputs = _Value([X[part] for part in self.images])
+        self._inputs.sliced = (
+            self._inputs.dense if X_sliced is X else [X_sliced[part] for part in self.images]
+        )
+        self._values: dict[fx.Node, _Value] = {}
+        self._calls = Counter(node.target for node in self.nodes if node.op == "call_module")
+        last_use = {source: node for node in self.nodes for source in node.all_input_nodes}
+        self._finished_by: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for source, node in last_use.items():
+            self._finished_by[node].append(source)
+
+    def layer(self, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
+        """The sliced network's layer that a node calls, if it calls one."""
+        module = called_module(self.sliced, node)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and is_layer(module):
+            return module
+        return None
+
+    def module(self, node: fx.Node, side: Side) -> nn.Module | None:
+        """The module that a node (of the sliced network) calls, in one of the networks."""
+        return called_module(self._networks[side], self._own(node, side))
+
+    def called_once(self, node: fx.Node) -> bool:
+        """Whether no other node calls the module that a node calls."""
+        return self._calls[node.target] == 1
+
+    def agree(self, node: fx.Node) -> bool:
+        """Whether both networks are known to have the same value at a node."""
+        value = self._values[node]
+        return value.dense is value.sliced
+
+    def inputs_agree(self, node: fx.Node) -> bool:
+        """Whether both networks are known to have the same inputs at a node."""
+        return all(self.agree(source) for source in node.all_input_nodes)
+
+    def known(self, node: fx.Node) -> bool:
+        """Whether a node's value has been computed and is still held."""
+        return node in self._values
+
+    def value(self, node: fx.Node, side: Side, chunk: int) -> Any:
+        """One chunk of a value that is held."""
+        return getattr(self._values[node], side)[chunk]
+
+    def run(self, node: fx.Node) -> None:
+        """Compute a node in both networks."""
+        if node.op == "placeholder":
+            self._values[node] = self._inputs
+        elif self.inputs_agree(node) and self._same_operation(node):
+            for _ in self.advance(node, "sliced"):
+                pass
+            self._values[node].dense = self._values[node].sliced
+        else:
+            for _ in zip(self.advance(node, "dense"), self.advance(node, "sliced"), strict=True):
+                pass
+
+    def advance(self, node: fx.Node, side: Side) -> Iterator[tuple[int, Any]]:
+        """Compute a node in one network.
+
+        Inputs that are not used again are dropped chunk by chunk, those of `side` only.
+
+        Yields
+        ------
+        chunk : int
+            Which of `images`.
+        value : Tensor or any other
+            What the node computed for them.
+        """
+        chunks = getattr(self._values.setdefault(node, _Value()), side)
+        own = self._own(node, side)
+        compute = getattr(self._interpreters[side], own.op)
+        finished = [
+            source
+            for source in self._finished_by[node]
+            if side == "sliced" or not self.agree(source)  # else the sliced network needs it, too
+        ]
+        for i in range(len(self.images)):
+            inputs = {source: self.value(source, side, i) for source in node.all_input_nodes}
+            if side == "dense":
+                inputs = {self._twins[source]: value for source, value in inputs.items()}
+            args, kwargs = fx.map_arg((own.args, own.kwargs), inputs.__getitem__)
+            chunks.append(compute(own.target, args, kwargs))
+            del inputs, args, kwargs
+            for source in finished:
+                getattr(self._values[source], side)[i] = None
+            yield i, chunks[i]
+        if side == "sliced":
+            for source in finished:
+                del self._values[source]
+
+    def amend(self, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the value that the sliced network has at a node."""
+        chunks = self._values[node].sliced
+        for i, value in enumerate(chunks):
+            chunks[i] = change(value)
+
+    def _own(self, node: fx.Node, side: Side) -> fx.Node:
+        """A node's counterpart in one of the networks."""
+        return node if side == "sliced" else self._twins[node]
+
+    def _same_operation(self, node: fx.Node) -> bool:
+        """Whether a node computes the same in both networks from the same inputs."""
+        if node.op == "get_attr":
+            dense, sliced = (
+                self._interpreters[side].get_attr(self._own(node, side).target, (), {})
+                for side in ("dense", "sliced")
+            )
+            return dense is sliced or _equal([dense], [sliced])
+        if node.op == "call_module":
+            dense, sliced = self.module(node, "dense"), self.module(node, "sliced")
+            return _equal(_tensors(dense), _tensors(sliced))
+        return True
+
+
+def twins(dense: fx.GraphModule, sliced: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """From each node of the sliced network to that of the dense one."""
+    nodes = [list(gm.graph.nodes) for gm in (dense, sliced)]
+    described = [[(node.op, node.name, str(node.target)) for node in side] for side in nodes]
+    if described[0] != described[1]:
+        here = next((b for a, b in zip(*described, strict=False) if a != b), "the number of nodes")
+        raise ValueError(
+            f"The dense and the sliced network have different graphs, first at {here}. Both must "
+            "be traced from the same model, and cut at the same place."
+        )
+    if [node.op for node in nodes[1]].count("placeholder") != 1:
+        raise ValueError("The networks must have one input, a tensor.")
+    for gm in (dense, sliced):
+        training = [name for name, module in gm.named_modules() if module.training]
+        if training:
+            raise ValueError(
+                f"The networks must be in evaluation mode, but {training[0] or 'one'!r} is in "
+                "training mode. Call eval()."
+            )
+    return dict(zip(nodes[1], nodes[0], strict=True))
+
+
+def _tensors(module: nn.Module | None) -> list[Any]:
+    """All parameters and buffers of a module."""
+    return [] if module is None else [*module.parameters(), *module.buffers()]
+
+
+def _equal(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether tensors are the same or hold the same numbers."""
+    return len(ours) == len(theirs) and all(
+        a is b or (isinstance(a, Tensor) and a.shape == b.shape and torch.equal(a, b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+Layer = nn.Conv2d | nn.Linear
+_Norm = nn.BatchNorm1d | nn.BatchNorm2d
+
+_TINY = 1e-3  # batch-norm scales that are not divided by, relative to the layer's largest
+
+
+@dataclass
+class Site:
+    """A layer of the sliced network, and what its output runs into.
+
+    Attributes
+    ----------
+    walk : Lockstep
+    node : fx.Node
+        That calls the layer.
+    layer : Conv2d or Linear
+    kept : Tensor of shape (n_channels,)
+        The dense layer's channels that it still has.
+    norm : BatchNorm1d, BatchNorm2d or None
+        The batch-norm that alone reads its output.
+    other : fx.Node or None
+        The value that its output is added to, if that is known by now.
+    gain : Tensor of shape (n_channels,)
+        What the batch-norm multiplies each channel with, float64.
+    """
+
+    walk: Lockstep
+    node: fx.Node
+    layer: Layer
+    kept: Tensor
+    norm: _Norm | None = None
+    other: fx.Node | None = None
+
+    def __post_init__(self) -> None:
+        self.gain = torch.ones_like(double(self.kept))
+        if self.norm is not None:
+            assert self.norm.running_var is not None
+            self.gain = (double(self.norm.running_var) + self.norm.eps).rsqrt()
+            if self.norm.weight is not None:
+                self.gain = self.gain * double(self.norm.weight)
+        self._faint = self.gain.abs() <= _TINY * self.gain.abs().max()
+        self._gap_sum = torch.zeros_like(self.gain)
+        self._n_positions = 0
+
+    @property
+    def axis(self) -> int:
+        """Axis of the channels in the layer's output."""
+        return 1 if isinstance(self.layer, nn.Conv2d) else -1
+
+    def along_channels(self, values: Tensor, like: Tensor) -> Tensor:
+        """One number per channel, shaped to be broadcast over an output of the layer."""
+        shape = [1] * like.ndim
+        shape[self.axis] = -1
+        return values.to(like).reshape(shape)
+
+    def targets(self, dense: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        """What the layer should give, from what the dense layer gave.
+
+        Parameters
+        ----------
+        dense : Tensor of shape (n, n_dense_channels, height, width) or (n, ..., n_dense_channels)
+        chunk : int
+
+        Returns
+        -------
+        own, target : Tensor
+            The dense output at the kept channels; and the same plus what makes up for the error of
+            the value that it will be added to. Where the batch-norm's gain is next to nothing,
+            that would take a huge correction: there `install` corrects only the mean of the sum.
+        """
+        own = dense.index_select(self.axis, self.kept)
+        if self.other is None:
+            return own, own
+        other = self.walk.value(self.other, "dense", chunk)
+        theirs = self.walk.value(self.other, "sliced", chunk)
+        if other.shape != dense.shape or theirs.shape != own.shape:  # broadcast
+            self.other = None
+            return own, own
+        gap = other.index_select(self.axis, self.kept) - theirs
+        self._gap_sum += double(gap.movedim(self.axis, -1).flatten(0, -2).sum(0))
+        self._n_positions += gap.numel() // len(self.kept)
+        inverse = torch.where(self._faint, 0.0, 1 / self.gain)
+        return own, own + gap * self.along_channels(inverse, gap)
+
+    def install(self, weight: Tensor, shift: Tensor) -> bool:
+        """Give the layer a new weight and shift its output; both as new tensors.
+
+        Parameters
+        ----------
+        weight : Tensor
+            As the layer's weight.
+        shift : Tensor of shape (n_channels,)
+            To be added to its output.
+
+        Returns
+        -------
+        bool
+            Whether the layer's own output is shifted; else a batch-norm's running mean is.
+        """
+        norm = self.norm
+        if norm is not None and norm.bias is not None and self.other is not None:
+            lift = torch.where(self._faint, self._gap_sum / self._n_positions, 0.0)
+            norm.bias = _parameter(norm.bias + lift.to(norm.bias), norm.bias)
+        return install(self.layer, norm, weight, shift)
+
+
+def find_site(walk: Lockstep, node: fx.Node, layer: Layer, kept: np.ndarray | None) -> Site:
+    """Look at what follows a layer.
+
+    Parameters
+    ----------
+    walk : Lockstep
+        About to pass `node`.
+    node : fx.Node
+    layer : Conv2d or Linear
+        The layer that it calls.
+    kept : ndarray of int or None
+        The dense layer's channels that it still has; None for all.
+
+    Returns
+    -------
+    Site
+
+    Raises
+    ------
+    ValueError
+        If `kept` does not fit the two layers.
+    """
+    dense = walk.module(node, "dense")
+    assert isinstance(dense, (nn.Conv2d, nn.Linear))
+    kept = checked_support(str(node.target), kept, dense, layer)
+    place, reader = node, _only_reader(node)
+    norm = None
+    if reader is not None:
+        norm = _foldable_norm(walk, node, reader)
+        if norm is not None:
+            place, reader = reader, _only_reader(reader)
+    while reader is not None and is_identity(walk.sliced, reader):
+        place, reader = reader, _only_reader(reader)
+    other = None
+    if reader is not None and is_addition(reader) and not reader.kwargs:
+        other = next((source for source in reader.all_input_nodes if source is not place), place)
+        while is_identity(walk.sliced, other):
+            other = other.all_input_nodes[0]
+        other = other if walk.known(other) else None
+    return Site(walk, node, layer, torch.as_tensor(kept, device=layer.weight.device), norm, other)
+
+
+def checked_support(name: str, kept: np.ndarray | None, dense: Layer, sliced: Layer) -> np.ndarray:
+    """The dense layer's channels that a sliced layer still has; all of them if `kept` is None."""
+    n_dense, n_sliced = len(dense.weight), len(sliced.weight)
+    kept = np.arange(n_dense) if kept is None else np.asarray(kept)
+    if kept.shape != (n_sliced,) or kept.min() < 0 or kept.max() >= n_dense:
+        raise ValueError(
+            f"support of {name!r} must be {n_sliced} channels below {n_dense}, one for each "
+            f"channel of the sliced layer; got {kept}."
+        )
+    return kept
+
+
+def install(layer: Layer, norm: _Norm | None, weight: Tensor, shift: Tensor) -> bool:
+    """Give a layer a new weight and shift its output, with tensors of their own.
+
+    Parameters
+    ----------
+    layer : Conv2d or Linear
+    norm : BatchNorm1d, BatchNorm2d or None
+        The batch-norm that alone reads its output, channel by channel.
+    weight : Tensor
+        As the layer's weight.
+    shift : Tensor of shape (n_channels,)
+
+    Returns
+    -------
+    bool
+        Whether the layer's own output is shifted; else the batch-norm's running mean is.
+    """
+    layer.weight = _parameter(weight, layer.weight)
+    if layer.bias is None and norm is not None:
+        assert norm.running_mean is not None
+        norm.running_mean = norm.running_mean - shift.to(norm.running_mean)
+        return False
+    bias = shift if layer.bias is None else double(layer.bias) + shift
+    layer.bias = _parameter(bias, layer.weight)
+    return True
+
+
+def _foldable_norm(walk: Lockstep, node: fx.Node, reader: fx.Node) -> _Norm | None:
+    """The batch-norm that a node calls, if it only scales and shifts a layer's channels."""
+    norm = walk.module(reader, "sliced")
+    if not isinstance(norm, _Norm) or norm.running_var is None or not walk.called_once(reader):
+        return None
+    inputs = walk.value(node.all_input_nodes[0], "sliced", 0)
+    per_feature = isinstance(norm, nn.BatchNorm2d) or inputs.ndim == 2
+    return norm if per_feature else None
+
+
+def sample(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
+    """Take a layer's outputs at some positions.
+
+    Parameters
+    ----------
+    values : Tensor of shape (n_maps, n_channels, height, width) or (n, ..., n_channels)
+        Output of a convolution or of a linear layer. Each of the n images has one or more maps,
+        one after the other.
+    layer : Conv2d or Linear
+    where : Tensor of int, of shape (n, n_drawn)
+        Positions in each image, counted through its maps, rows and columns.
+
+    Returns
+    -------
+    Tensor of shape (n, n_drawn, n_channels)
+    """
+    if isinstance(layer, nn.Conv2d):
+        maps, rows, columns = _places(where, len(values), values.shape[2], values.shape[3])
+        return values[maps, :, rows, columns]
+    images = torch.arange(len(where), device=where.device)[:, None]
+    return values.reshape(len(where), -1, values.shape[-1])[images, where]
+
+
+def sample_patches(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
+    """Take what a layer multiplies with its weights, at some positions of its output.
+
+    Parameters
+    ----------
+    values : Tensor of shape (n_maps, n_inputs, height, width) or (n, ..., n_inputs)
+        Input of the layer.
+    layer : Conv2d or Linear
+    where : Tensor of int, of shape (n, n_drawn)
+        As for `sample`: positions of the OUTPUT.
+
+    Returns
+    -------
+    Tensor of shape (n, n_drawn, n_inputs * kernel height * kernel width)
+        In the order of the weights. Only what is sampled is copied.
+    """
+    if isinstance(layer, nn.Linear):
+        return sample(values, layer, where)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    values = F.pad(values, padding(layer), mode=mode)
+    for axis in (0, 1):
+        step = layer.dilation[axis]
+        extent = step * (layer.kernel_size[axis] - 1) + 1
+        values = values.unfold(2 + axis, extent, layer.stride[axis])[..., ::step]
+    maps, rows, columns = _places(where, len(values), values.shape[2], values.shape[3])
+    return values[maps, :, rows, columns].flatten(2)
+
+
+def output_size(layer: nn.Conv2d, size: Sequence[int]) -> tuple[int, int]:
+    """Height and width of a convolution's output, from those of its input."""
+    left, right, top, bottom = padding(layer)
+    found = []
+    for axis, length in enumerate((size[0] + top + bottom, size[1] + left + right)):
+        extent = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+        found.append((length - extent) // layer.stride[axis] + 1)
+    return found[0], found[1]
+
+
+def padding(layer: nn.Conv2d) -> list[int]:
+    """Left, right, top and bottom padding of a convolution."""
+    if not isinstance(layer.padding, str):
+        height, width = layer.padding
+        return [width, width, height, height]
+    if layer.padding == "valid":
+        return [0, 0, 0, 0]
+    sides = []
+    for step, size in zip(reversed(layer.dilation), reversed(layer.kernel_size), strict=True):
+        total = step * (size - 1)
+        sides += [total // 2, total - total // 2]
+    return sides
+
+
+def _places(where: Tensor, n_maps: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Map, row and column of positions that are counted image by image."""
+    first = torch.arange(0, n_maps, n_maps // len(where), device=where.device)[:, None]
+    plane = height * width
+    return first + where // plane, where % plane // width, where % width
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    """The only node that uses the values of another, not just its shape."""
+    readers = [user for user in node.users if not is_shape_query(user)]
+    return readers[0] if len(readers) == 1 else None
+
+
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    """A new parameter, of the kind of another."""
+    return nn.Parameter(value.to(like).contiguous(), requires_grad=like.requires_grad)

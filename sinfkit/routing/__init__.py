@@ -1,0 +1,30 @@
+"""ROUTE, at fit time: where to put the route predictor, which clusters, and the search."""
+
+from .assembly import (
+    ROUTER_WEIGHTS,
+    TEMPERATURES,
+    HeldOut,
+    build_subgraph,
+    choose_weight,
+    pooled_output,
+    routed_answers,
+)
+from .placement import Candidate, rank_candidates
+from .search import LADDER, Goal, Outcome, Size, climb
+
+__all__ = [
+    "Candidate",
+    "Goal",
+    "HeldOut",
+    "LADDER",
+    "Outcome",
+    "ROUTER_WEIGHTS",
+    "Size",
+    "TEMPERATURES",
+    "build_subgraph",
+    "choose_weight",
+    "climb",
+    "pooled_output",
+    "rank_candidates",
+    "routed_answers",
+]

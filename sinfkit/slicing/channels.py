@@ -1,0 +1,305 @@
+"""Groups of channels, and a network's copy without some of them.
+
+All positions refer to the original network, and every tensor is indexed once, whatever the number
+of groups that run through it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..graph.nodes import is_layer
+from ..graph.tracing import copy_sharing_weights
+
+# What `narrow` can narrow. Batch-norm, PReLU and depthwise convolution count as outputs only.
+NARROWABLE = (nn.Conv2d, nn.Linear, _BatchNorm, nn.PReLU)
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Where a group's channels sit in one module: position ``index[i]`` holds ``channel[i]``."""
+
+    module: str
+    side: str  # "in" or "out"
+    index: np.ndarray
+    channel: np.ndarray
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together, in all the layers that they run through.
+
+    Attributes
+    ----------
+    name : str
+        The first of `layers`.
+    layers : tuple of str
+        Layers whose OUTPUT channels these are, in order of execution: several where they are added
+        or multiplied, or pass through a depthwise convolution.
+    n_channels : int
+        Number of channels, which is the output width of each of `layers`.
+    n_groups : int
+        1, or more where a grouped convolution gives or takes the channels. Then the same local
+        indices must leave each of `n_groups` equal runs of channels, so that the number removed is
+        a multiple of it.
+    consumers : tuple of str
+        Layers that read the channels, in order of execution, depthwise convolutions included.
+    is_output : bool
+        Whether these are the network's outputs.
+    whole : str
+        Why the group cannot be sliced; empty where it can.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    n_channels: int
+    n_groups: int = 1
+    consumers: tuple[str, ...] = ()
+    is_output: bool = False
+    whole: str = ""
+    _members: tuple[Member, ...] = field(default=(), repr=False, compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Sliced:
+    """A physically smaller network, and what was kept of the original one.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The smaller network. Whatever was not sliced shares its storage with the original.
+    support : dict of str to ndarray of int64
+        Every layer that is executed -> its kept ORIGINAL output channels, sorted; those of the
+        output layer in the order asked for.
+    removed_inputs : dict of str to ndarray of int64
+        Layers that lost inputs -> the removed ORIGINAL input channels, sorted. For a linear layer
+        behind a flattened feature map these are flattened features.
+    norm_support : dict of str to ndarray of int64
+        Batch-norm and PReLU modules that were sliced -> their kept ORIGINAL channels.
+    outputs : ndarray of int64 or None
+        The network's kept ORIGINAL outputs, in order; None if all are kept as they were.
+    """
+
+    model: nn.Module
+    support: dict[str, np.ndarray]
+    removed_inputs: dict[str, np.ndarray]
+    norm_support: dict[str, np.ndarray] = field(default_factory=dict)
+    outputs: np.ndarray | None = None
+
+
+def assemble(
+    alone: ChannelGroup,
+    members: Sequence[Member],
+    modules: Mapping[str, nn.Module],
+    obstacles: list[str],
+) -> ChannelGroup:
+    """Complete a group by its members, and see whether its channels fit into each of them.
+
+    Parameters
+    ----------
+    alone : ChannelGroup
+        One layer with its channels.
+    members : sequence of Member
+        All the modules that its channels run through.
+    modules : mapping of str to Module
+        Those of the network, in order of execution.
+    obstacles : list of str
+        What is known already to keep the group whole.
+
+    Returns
+    -------
+    ChannelGroup
+    """
+    n, layers, consumers, runs = alone.n_channels, {alone.name}, set(), [alone.n_channels]
+    for member in members:
+        name, module = member.module, modules[member.module]
+        produces = member.side == "out" and is_layer(module)
+        if member.side == "in" or is_depthwise(module):
+            consumers.add(name)
+        if _is_one_to_one(member, n, width(module, member.side)):
+            if produces:
+                layers.add(name)
+            if groups_of(module) > 1:
+                runs.append(n // groups_of(module))
+                if not np.array_equal(member.index, member.channel):
+                    obstacles.append(f"its channels come to {name!r} in another order")
+        elif produces or groups_of(module) > 1:
+            obstacles.append(f"its {n} channels are not one to one those of {name!r}")
+        elif member.index.max() >= width(module, member.side):
+            obstacles.append(f"its {n} channels are more than {name!r} has")
+        elif len(np.unique(member.index)) < len(member.index):
+            obstacles.append(f"several of its channels share a place in {name!r}")
+    run = math.gcd(*runs)
+    if run == 1 < n:
+        obstacles.append("a grouped convolution needs every one of its channels")
+    in_order = tuple(name for name in modules if name in layers)
+    return replace(
+        alone,
+        name=in_order[0],
+        layers=in_order,
+        n_groups=n // run,
+        consumers=tuple(name for name in modules if name in consumers),
+        whole=obstacles[0] if obstacles else "",
+        _members=tuple(members),
+    )
+
+
+def _is_one_to_one(member: Member, n_channels: int, width: int) -> bool:
+    """Whether each of a group's channels has one position in a module, and no position is left."""
+    every = np.arange(n_channels)
+    return (
+        len(member.index) == width == n_channels
+        and np.array_equal(np.sort(member.index), every)
+        and np.array_equal(np.sort(member.channel), every)
+    )
+
+
+def checked_indices(group: ChannelGroup, indices: Any) -> np.ndarray:
+    """Validate the kept channels of one group; sorted, unless they are the network's outputs."""
+    kept, n, what = np.asarray(indices), group.n_channels, f"keep[{group.name!r}]"
+    if kept.ndim != 1 or len(kept) == 0:
+        raise ValueError(f"{what} must be a list of at least one channel; got {indices!r}.")
+    if kept.dtype.kind not in "iu":
+        raise ValueError(f"{what} must hold integer indices, not {kept.dtype}.")
+    if kept.min() < 0 or kept.max() >= n:
+        raise ValueError(f"{what} must lie in 0..{n - 1}; got {kept.min()}..{kept.max()}.")
+    if len(np.unique(kept)) < len(kept):
+        raise ValueError(f"{what} names a channel twice.")
+    kept = kept.astype(np.int64)
+    if not group.is_output:
+        kept = np.sort(kept)
+    if np.array_equal(kept, np.arange(n)):
+        return kept
+    if group.whole:
+        raise ValueError(f"{what} must name all {n} channels: {group.whole}.")
+    if group.consumers and (np.diff(kept) < 0).any():
+        raise ValueError(f"{what} must be sorted: {group.consumers[0]!r} reads these outputs.")
+    run = n // group.n_groups
+    alive = np.zeros((group.n_groups, run), dtype=bool)
+    alive[kept // run, kept % run] = True
+    if (alive != alive[0]).any():
+        raise ValueError(
+            f"{what} must keep the same local indices in each of the {group.n_groups} runs of "
+            f"{run} channels: a grouped convolution gives or takes them."
+        )
+    return kept
+
+
+def take_out(
+    model: nn.Module, layers: Sequence[str], chosen: list[tuple[ChannelGroup, np.ndarray]]
+) -> Sliced:
+    """Slice groups whose kept channels are valid, in a copy; `layers` are listed in the support."""
+    model = copy_sharing_weights(model)
+    modules = dict(model.named_modules())
+    alive: dict[str, dict[str, np.ndarray]] = {"out": {}, "in": {}}
+    ordered: dict[str, np.ndarray] = {}
+    outputs = None
+    for group, kept in chosen:
+        stays = np.zeros(group.n_channels, dtype=bool)
+        stays[kept] = True
+        for member in group._members:
+            module, side = member.module, member.side
+            if module not in alive[side]:
+                alive[side][module] = np.ones(width(modules[module], side), dtype=bool)
+            alive[side][module][member.index[~stays[member.channel]]] = False
+            if group.is_output and side == "out":
+                position = np.empty(group.n_channels, dtype=np.int64)
+                position[member.channel] = member.index
+                ordered[module] = position[kept]
+        if group.is_output:
+            outputs = kept
+    kept_out = {name: np.flatnonzero(mask) for name, mask in alive["out"].items()} | ordered
+    kept_in = {name: np.flatnonzero(mask) for name, mask in alive["in"].items()}
+    removed = {name: np.flatnonzero(~mask) for name, mask in alive["in"].items()}
+    for name, mask in alive["out"].items():
+        if is_depthwise(modules[name]):
+            removed[name] = np.flatnonzero(~mask)
+    norms = {name: kept for name, kept in kept_out.items() if not is_layer(modules[name])}
+    support = {name: kept_out.get(name, np.arange(width(modules[name], "out"))) for name in layers}
+    with torch.inference_mode(False):
+        for name in kept_out.keys() | kept_in.keys():
+            narrow(modules[name], kept_out.get(name), kept_in.get(name))
+    return Sliced(model, support, removed, norms, outputs)
+
+
+def narrow(module: nn.Module, outputs: np.ndarray | None, inputs: np.ndarray | None) -> None:
+    """Keep only the given output and input channels of a module, in place.
+
+    Tensors are replaced, never written into, so that modules that share them see no change.
+
+    Parameters
+    ----------
+    module : Conv2d, Linear, batch-norm or PReLU
+    outputs : ndarray of int64, or None
+        Output channels to keep, in the order in which they shall stand. None: all.
+    inputs : ndarray of int64, or None
+        Input channels to keep, sorted; the same of every group of a convolution. None: all.
+    """
+    if inputs is not None:
+        if isinstance(module, nn.Conv2d):
+            # The same local indices stay in every group, so those of the first serve all.
+            local = inputs[inputs < module.in_channels // module.groups]
+            _select(module, "weight", local, dim=1)
+            module.in_channels = len(inputs)
+        elif isinstance(module, nn.Linear):
+            _select(module, "weight", inputs, dim=1)
+            module.in_features = len(inputs)
+    if outputs is None:
+        return
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        _select(module, name, outputs, dim=0)
+    if isinstance(module, nn.Conv2d):
+        if is_depthwise(module):
+            module.in_channels = module.groups = len(outputs)
+        module.out_channels = len(outputs)
+    elif isinstance(module, nn.Linear):
+        module.out_features = len(outputs)
+    elif isinstance(module, _BatchNorm):
+        module.num_features = len(outputs)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(outputs)
+
+
+def _select(module: nn.Module, name: str, kept: np.ndarray, dim: int) -> None:
+    """Replace a parameter or buffer by a new one that holds only the kept entries."""
+    old = getattr(module, name, None)
+    if old is None:
+        return
+    new = old.detach().index_select(dim, torch.from_numpy(kept).to(old.device))
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    setattr(module, name, new)
+
+
+def width(module: nn.Module, side: str) -> int:
+    """Number of channels on one side, ``"in"`` or ``"out"``, of a module that can be narrowed."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels if side == "in" else module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "in" else module.out_features
+    if isinstance(module, _BatchNorm):
+        return module.num_features
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters
+    raise TypeError(f"{type(module).__name__} cannot be narrowed")
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether output channel i of a convolution depends on its input channel i alone."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and 1 < module.groups == module.in_channels == module.out_channels
+    )
+
+
+def groups_of(module: nn.Module) -> int:
+    """Number of groups of channels of a convolution; 1 for all else, and where it is depthwise."""
+    return module.groups if isinstance(module, nn.Conv2d) and not is_depthwise(module) else 1

@@ -1,0 +1,225 @@
+"""Modules as bytes and arrays, so that pickles are device-free and byte-stable.
+
+A pickled ``torch.Tensor`` remembers its device and is written by torch's own reducer, whose bytes
+joblib cannot hash reliably.  Here the module tree is pickled with every tensor replaced by a
+number, and the tensors themselves become NumPy arrays, each stored once however many modules
+share it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import sklearn
+import torch
+from torch import nn
+
+from ..version import __version__
+from .params import caller_level
+
+__all__ = ["pack"]
+
+# As many leading numbers must agree: before 1.0, sinfkit's second one counts as the first.
+_PLACES = {"sinfkit": 2 if __version__.startswith("0.") else 1, "torch": 1, "scikit-learn": 2}
+
+
+def versions() -> dict[str, str]:
+    """Versions of sinfkit and of what it builds on."""
+    return {
+        "sinfkit": __version__,
+        "torch": str(torch.__version__),
+        "scikit-learn": str(sklearn.__version__),
+    }
+
+
+def warn_of_versions(kind: str, stored: Mapping[str, str]) -> None:
+    """Warn, once for all packages, where a pickle was written with other major versions.
+
+    Parameters
+    ----------
+    kind : str
+        The class that was pickled.
+    stored : mapping of str to str
+        From `versions`, when it was.
+    """
+    here = versions()
+    differ = [
+        f"{name} {stored[name]} (here {here[name]})"
+        for name, places in _PLACES.items()
+        if name in stored
+        and str(stored[name]).split(".")[:places] != here[name].split(".")[:places]
+    ]
+    if differ:
+        warnings.warn(
+            f"This {kind} was pickled with {', '.join(differ)}. A pickle is made for the versions "
+            "that wrote it: check the answers, or fit it again. Files of save and sinfkit.load do "
+            "not depend on versions.",
+            UserWarning,
+            stacklevel=caller_level(),
+        )
+
+
+_TAG = "sinfkit.tensor"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A picklable object whose tensors have been taken out.
+
+    Attributes
+    ----------
+    structure : bytes
+        The pickled object; each tensor is a persistent id that points into `arrays`.
+    arrays : tuple of ndarray
+        The tensors' values, on the host.  Types that NumPy lacks (bfloat16) are stored as
+        integers of the same width.
+    dtypes : tuple of str
+        The torch type of each entry of `arrays`.
+    """
+
+    structure: bytes
+    arrays: tuple[np.ndarray, ...]
+    dtypes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return len(self.structure) + sum(array.nbytes for array in self.arrays)
+
+    def unpack(self, device: torch.device | str = "cpu") -> Any:
+        """Build the object anew, with its tensors on `device`."""
+        # Copies: the arrays may be read-only memory maps, and must not change with the module.
+        tensors = [
+            torch.from_numpy(np.array(a)).view(getattr(torch, dtype)).to(device)
+            for a, dtype in zip(self.arrays, self.dtypes, strict=True)
+        ]
+        return _Unpickler(io.BytesIO(self.structure), tensors).load()
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """A `Packed` without the arrays that another one has as well.
+
+    Attributes
+    ----------
+    packed : Packed
+        Its own arrays only.
+    places : tuple of int
+        For each tensor: n for the other's array n, or -1 for the next one of its own.
+    """
+
+    packed: Packed
+    places: tuple[int, ...]
+
+    def complete(self, lender: Packed) -> Packed:
+        """Put the other's arrays back."""
+        own = iter(self.packed.arrays)
+        arrays = tuple(next(own) if n < 0 else lender.arrays[n] for n in self.places)
+        return replace(self.packed, arrays=arrays)
+
+
+def borrow(packed: Packed, lender: Packed) -> Borrowed:
+    """Leave out what is stored in `lender`, which is stored beside it."""
+    places, own = [], []
+    for array, dtype in zip(packed.arrays, packed.dtypes, strict=True):
+        place = -1
+        for n, other in enumerate(lender.arrays):
+            same = array.shape == other.shape and dtype == lender.dtypes[n]
+            if same and array.tobytes() == other.tobytes():
+                place = n
+                break
+        places.append(place)
+        own += [array] if place < 0 else []
+    return Borrowed(replace(packed, arrays=tuple(own)), tuple(places))
+
+
+def pack(obj: Any) -> Packed:
+    """Take the tensors out of a picklable object (usually a dict of modules).
+
+    Parameters
+    ----------
+    obj : object
+        Anything picklable.  Tensors that share memory, shape and strides are stored once.
+
+    Returns
+    -------
+    Packed
+    """
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    try:
+        pickler.dump(obj)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"The model cannot be pickled ({error}). Define its classes and functions at the top "
+            "level of an importable module instead of inside a function or as a lambda."
+        ) from error
+    return Packed(buffer.getvalue(), tuple(pickler.arrays), tuple(pickler.dtypes))
+
+
+class _Pickler(pickle.Pickler):
+    """Pickler that stores tensors beside the stream."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        # A fixed protocol: the default may change with Python, and with it the bytes.
+        super().__init__(file, protocol=4)
+        self.arrays: list[np.ndarray] = []
+        self.dtypes: list[str] = []
+        self._index: dict[tuple[Any, ...], int] = {}
+        self._alive: list[torch.Tensor] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.Tensor):
+            return None
+        tensor = obj.detach()
+        key = (
+            tensor.device,
+            tensor.data_ptr() if tensor.numel() else id(obj),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+        )
+        index = self._index.get(key)
+        if index is None:
+            index = self._index[key] = len(self.arrays)
+            self._alive.append(tensor)  # keeps data_ptr unique while we write
+            self.arrays.append(_to_numpy(tensor))
+            self.dtypes.append(str(tensor.dtype).removeprefix("torch."))
+        is_parameter = isinstance(obj, nn.Parameter)
+        return (_TAG, index, is_parameter, bool(is_parameter and obj.requires_grad))
+
+
+class _Unpickler(pickle.Unpickler):
+    """Counterpart of `_Pickler`."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+        self._parameters: dict[tuple[int, bool], nn.Parameter] = {}
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        tag, index, is_parameter, requires_grad = pid
+        if tag != _TAG:
+            raise pickle.UnpicklingError(f"unknown persistent id {tag!r}")
+        tensor = self._tensors[index]
+        if not is_parameter:
+            return tensor
+        # One object per stored weight, so that tied weights stay tied.
+        key = (index, requires_grad)
+        if key not in self._parameters:
+            self._parameters[key] = nn.Parameter(tensor, requires_grad=requires_grad)
+        return self._parameters[key]
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Copy a tensor to a host array of its own, in memory order of its indices."""
+    tensor = tensor.cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    return tensor.numpy().copy()

@@ -1,0 +1,135 @@
+"""Pruning in rounds: the floor holds on held-out samples, and supports speak of the base."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from sinfkit import DCSPruner, FrozenModel, train_network
+from sinfkit.data import hold_out
+from sinfkit.graph import count_parameters
+from sinfkit.zoo import default_network
+
+
+@pytest.fixture(scope="module")
+def digits():
+    X, y = load_digits(return_X_y=True)
+    X = (X / 16).reshape(-1, 1, 8, 8).astype(np.float32)
+    network = default_network((1, 8, 8), 10, random_state=0)
+    trained = train_network(
+        network, X[:1000], y[:1000], epochs=6, batch_size=64, random_state=0, device="cpu"
+    )
+    return FrozenModel(trained), X[1000:], y[1000:]
+
+
+def accuracy(model, X, y):
+    with torch.inference_mode():
+        return float((model(torch.as_tensor(X)).argmax(1).numpy() == y).mean())
+
+
+def rows_held_out(pruner, y):
+    """The samples that the fit held out: its split depends on the seed alone."""
+    seed = int(np.random.RandomState(pruner.random_state).randint(2**31 - 1))  # noqa: NPY002
+    return hold_out(y, pruner.validation_fraction, np.random.default_rng(seed))[1]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "repair"), [("hellinger", "none"), ("dcs", "least_squares"), ("obs", "match")]
+)
+def test_it_removes_filters_and_stays_above_the_floor(digits, criterion, repair):
+    frozen, X, y = digits
+    pruner = DCSPruner(
+        frozen,
+        schedule="iterative",
+        criterion=criterion,
+        repair=repair,
+        max_accuracy_drop=0.02,
+        validation_fraction=0.3,
+        repair_samples=200,
+        random_state=0,
+        device="cpu",
+    ).fit(X, y)
+    held = rows_held_out(pruner, y)
+    assert len(held) == pytest.approx(0.3 * len(y), rel=0.05)
+    base = accuracy(frozen.module("cpu"), X[held], y[held])
+    assert accuracy(pruner.model_, X[held], y[held]) >= base - 0.02 - 1e-9
+    assert pruner.score(X[held], y[held]) >= base - 0.02 - 1e-9
+    assert count_parameters(pruner.model_) < count_parameters(frozen.module())
+    modules, dense = dict(pruner.model_.named_modules()), dict(frozen.module().named_modules())
+    assert sum(ratio > 0 for ratio in pruner.ratios_.values()) >= 1
+    for layer, kept in pruner.support_.items():
+        n = len(dense[layer].weight)
+        assert len(kept) == len(modules[layer].weight) == round(n * (1 - pruner.ratios_[layer]))
+        assert (np.diff(kept) > 0).all() and kept.max() < n
+        assert pruner.scores_[layer].shape == (n,)
+    if repair == "none":
+        # Without repair a kept filter's weights are those of the original filter.
+        first = next(iter(pruner.support_))
+        np.testing.assert_array_equal(
+            modules[first].weight.detach(), dense[first].weight.detach()[pruner.support_[first]]
+        )
+        second = list(pruner.support_)[1]
+        rows, columns = pruner.support_[second], pruner.support_[first]
+        np.testing.assert_array_equal(
+            modules[second].weight.detach(), dense[second].weight.detach()[rows][:, columns]
+        )
+
+
+def test_several_rounds_go_further_than_one_and_say_so(digits, capsys):
+    frozen, X, y = digits
+    DCSPruner(
+        frozen,
+        schedule="iterative",
+        criterion="hellinger",
+        max_accuracy_drop=0.05,
+        repair_samples=200,
+        random_state=0,
+        device="cpu",
+        verbose=1,
+    ).fit(X, y)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("factor")]
+    kept = [int(line.split()[2]) for line in lines if line.endswith("kept")]
+    assert len(kept) >= 2 and kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept)
+    factors = [float(line.split()[1].strip(":")) for line in lines]
+    assert factors[0] == 1.0 and factors == sorted(factors, reverse=True)
+
+
+def test_a_subset_of_classes(digits):
+    frozen, X, y = digits
+    pruner = DCSPruner(
+        frozen,
+        schedule="iterative",
+        classes=[7, 2, 5],
+        max_accuracy_drop=0.05,
+        repair_samples=200,
+        random_state=0,
+    ).fit(X, y)
+    own = np.isin(y, [2, 5, 7])
+    assert pruner.classes_.tolist() == [2, 5, 7]
+    assert pruner.score(X[own], y[own]) > 0.9
+    assert sum(pruner.ratios_.values()) > 0
+
+
+def test_nothing_to_remove_warns_and_reproduces_the_base(digits):
+    frozen, X, y = digits
+
+    def alike(data):
+        return torch.ones(len(data.weight))
+
+    pruner = DCSPruner(frozen, schedule="iterative", criterion=alike, random_state=0, device="cpu")
+    with pytest.warns(UserWarning, match="removed nothing"):
+        pruner.fit(X, y)
+    assert set(pruner.ratios_.values()) == {0.0}
+    assert set(pruner.repair_error_.values()) == {0.0}
+    with torch.inference_mode():
+        expected = torch.softmax(frozen.module("cpu")(torch.as_tensor(X)), 1)
+    np.testing.assert_allclose(pruner.predict_proba(X), expected, atol=1e-5)
+
+    pruner.set_params(criterion=lambda data: -torch.ones(len(data.weight)))
+    with pytest.raises(ValueError, match="Layer '0'.*not negative"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner.fit(X, y)

@@ -1,0 +1,78 @@
+"""The ladder of sizes, and the climb."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sinfkit.routing import LADDER, Goal, Outcome, climb
+
+
+def test_the_ladder_costs_less_from_rung_to_rung():
+    budgets = np.array([size.budget for size in LADDER])
+    assert (np.diff(budgets) < 0).all() and (budgets > 0).all() and (budgets < 1).all()
+    assert all(size.prefix_ratio is None for size in LADDER)  # one budget for both sides
+
+
+def test_within_the_limit_the_cheaper_is_better_and_outside_the_nearer():
+    goal = Goal(max_drop=0.01)
+    assert goal.better(Outcome(0.01, 0.4), Outcome(0.0, 0.5))
+    assert goal.better(Outcome(0.01, 0.9), Outcome(0.011, 0.1))
+    assert goal.better(Outcome(0.02, 0.9), Outcome(0.03, 0.1))
+    speed = Goal(max_drop=0.01, speedup=2.0)
+    assert speed.better(Outcome(0.05, 0.4, 2.1), Outcome(0.0, 0.5, 1.9))
+    assert speed.better(Outcome(0.01, 0.4, 2.1), Outcome(0.02, 0.4, 3.0))
+    assert speed.better(Outcome(0.01, 0.4, 1.8), Outcome(0.0, 0.4, 1.5))
+
+
+@given(
+    st.lists(st.floats(0, 0.02), min_size=1, max_size=8),
+    st.integers(0, 7),
+    st.floats(0, 0.1),
+)
+def test_the_climb_finds_the_boldest_rung_within_the_limit(steps, start, limit):
+    """Drops rise and costs fall along the ladder: every rung below the best one is within."""
+    drops = np.cumsum(steps)
+    n, seen = len(drops), []
+
+    def evaluate(i):
+        seen.append(i)
+        return Outcome(float(drops[i]), 1 - i / 10)
+
+    best, outcome = climb(evaluate, n, min(start, n - 1), Goal(limit))
+    within = np.flatnonzero(drops <= limit + 1e-12)
+    # Outside the limit the nearer is better; of equal drops the first seen is kept.
+    assert outcome.drop == (drops[within[-1]] if len(within) else drops.min())
+    assert best == within[-1] if len(within) else drops[best] == drops.min()
+    assert len(seen) == len(set(seen)), "each rung is built once"
+
+
+def test_a_rung_that_falls_back_too_often_is_passed_over():
+    costs = [0.7, 0.6, 0.5, 0.45, 0.55, 0.8]
+    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 3, Goal(0.01))[0] == 3
+    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 1, Goal(0.01))[0] == 3
+    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 5, Goal(0.01))[0] == 3
+
+
+def test_for_a_speed_the_first_rung_that_reaches_it_is_taken():
+    speeds, drops = [1.2, 1.6, 2.1, 2.6], [0.0, 0.01, 0.02, 0.03]
+
+    def evaluate(i):
+        return Outcome(drops[i], 1 / speeds[i], speeds[i])
+
+    for start in range(4):
+        assert climb(evaluate, 4, start, Goal(0.01, speedup=2.0))[0] == 2
+    assert climb(evaluate, 4, 1, Goal(0.01, speedup=9.0))[0] == 3
+
+
+def test_a_step_away_that_noise_makes_better_does_not_hide_the_way_to_the_limit():
+    drops = [0.0, 0.0, 0.02, 0.05, 0.049, 0.06]  # at 4 a little better than at 3, by chance
+    seen = []
+
+    def evaluate(i):
+        seen.append(i)
+        return Outcome(drops[i], 1 - i / 10)
+
+    assert climb(evaluate, 6, 3, Goal(0.01))[0] == 1
+    assert len(seen) == len(set(seen)), "each rung is built once"
