@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import joblib
 import numpy as np
@@ -179,6 +179,61 @@ class TorchEstimator(BaseEstimator):
     memory: Any
     random_state: Any
     verbose: int
+
+    # What stands in for parameters that are None and hold an estimator: name to factory.
+    _default_components: ClassVar[Mapping[str, Callable[[], BaseEstimator]]] = {}
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Get the parameters; where a nested estimator is None, those of its default as well.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Whether parameters of nested estimators are listed, as ``name__parameter``.
+
+        Returns
+        -------
+        dict of str to object
+        """
+        params: dict[str, Any] = super().get_params(deep=deep)
+        if deep:
+            for name, factory in self._default_components.items():
+                if params[name] is None:
+                    inner = factory().get_params()
+                    params.update({f"{name}__{key}": value for key, value in inner.items()})
+        return params
+
+    def set_params(self, **params: Any) -> Any:
+        """Set parameters, those of nested estimators as ``name__parameter``.
+
+        Parameters
+        ----------
+        **params : dict
+            Where a nested estimator is None and a value differs from its default's, the default
+            takes its place and gets the values.
+
+        Returns
+        -------
+        self
+        """
+        inner: dict[str, dict[str, Any]] = {}
+        for key in list(params):
+            name, _, parameter = key.partition("__")
+            if parameter and name in self._default_components:
+                inner.setdefault(name, {})[parameter] = params.pop(key)
+        super().set_params(**params)
+        for name, values in inner.items():
+            component = self._component(name)
+            before = component.get_params()
+            component.set_params(**values)
+            if any(not _same(before[key], value) for key, value in values.items()):
+                setattr(self, name, component)
+        return self
+
+    def _component(self, name: str) -> Any:
+        """Return the nested estimator `name`, or a new default where it is None."""
+        given = getattr(self, name)
+        return self._default_components[name]() if given is None else given
 
     def _calibrate(
         self,
@@ -405,6 +460,14 @@ class TorchEstimator(BaseEstimator):
         tags.input_tags.two_d_array = True
         tags.input_tags.three_d_array = False
         return tags
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two parameters are equal; arrays, which compare item by item, only to themselves."""
+    if a is b:
+        return True
+    same = type(a) is type(b) and a == b
+    return isinstance(same, bool) and same
 
 
 class _Text:

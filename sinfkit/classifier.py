@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -219,6 +220,11 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     search_results_: list[dict[str, Any]]
     classes_: np.ndarray
     class_clusters_: np.ndarray
+
+    _default_components = {
+        "clusterer": SemanticClusterer,
+        "pruner": functools.partial(DCSPruner, schedule="global"),
+    }
 
     def __init__(
         self,
@@ -568,10 +574,7 @@ n_features)
 
     def _components(self) -> tuple[SemanticClusterer, DCSPruner]:
         """Clone the nested estimators, with this one's device, seed, jobs and verbosity."""
-        clusterer = SemanticClusterer() if self.clusterer is None else self.clusterer
-        pruner = self.pruner
-        if pruner is None:
-            pruner = DCSPruner(schedule="global")
+        clusterer, pruner = self._component("clusterer"), self._component("pruner")
         for name, nested, kind, outer in (
             ("clusterer", clusterer, SemanticClusterer, ("model", "model_classes")),
             ("pruner", pruner, DCSPruner, ("model", "model_classes", "classes", "first_layer")),

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import blobs, small_cnn
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
+from sklearn.model_selection import ParameterGrid
 
 from sinfkit import (
     DCSPruner,
     FrozenModel,
     SemanticClusterer,
     SINFClassifier,
-    _base,
+    base,
     classifier,
     clusterer,
 )
@@ -73,13 +74,13 @@ def test_the_estimator_follows_its_device():
 @pytest.mark.parametrize("estimator", [SINFClassifier, SemanticClusterer])
 def test_a_network_that_is_trained_does_not_see_what_is_held_out(estimator, monkeypatch):
     seen = []
-    train = _base._train_default
+    train = base._train_default
 
     def watch(X, y, *args):
         seen.append(X)
         return train(X, y, *args)
 
-    monkeypatch.setattr(_base, "_train_default", watch)
+    monkeypatch.setattr(base, "_train_default", watch)
     X, y = blobs(n_classes=3, per_class=20)
     made = estimator(validation_fraction=0.25, device="cpu", random_state=0)
     chosen = []
@@ -97,3 +98,41 @@ def test_a_network_that_is_trained_does_not_see_what_is_held_out(estimator, monk
     if estimator is SINFClassifier:
         made.fit(X, y, X_val=X[:30], y_val=y[:30])
         assert len(seen[1]) == 60
+
+
+def test_parameters_of_default_components_are_listed_and_set():
+    clf = SINFClassifier()
+    params = clf.get_params()
+    assert params["pruner__schedule"] == "global" and params["clusterer__n_clusters"] is None
+    assert "pruner__schedule" not in clf.get_params(deep=False)
+    clf.set_params(pruner__budget=0.4, clusterer__n_clusters=5, batch_size=8)
+    assert clf.pruner.budget == 0.4 and clf.pruner.schedule == "global"
+    assert clf.clusterer.n_clusters == 5 and clf.batch_size == 8
+    copy = clone(clf)
+    assert copy.get_params(deep=False).keys() == clf.get_params(deep=False).keys()
+    assert copy.pruner is not clf.pruner and copy.pruner.budget == 0.4
+
+
+def test_setting_what_is_the_default_anyway_makes_no_component():
+    clf = SINFClassifier()
+    clf.set_params(**clf.get_params())
+    assert clf.pruner is None and clf.clusterer is None
+    with pytest.raises(ValueError, match="Invalid parameter 'budgt'"):
+        clf.set_params(pruner__budgt=0.4)
+    assert clf.pruner is None
+
+
+def test_a_component_that_is_given_is_changed_and_none_brings_the_default_back():
+    pruner = DCSPruner(schedule="linear")
+    clf = SINFClassifier(pruner=pruner).set_params(pruner__budget=0.5)
+    assert clf.pruner is pruner and pruner.budget == 0.5
+    clf.set_params(pruner=None, pruner__budget=0.3)
+    assert clf.pruner is not pruner and clf.pruner.schedule == "global" and pruner.budget == 0.5
+
+
+def test_a_grid_reaches_the_parameters_of_defaults():
+    grid = ParameterGrid({"pruner__budget": [0.4, 0.6], "clusterer__n_clusters": [1, 2]})
+    made = [clone(SINFClassifier()).set_params(**point) for point in grid]
+    assert [(m.pruner.budget, m.clusterer.n_clusters) for m in made] == [
+        (point["pruner__budget"], point["clusterer__n_clusters"]) for point in grid
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import NotFittedError
 
-_PACKAGE = os.path.dirname(__file__) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 def caller_level() -> int:
