@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from sinfkit.inference import Normalise, RoutePredictor, SINFNetwork, own_classes
+
 
 def randomise_batch_norms(network: nn.Module, seed: int = 0) -> nn.Module:
     """Give every batch-norm random weights and statistics: a fresh one is the identity."""
@@ -48,3 +50,54 @@ def blobs(
     X = patterns[y] + noise * rng.normal(size=(len(y), 1, 8, 8))
     order = rng.permutation(len(y))
     return X[order].astype(np.float32), y[order]
+
+
+CLUSTERS = torch.tensor([0, 1, 0, 2, 1, 2, 3])  # cluster 3 has one class: no subgraph
+K, M, WIDTH = 7, 4, 6
+
+
+# A routed network of linear layers, small enough to compute by hand.
+def make_network(
+    fallback="base",
+    threshold=0.45,
+    top_k=2,
+    seed=0,
+    dtype=torch.float32,
+    answered=None,
+    exit_threshold=2.0,
+):
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(n_in, n_out):
+        layer = nn.Linear(n_in, n_out).to(dtype)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(n_out, n_in, generator=generator))
+            layer.bias.copy_(torch.randn(n_out, generator=generator))
+        return layer
+
+    if answered is None:
+        answered = own_classes(CLUSTERS, M)
+    sizes = answered.sum(1).tolist()
+    network = SINFNetwork(
+        Normalise(torch.full((WIDTH,), 0.1, dtype=dtype), torch.full((WIDTH,), 2.0, dtype=dtype)),
+        nn.Sequential(linear(WIDTH, WIDTH), nn.ReLU()),
+        RoutePredictor(
+            torch.randn(K, WIDTH, generator=generator).to(dtype),
+            torch.randn(K, generator=generator).to(
+                dtype
+            ),  # no ties where the ReLU gives only zeros
+            1,
+        ),
+        [linear(WIDTH, n) if n > 1 else None for n in sizes],
+        linear(WIDTH, K + 1),
+        CLUSTERS,
+        torch.tensor([3, 0, 1, 7, 2, 5, 4]),
+        torch.rand(M, generator=generator).to(dtype) + 0.5,
+        router_weight=0.5,
+        threshold=threshold,
+        fallback=fallback,
+        top_k=top_k,
+        answered=answered,
+        exit_threshold=exit_threshold,
+    )
+    return network.eval().requires_grad_(False)

@@ -10,10 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import blobs, small_cnn
+from helpers import CLUSTERS, WIDTH, K, M, blobs, make_network, small_cnn
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
-from test_network import CLUSTERS, WIDTH, K, M, make_network
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network

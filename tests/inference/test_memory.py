@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_network import make_network
+from helpers import make_network
 from torch import nn
 
 from sinfkit.inference import Runtime, memory_use, peak_bytes

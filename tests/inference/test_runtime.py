@@ -9,9 +9,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import blobs, randomise_batch_norms, small_cnn
+from helpers import blobs, make_network, randomise_batch_norms, small_cnn
 from sklearn.exceptions import NotFittedError
-from test_network import make_network
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier

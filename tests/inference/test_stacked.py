@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomise_batch_norms
-from test_network import make_network
+from helpers import make_network, randomise_batch_norms
 from test_runtime import conv_network, images
 from torch import nn
 

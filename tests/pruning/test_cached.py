@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from helpers import blobs, small_cnn
 
-from sinfkit import DCSPruner, FrozenModel, _cached
+import sinfkit.pruning.cached as _cached
+from sinfkit import DCSPruner, FrozenModel
 
 
 def test_the_pass_over_the_samples_is_cached_by_network_and_samples(tmp_path, monkeypatch):

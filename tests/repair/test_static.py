@@ -17,8 +17,15 @@ import sinfkit.repair.moments as moments
 import sinfkit.repair.static as static
 from sinfkit import DCSPruner
 from sinfkit.graph import trace
-from sinfkit.repair import Moments, gather_moments, repair, shrunk_layers, static_least_squares
-from sinfkit.slicing import find_groups, kept_inputs, slice_channels
+from sinfkit.repair import (
+    Moments,
+    gather_moments,
+    kept_inputs,
+    repair,
+    shrunk_layers,
+    static_least_squares,
+)
+from sinfkit.slicing import find_groups, slice_channels
 
 
 def generator(seed: int = 0) -> torch.Generator:
