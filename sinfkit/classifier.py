@@ -371,7 +371,7 @@ n_features)
         self._check_base(statistics.logits, calibration)
         built = self._search(builder, plans, sizes)
         self._warn_of_miss(built)
-        self._take(built, pruner)
+        self._take(built, clusterer, pruner)
         return self
 
     def _sizes(self, pruner: DCSPruner) -> list[Size]:
@@ -406,11 +406,11 @@ n_features)
         calibration = builder.calibration
         graph, size = calibration.graph, sizes[min(_FIRST_RUNG, len(sizes) - 1)]
         n_classes = len(calibration.table.classes)
-        clusterers = {0: clusterer}
+        groupings = {0: clusterer._grouping()}
         if self.clusterer is None:
             most = min(n_classes, max(2, n_classes // 2))
             numbers = [n for n in _CLUSTERS if n <= most]
-            clusterers = {n: clone(clusterer).set_params(n_clusters=n) for n in numbers}
+            groupings = {n: replace(groupings[0], n_clusters=n) for n in numbers}
         if self.route_layer != "auto":
             with naming("route_layer"):
                 cuts = [find_cut(graph, self.route_layer)]
@@ -421,19 +421,8 @@ n_features)
                 "The model has no place where it can be cut in two. Pass it as "
                 "nn.Sequential(prefix, rest)."
             )
-        if len(cuts) == 1 and len(clusterers) == 1:
-            return [Plan(cuts[0], clusterer, size)]
-
-        def grouping(one: SemanticClusterer) -> Any:
-            def group_classes(
-                features: Any, y: np.ndarray, route: Any, weight: np.ndarray | None
-            ) -> np.ndarray:
-                one.classes_ = calibration.table.classes
-                with naming("clusterer"):
-                    one._group(features, y, route, calibration.seed, weight)
-                return one.class_clusters_
-
-            return group_classes
+        if len(cuts) == 1 and len(groupings) == 1:
+            return [Plan(cuts[0], next(iter(groupings.values())), size)]
 
         few = _some_of_each(calibration.codes, builder.index, _ROUTE_SAMPLES, rng)
         candidates = try_cuts(
@@ -443,8 +432,7 @@ n_features)
             train=(builder.batches(few), calibration.codes[few], calibration.weights(few)),
             held=(builder.held_batches(), builder.held.codes, builder.held.weight),
             base_logits=builder.base_logits,
-            groupings={n: grouping(clone(one)) for n, one in clusterers.items()},
-            pool_size=clusterer.pool_size,
+            groupings=groupings,
             size=size,
             fallback=self.fallback,
             answers=self.answers,
@@ -454,7 +442,7 @@ n_features)
         ranked = rank_candidates(candidates, self.route_accuracy, builder.target)
         best: dict[int, Plan] = {}
         for candidate in ranked:
-            plan = Plan(candidate.cut, clusterers[candidate.n_clusters], size)
+            plan = Plan(candidate.cut, groupings[candidate.n_clusters], size)
             best.setdefault(candidate.n_clusters, plan)
         return list(best.values())
 
@@ -472,7 +460,7 @@ n_features)
         def evaluate(plan: Plan, rung: int, low_rank: float | None = None) -> Outcome:
             nonlocal best
             size = sizes[rung] if low_rank is None else replace(sizes[rung], low_rank=low_rank)
-            trial = Plan(plan.cut, plan.clusterer, size)
+            trial = Plan(plan.cut, plan.grouping, size)
             try:
                 built = builder.build(trial, time_it=self.target_speedup is not None)
             except OutOfReachError as error:
@@ -522,10 +510,12 @@ n_features)
         if self.verbose:
             print("SINFClassifier: " + ", ".join(_shown(k, v) for k, v in row.items()))
 
-    def _take(self, built: Built, pruner: DCSPruner) -> None:
+    def _take(self, built: Built, clusterer: SemanticClusterer, pruner: DCSPruner) -> None:
         """Make a network that was built the fitted one."""
         network, plan, subgraphs = built.network, built.plan, built.subgraphs
-        clusterer = plan.clusterer
+        clusterer._adopt(built.clusters)
+        if self.clusterer is None:
+            clusterer.set_params(n_clusters=plan.grouping.n_clusters)
         self.network_ = network
         self.route_accuracy_ = clusterer.route_accuracy_ = built.route_accuracy
         self.router_weight_ = network.router_weight
@@ -540,6 +530,7 @@ n_features)
         self.scores_ = [{} if s is None else s.scores for s in subgraphs]
         self.supports_ = [{} if s is None else s.support for s in subgraphs]
         self.repair_errors_ = [{} if s is None else s.repair_error for s in subgraphs]
+        clusterer.classes_ = self.classes_
         clusterer.n_features_in_, clusterer.input_shape_ = self.n_features_in_, self.input_shape_
         clusterer.base_model_, clusterer.device_ = self.base_model_, self.device_
         pruner.set_params(

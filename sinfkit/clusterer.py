@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,20 +12,14 @@ from torch import Tensor, fx, nn
 
 from .base import TorchEstimator, all_or_nothing
 from .criteria.activations import MAX_POOL_SIZE
-from .criteria.discriminability import average, centred
-from .criteria.probe import fit_probe
 from .data.validation import hold_out, mean, validate_X
 from .graph.cost import count_macs
 from .graph.cuts import CutPoint, cut_points, find_cut, layer_names, split
-from .inference.router import RouteFit, cluster_posterior, fit_route_predictor
+from .inference.router import cluster_posterior, fit_route_predictor
 from .pruning.cached import gather
+from .routing.clusters import METHODS, Clusters, Grouping, group_classes
 from .utils.jobs import over_chunks
-from .utils.params import caller_level, check_choice, check_integer, check_number, naming
-
-METHODS = ("confusion", "activation", "given")
-# A probe with less is nearly certain of everything, says little of what is alike, and takes long:
-# its systems become ill-conditioned, the more so the more classes there are.
-_LEAST_PENALTY = 3e-3
+from .utils.params import check_choice, check_integer, check_number, naming
 
 
 class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):
@@ -194,12 +185,16 @@ n_features)
             weight=calibration.weights(fit),
             held_out_weight=calibration.weights(held),
         )
-        self._group(
-            features[fit],
-            calibration.codes[fit],
-            route,
-            calibration.seed,
-            calibration.weights(fit),
+        self._adopt(
+            group_classes(
+                self._grouping(),
+                self.classes_,
+                features[fit],
+                calibration.codes[fit],
+                route.penalty,
+                calibration.seed,
+                calibration.weights(fit),
+            )
         )
         clusters = torch.as_tensor(self.class_clusters_)
         posterior = cluster_posterior(route.log_posterior, clusters, len(self.cluster_names_))
@@ -222,38 +217,17 @@ n_features)
         if not isinstance(self.layer, str):
             raise TypeError(f"layer must be a name, got {type(self.layer).__name__}.")
 
-    def _group(
-        self,
-        features: Tensor,
-        codes: np.ndarray,
-        route: RouteFit,
-        seed: int,
-        weight: np.ndarray | None = None,
-    ) -> None:
-        """Set `affinity_`, `class_clusters_` and `cluster_names_` from pooled features."""
-        if self.method == "activation":
-            self.affinity_ = activation_affinity(features, codes, weight)
-        else:
-            penalty = max(route.penalty, _LEAST_PENALTY)
-            self.affinity_ = confusion_affinity(features, codes, penalty, seed, weight)
-        if self.method == "given":
-            with naming("mapping"):
-                found = read_mapping(self.mapping, self.classes_)
-            self.class_clusters_, self.cluster_names_ = found
-            return
-        n_classes = len(self.classes_)
-        n_clusters = self.n_clusters or max(1, round(n_classes**0.5))
-        if n_clusters > n_classes:
-            warnings.warn(
-                f"n_clusters={n_clusters} is more than the {n_classes} classes; each class is a "
-                "cluster of its own.",
-                UserWarning,
-                stacklevel=caller_level(),
-            )
-            n_clusters = n_classes
-        limit = self.max_cluster_size or math.ceil(1.5 * n_classes / n_clusters)
-        self.class_clusters_ = group_classes(self.affinity_, n_clusters, limit)
-        self.cluster_names_ = np.arange(n_clusters)
+    def _grouping(self) -> Grouping:
+        """Return how to group, as data."""
+        return Grouping(
+            self.method, self.mapping, self.n_clusters, self.max_cluster_size, self.pool_size
+        )
+
+    def _adopt(self, clusters: Clusters) -> None:
+        """Take clusters as the fitted ones."""
+        self.class_clusters_ = clusters.class_clusters
+        self.cluster_names_ = clusters.names
+        self.affinity_ = clusters.affinity
 
     @over_chunks
     def predict(self, X: Any) -> Any:
@@ -319,202 +293,3 @@ def half_way_cut(graph: fx.GraphModule, example: Tensor) -> CutPoint:
     inside = [set(layer_names(split(graph, cut)[0])) for cut in cuts]
     share = [sum(by_layer.get(n, 0) for n in names) / max(total, 1) for names in inside]
     return cuts[int(np.argmin(np.abs(np.array(share) - 0.5)))]
-
-
-def read_mapping(mapping: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Turn a mapping into cluster numbers.
-
-    Parameters
-    ----------
-    mapping : dict
-        Class to cluster name, or cluster name to a list of classes.
-    classes : ndarray of shape (n_classes,)
-
-    Returns
-    -------
-    class_clusters : int ndarray of shape (n_classes,)
-    names : ndarray of shape (n_clusters,)
-        Sorted; clusters without any of `classes` are left out.
-
-    Raises
-    ------
-    ValueError
-        If a class is missing or named twice.
-    """
-    if not isinstance(mapping, Mapping) or not mapping:
-        raise ValueError(
-            "mapping must be a dict: {class: cluster} or {cluster: [class, ...]}, and not empty."
-        )
-    collections = (list, tuple, set, frozenset, np.ndarray)
-    pairs: list[tuple[Any, Any]] = []
-    for key, value in mapping.items():
-        pairs += [(c, key) for c in value] if isinstance(value, collections) else [(key, value)]
-    cluster_of: dict[Any, Any] = {}
-    for label, name in pairs:
-        if label in cluster_of:
-            raise ValueError(f"mapping names class {label!r} twice.")
-        cluster_of[label] = name
-    missing = [c for c in classes.tolist() if c not in cluster_of]
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ValueError(
-            f"mapping has no cluster for class(es) {', '.join(map(repr, missing[:5]))}{more}."
-        )
-    names, clusters = np.unique(
-        np.array([cluster_of[c] for c in classes.tolist()]), return_inverse=True
-    )
-    return clusters.astype(np.int64), names
-
-
-def confusion_affinity(
-    features: Tensor,
-    codes: np.ndarray,
-    penalty: float,
-    seed: int,
-    weight: np.ndarray | None = None,
-) -> np.ndarray:
-    """How often a probe confuses two classes, measured on samples that it was not fitted on.
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_features)
-    codes : int ndarray of shape (n_samples,)
-    penalty : float
-        Of the probe.
-    seed : int
-    weight : ndarray of shape (n_samples,), optional
-        How many times each sample counts.  Default: once.
-
-    Returns
-    -------
-    ndarray of shape (n_classes, n_classes)
-        Symmetric; mean over both classes' samples of the probability given to the other.
-    """
-    n_classes = int(codes.max()) + 1
-    rng = np.random.default_rng(seed)
-    half = np.zeros(len(codes), dtype=bool)
-    for k in range(n_classes):
-        rows = rng.permutation(np.flatnonzero(codes == k))
-        half[rows[: len(rows) // 2]] = True
-    counts = None if weight is None else torch.as_tensor(weight).to(features)
-    x = (features - average(features, counts)).to(features.dtype)
-    spread = x.std(0, correction=0) if counts is None else average(x.square(), counts).sqrt()
-    x = x / spread.clamp_min(1e-12 + 1e-7 * float(x.abs().max()))
-    y = torch.as_tensor(codes, device=features.device)
-    given = np.zeros((n_classes, n_classes))
-    if np.bincount(codes[half], minlength=n_classes).min() == 0:
-        folds = [(np.ones_like(half), np.ones_like(half))]  # too few samples to part
-    else:
-        folds = [(half, ~half), (~half, half)]
-    for train, test in folds:
-        a, b = torch.as_tensor(train), torch.as_tensor(test)
-        part = None if counts is None else counts[a]
-        probe = fit_probe(x[a], y[a], penalty=penalty, tol=1e-2, dtype=x.dtype, sample_weight=part)
-        p = torch.softmax(probe.logits(x[b]), 1)
-        if counts is not None:
-            p = p * counts[b][:, None]
-        sums = torch.zeros(n_classes, n_classes, dtype=p.dtype).index_add_(0, y[b].cpu(), p.cpu())
-        given += sums.numpy()
-    given /= np.bincount(codes, weights=weight, minlength=n_classes)[:, None]
-    return (given + given.T) / 2
-
-
-def activation_affinity(
-    features: Tensor, codes: np.ndarray, weight: np.ndarray | None = None
-) -> np.ndarray:
-    """How alike two classes' mean activations are.
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_features)
-    codes : int ndarray of shape (n_samples,)
-    weight : ndarray of shape (n_samples,), optional
-        How many times each sample counts.  Default: once.
-
-    Returns
-    -------
-    ndarray of shape (n_classes, n_classes)
-        Cosine between the classes' signatures, from 0 (opposite) to 1 (same).  A signature is the
-        class's mean, centred over classes, each filter divided by its own spread over samples.
-    """
-    n_classes = int(codes.max()) + 1
-    x = features.to(torch.float64).cpu()
-    y = torch.as_tensor(codes)
-    counts = None if weight is None else torch.as_tensor(weight)
-    weighed = x if counts is None else x * counts[:, None]
-    means = torch.zeros(n_classes, x.shape[1], dtype=x.dtype).index_add_(0, y, weighed)
-    means /= torch.bincount(y, counts, minlength=n_classes)[:, None]
-    if counts is None:
-        spread = x.std(0, correction=0)
-    else:
-        # As far as rounding lets one tell: what is constant has no spread.
-        spread = average(centred(x, counts).square(), counts).sqrt()
-    signature = (means - means.mean(0)) / torch.where(spread > 0, spread, torch.inf)
-    signature = torch.nn.functional.normalize(signature, dim=1)
-    return ((1 + signature @ signature.T) / 2).clamp(0, 1).numpy()
-
-
-def group_classes(affinity: np.ndarray, n_clusters: int, max_size: int | None = None) -> np.ndarray:
-    """Agglomerative clustering, average linkage, with a limit on the clusters' sizes.
-
-    Parameters
-    ----------
-    affinity : ndarray of shape (n_classes, n_classes)
-        Symmetric.
-    n_clusters : int
-        At most the number of classes.
-    max_size : int, optional
-        Largest number of classes in a cluster.
-
-    Returns
-    -------
-    int ndarray of shape (n_classes,)
-        Clusters are numbered by their first class.
-
-    Raises
-    ------
-    ValueError
-        If `n_clusters` clusters of `max_size` cannot hold the classes.
-
-    Notes
-    -----
-    scikit-learn's ``AgglomerativeClustering`` knows no size limit.  Merging greedily under a limit
-    can end with too many clusters, none of which may be merged; the smallest is then dissolved and
-    its classes go where they fit best.
-    """
-    n = len(affinity)
-    limit = n if max_size is None else max_size
-    if n_clusters * limit < n:
-        raise ValueError(
-            f"{n_clusters} clusters of at most {limit} classes cannot hold {n} classes. Raise "
-            "n_clusters or max_cluster_size."
-        )
-    a = affinity.astype(float).copy()
-    np.fill_diagonal(a, 0.0)
-    members: list[list[int]] = [[i] for i in range(n)]
-    total = a.copy()  # summed affinity between clusters
-    while len(members) > n_clusters:
-        sizes = np.array([len(m) for m in members])
-        mean = total / np.outer(sizes, sizes)
-        mean[sizes[:, None] + sizes[None, :] > limit] = -np.inf
-        np.fill_diagonal(mean, -np.inf)
-        i, j = sorted(divmod(int(np.argmax(mean)), len(members)))
-        if np.isfinite(mean[i, j]):
-            members[i] += members[j]
-            total[i] += total[j]
-            total[:, i] += total[:, j]
-            gone = j
-        else:
-            gone = int(np.argmin(sizes))
-            homeless = members[gone]
-            for label in homeless:
-                room = [c for c in range(len(members)) if c != gone and len(members[c]) < limit]
-                best = max(room, key=lambda c: a[label, members[c]].mean())
-                members[best].append(label)
-            total = np.array([[a[np.ix_(p, q)].sum() for q in members] for p in members])
-        del members[gone]
-        total = np.delete(np.delete(total, gone, 0), gone, 1)
-    labels = np.empty(n, dtype=np.int64)
-    for c, group in enumerate(sorted(members, key=min)):
-        labels[group] = c
-    return labels

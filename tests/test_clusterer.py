@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinfkit import FrozenModel, SemanticClusterer
-from sinfkit.clusterer import (
+from sinfkit.routing import (
     activation_affinity,
+    agglomerate,
     confusion_affinity,
-    group_classes,
     read_mapping,
 )
 
@@ -35,7 +35,7 @@ def test_both_affinities_find_the_pairs(affinity):
     a = affinity(x, y)
     np.testing.assert_allclose(a, a.T)
     assert (a >= 0).all()
-    assert group_classes(a, 3).tolist() == [0, 0, 1, 1, 2, 2]
+    assert agglomerate(a, 3).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,7 +44,7 @@ def test_every_class_is_in_exactly_one_cluster(seed, n, data):
     k = data.draw(st.integers(1, n))
     limit = data.draw(st.one_of(st.none(), st.integers(-(-n // k), n)))
     a = np.random.default_rng(seed).random((n, n))
-    labels = group_classes(a + a.T, k, limit)
+    labels = agglomerate(a + a.T, k, limit)
     assert labels.shape == (n,)
     sizes = np.bincount(labels, minlength=k)
     assert len(sizes) == k and sizes.min() >= 1
@@ -52,9 +52,9 @@ def test_every_class_is_in_exactly_one_cluster(seed, n, data):
     assert labels[0] == 0
 
 
-def test_group_classes_refuses_the_impossible():
+def test_agglomerate_refuses_the_impossible():
     with pytest.raises(ValueError, match="cannot hold 7 classes"):
-        group_classes(np.ones((7, 7)), 2, 3)
+        agglomerate(np.ones((7, 7)), 2, 3)
 
 
 def test_mappings_in_both_directions():

@@ -9,6 +9,12 @@ from .assembly import (
     pooled_output,
     routed_answers,
 )
+from .clusters import (
+    activation_affinity,
+    agglomerate,
+    confusion_affinity,
+    read_mapping,
+)
 from .placement import Candidate, rank_candidates
 from .search import LADDER, Goal, Outcome, Size, climb
 
@@ -21,10 +27,14 @@ __all__ = [
     "ROUTER_WEIGHTS",
     "Size",
     "TEMPERATURES",
+    "activation_affinity",
+    "agglomerate",
     "build_subgraph",
     "choose_weight",
     "climb",
+    "confusion_affinity",
     "pooled_output",
     "rank_candidates",
+    "read_mapping",
     "routed_answers",
 ]

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from joblib import delayed
-from sklearn.base import clone
 from torch import Tensor, fx, nn
 
 from ..base import Calibration, progress
-from ..clusterer import SemanticClusterer
 from ..criteria.activations import Statistics
 from ..data.validation import Images, mean
 from ..graph.cost import count_macs, fold_batch_norm, paired_latency
@@ -51,6 +49,7 @@ from .assembly import (
     routed_answers,
     slice_prefix,
 )
+from .clusters import Clusters, Grouping, group_classes
 from .placement import sides
 from .search import Outcome, Size
 
@@ -118,7 +117,7 @@ class Plan:
     """What to build: where to cut, how to group the classes, how much to remove."""
 
     cut: CutPoint
-    clusterer: SemanticClusterer
+    grouping: Grouping
     size: Size
 
 
@@ -129,7 +128,7 @@ class Built:
     Attributes
     ----------
     plan : Plan
-        Its clusterer has grouped the classes.
+    clusters : Clusters
     network : SINFNetwork
     subgraphs : list of Subgraph or None
         None for a cluster of one class.
@@ -148,6 +147,7 @@ class Built:
     """
 
     plan: Plan
+    clusters: Clusters
     network: SINFNetwork
     subgraphs: list[Subgraph | None]
     route_accuracy: float
@@ -261,37 +261,38 @@ class Builder:
         Built
         """
         codes = self.calibration.codes
-        clusterer = clone(plan.clusterer)
-        clusterer.classes_ = self.calibration.table.classes
-        prefix = self._prefix(plan.cut, plan.size, _expected_clusters(clusterer))
+        grouping = plan.grouping
+        prefix = self._prefix(plan.cut, plan.size, int(grouping.n_clusters or 1))
         features = pooled_output(
             prefix.module,
             progress(self.batches(self.index), "Routes", self.settings.verbose),
-            clusterer.pool_size,
+            grouping.pool_size,
         )
         route = fit_route_predictor(
             features,
             codes[self.index],
-            pooled_output(prefix.module, self.held_batches(), clusterer.pool_size),
+            pooled_output(prefix.module, self.held_batches(), grouping.pool_size),
             self.held.codes,
-            pool_size=clusterer.pool_size,
+            pool_size=grouping.pool_size,
             weight=self.calibration.weights(self.index),
             held_out_weight=self.held.weight,
         )
         with naming("clusterer"):
-            clusterer._group(
+            clusters = group_classes(
+                grouping,
+                self.calibration.table.classes,
                 features,
                 codes[self.index],
-                route,
+                route.penalty,
                 self.calibration.seed,
                 self.calibration.weights(self.index),
             )
-        routed = self._routed(features, route, clusterer.class_clusters_)
-        subgraphs = self._subgraphs(plan, prefix, clusterer.class_clusters_, routed)
+        routed = self._routed(features, route, clusters.class_clusters)
+        subgraphs = self._subgraphs(plan, prefix, clusters.class_clusters, routed)
         network = self._network(
-            plan.cut, prefix.module, route.predictor, subgraphs, clusterer.class_clusters_
+            plan.cut, prefix.module, route.predictor, subgraphs, clusters.class_clusters
         )
-        return self._judged(replace(plan, clusterer=clusterer), network, subgraphs, time_it)
+        return self._judged(plan, clusters, network, subgraphs, time_it)
 
     def _score(self, groups: list[ChannelGroup], classes: np.ndarray, recipe: Recipe) -> Scored:
         """Filter scores for a set of classes; the same for every ratio."""
@@ -620,7 +621,12 @@ class Builder:
         return network
 
     def _judged(
-        self, plan: Plan, network: SINFNetwork, subgraphs: list[Subgraph | None], time_it: bool
+        self,
+        plan: Plan,
+        grouped: Clusters,
+        network: SINFNetwork,
+        subgraphs: list[Subgraph | None],
+        time_it: bool,
     ) -> Built:
         """Choose router weight, temperatures and thresholds, and count what the choice gives."""
         settings, codes = self.settings, self.held.codes
@@ -679,6 +685,7 @@ class Builder:
         lost = self.base_right.astype(float) - right
         return Built(
             plan,
+            grouped,
             network,
             subgraphs,
             self.held.mean((held.cluster == clusters[torch.as_tensor(codes)]).numpy()),
@@ -730,11 +737,6 @@ def _answers(network: SINFNetwork, batches: Iterable[Tensor]) -> np.ndarray:
 
     with torch.inference_mode():
         return torch.cat(list(in_pieces(answer, batches))).numpy()
-
-
-def _expected_clusters(clusterer: SemanticClusterer) -> int:
-    """How many clusters it will make, before it knows the classes; 1 where that is open."""
-    return int(clusterer.n_clusters or 1)
 
 
 def _folded(graph: fx.GraphModule) -> fx.GraphModule:

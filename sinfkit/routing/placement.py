@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +24,11 @@ from ..inference.router import (
 )
 from ..pruning.scoring import Recipe, choose_channels, sliceable
 from ..slicing.groups import ChannelGroup, slice_channels
-from ..utils.params import caller_level
+from ..utils.params import caller_level, naming
+from .clusters import Grouping, group_classes
 from .search import Size
 
 __all__ = ["Candidate", "rank_candidates"]
-
-Grouping = Callable[[Tensor, np.ndarray, Any, np.ndarray | None], np.ndarray]
-"""From pooled features, codes, a fitted probe and weights to the cluster of each class."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,6 @@ def try_cuts(
     held: tuple[Iterable[Tensor], np.ndarray, np.ndarray | None],
     base_logits: Tensor,
     groupings: Mapping[int, Grouping],
-    pool_size: int,
     size: Size,
     fallback: str,
     answers: str,
@@ -185,10 +181,8 @@ def try_cuts(
         the probes and for the estimates.
     base_logits : Tensor of shape (n_held_out, n_classes)
         The base's answers on the held-out samples.
-    groupings : mapping of int to callable
-        For each number of clusters to try: ``(features, codes, route, weight)`` to the cluster of
-        each class.
-    pool_size : int
+    groupings : mapping of int to Grouping
+        For each number of clusters to try: how the classes are grouped.
     size : Size
     fallback : str
     answers : str
@@ -204,6 +198,7 @@ def try_cuts(
         One for each cut and number of clusters.
     """
     nodes = {cut.name: cut.node for cut in cuts}
+    pool_size = next(iter(groupings.values())).pool_size
     seen = collect(calibration.graph, train[0], nodes, pool_size)
     unseen = collect(calibration.graph, held[0], nodes, pool_size)
     codes, weight = held[1:]
@@ -220,8 +215,17 @@ def try_cuts(
             held_out_weight=weight,
         )
         prefix, subgraph, rest = expected_macs(calibration, cut, recipe, size)
-        for n_clusters, group_classes in groupings.items():
-            class_clusters = group_classes(seen.pooled[cut.name], train[1], route, train[2])
+        for n_clusters, grouping in groupings.items():
+            with naming("clusterer"):
+                class_clusters = group_classes(
+                    grouping,
+                    calibration.table.classes,
+                    seen.pooled[cut.name],
+                    train[1],
+                    route.penalty,
+                    calibration.seed,
+                    train[2],
+                ).class_clusters
             clusters = torch.as_tensor(class_clusters)
             posterior = cluster_posterior(
                 route.log_posterior, clusters, int(class_clusters.max()) + 1

@@ -10,13 +10,18 @@ from sklearn import config_context
 from sklearn.model_selection import GridSearchCV, cross_validate
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
-from sinfkit.clusterer import activation_affinity, confusion_affinity
 from sinfkit.criteria import CRITERIA, discriminative_capability, fit_probe
 from sinfkit.data import validate_weight
 from sinfkit.graph import trace
 from sinfkit.inference import choose_exit, choose_threshold, fit_route_predictor
 from sinfkit.repair import fit_ridge, gather_moments, repair
-from sinfkit.routing import ROUTER_WEIGHTS, HeldOut, choose_weight
+from sinfkit.routing import (
+    ROUTER_WEIGHTS,
+    HeldOut,
+    activation_affinity,
+    choose_weight,
+    confusion_affinity,
+)
 from sinfkit.slicing import slice_channels
 from sinfkit.zoo import default_network, train_network
 
