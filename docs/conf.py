@@ -7,11 +7,14 @@ API pages come from its docstrings.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from sphinx_gallery.sorting import ExplicitOrder
 
 from sinfkit.version import __version__
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "sinfkit"
 author = "the sinfkit developers"
@@ -21,7 +24,7 @@ version = release = __version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
+    "mathml",
     "numpydoc",
     "sphinx_gallery.gen_gallery",
 ]
@@ -69,6 +72,7 @@ sphinx_gallery_conf = {
 exclude_patterns += ["auto_examples/GALLERY_HEADER.rst", "auto_examples/sg_execution_times.rst"]
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"sinfkit {release}"
 html_static_path = ["_static"]
 html_css_files = ["boxes.css"]

@@ -100,7 +100,7 @@ right.legend(loc="lower right", fontsize=8)
 plt.show()
 
 # %%
-# The final figure comes from images that neither calibrated nor chose. :doc:`/user_guide/budget`
+# The final figure comes from images that neither calibrated nor chose. :doc:`/start/choosing`
 # tells how to choose with several networks, by time instead of multiplications, and with a router.
 
 print(f"{chosen.cost_ratio_:.0%} of the multiplications, {chosen.score(X_test, y_test):.1%}")

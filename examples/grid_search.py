@@ -75,7 +75,7 @@ print(f"held-out accuracy of the choice: {search.score(X_test, y_test):.1%}")
 # %%
 # All candidates, and the choice. Times of so small a network are noisy: on yours, use more images
 # and larger batches, or search for the fewest multiplications with ``max_accuracy_drop`` instead
-# (:doc:`/user_guide/budget`).
+# (:doc:`/start/choosing`).
 
 results = search.cv_results_
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")

@@ -44,7 +44,7 @@ for c, name in enumerate(sinf.cluster_names_):
 
 # %%
 # It predicts like any classifier of scikit-learn, and the report tells what that costs, on images
-# that ``fit`` has not seen. :doc:`/user_guide/measuring` explains its rows.
+# that ``fit`` has not seen. :doc:`/guide/report` explains its rows.
 
 print(f"the first ten: {sinf.predict(X_test[:10])}, labels {y_test[:10]}")
 report = sinf.report(X_test, y_test)

@@ -42,7 +42,7 @@ sinf = SINFClassifier(
 #
 # The tree joins the classes that are most alike first; colours are the clusters. Beside it, where
 # the images of each cluster are sent. What lies off the diagonal takes a wrong route, and is not
-# lost: by default every subgraph answers all classes, see :doc:`/user_guide/routing`.
+# lost: by default every subgraph answers all classes, see :doc:`/method/routing`.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
 ClusterTreeDisplay.from_estimator(sinf, ax=left)
