@@ -68,8 +68,10 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_signature": False,
     "show_memory": False,
+    # That page loads a script from elsewhere.
+    "write_computation_times": False,
 }
-exclude_patterns += ["auto_examples/GALLERY_HEADER.rst", "auto_examples/sg_execution_times.rst"]
+exclude_patterns += ["auto_examples/GALLERY_HEADER.rst"]
 
 html_theme = "furo"
 html_math_renderer = "mathml"
