@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers show by themselves: no script, and nothing from the network."""
+"""Formulas as MathML, which browsers show by themselves: no script, nothing from the network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from sphinx.util.math import get_node_equation_number
 
 
 def visit_inline(self, node: nodes.math) -> None:
+    """Write a formula within a line."""
     self.body.append(convert(node.astext()))
     raise nodes.SkipNode
 
 
 def visit_block(self, node: nodes.math_block) -> None:
+    """Write a formula of its own, with its number if it has one."""
     text = node.astext().strip()
     # Several lines, as with MathJax: aligned at the ampersands.
     if "\\\\" in text and "\\begin{" not in text.split("\\\\")[0]:
