@@ -6,10 +6,8 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
-import joblib
 import numpy as np
 import torch
 from sklearn import get_config
@@ -17,15 +15,14 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, check_memory
-from torch import fx, nn
-from tqdm.auto import tqdm
+from torch import nn
 
+from .data.calibration import Batcher, Calibration
 from .data.validation import (
-    Batcher,
-    ClassTable,
     Images,
     check_answers,
     check_channels,
+    check_normalisation,
     hold_out,
     match_classes,
     mean,
@@ -37,7 +34,6 @@ from .data.validation import (
 )
 from .frozen import FrozenModel, as_frozen, describe
 from .graph.cuts import output_layer, trace
-from .slicing.groups import ChannelGroup, find_groups
 from .utils.device import in_pieces, is_out_of_memory, loaded_device, resolve_device
 from .utils.params import check_integer, check_jobs, check_verbose, naming
 from .utils.pickling import Borrowed, Packed, borrow, pack, versions, warn_of_versions
@@ -65,80 +61,6 @@ def all_or_nothing(fit: Fit) -> Fit:
         return self
 
     return cast(Fit, wrapper)
-
-
-@dataclass
-class Calibration:
-    """A base network and the samples it is studied on, checked and matched.
-
-    Attributes
-    ----------
-    frozen : FrozenModel
-    graph : GraphModule
-        The traced network on `batcher.device`; it shares the frozen weights.
-    output : str
-        Name of the output layer.
-    X : ndarray or Tensor of shape (n_samples, ...)
-    codes : ndarray of shape (n_samples,)
-        Class of each sample as a position in `table.classes`; -1 if it is none of them.
-    table : ClassTable
-    n_outputs : int
-    batcher : Batcher
-    example : Tensor of shape (1, ...)
-        One normalised sample.
-    seed : int
-    weight : ndarray of shape (n_samples,) or None
-        How many times each sample counts, larger than 0; None where all count once.
-    """
-
-    frozen: FrozenModel
-    graph: fx.GraphModule
-    output: str
-    X: Images
-    codes: np.ndarray
-    table: ClassTable
-    n_outputs: int
-    batcher: Batcher
-    example: torch.Tensor
-    seed: int
-    weight: np.ndarray | None = None
-
-    def weights(self, index: np.ndarray) -> np.ndarray | None:
-        """How many times each of the samples `index` counts; None where all count once."""
-        return None if self.weight is None else self.weight[index]
-
-    @functools.cached_property
-    def key(self) -> tuple[str, ...]:
-        """Tells network, samples and batches apart from others, for caches."""
-        return (
-            self.frozen.digest,
-            joblib.hash(self.X),
-            str(self.batcher.device),
-            str(self.batcher.batch_size),
-        )
-
-    @functools.cached_property
-    def groups(self) -> list[ChannelGroup]:
-        """The network's coupled channels, in forward order."""
-        with naming("model"):
-            return find_groups(self.graph, self.example, self.output)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For a job elsewhere: the samples stay here, and the graph is traced anew there."""
-        state = {k: v for k, v in self.__dict__.items() if k not in ("X", "graph", "batcher")}
-        state["example"] = pack(self.example)
-        batcher = self.batcher
-        state["batcher"] = (str(batcher.device), batcher.dtype, batcher.batch_size)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        stored, dtype, batch_size = state.pop("batcher")
-        device = loaded_device(stored)
-        self.__dict__.update(state)
-        self.example = state["example"].unpack(device)
-        self.batcher = Batcher(self.frozen, device, dtype, batch_size)
-        self.graph = trace(self.frozen.module(device))
 
 
 class TorchClassifierMixin(ClassifierMixin):
@@ -266,8 +188,7 @@ class TorchEstimator(BaseEstimator):
                     "model_classes describes the outputs of `model`, but model is None."
                 )
             rows = _unseen(y, held_out, seed)
-            seen = None if weight is None else weight[rows]
-            frozen = _train_default(X[rows], y[rows], device, seed, self.verbose, seen)
+            frozen = _train_default(X[rows], y[rows], device, seed, self.verbose, weight[rows])
         module = frozen.module(device)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         batcher = Batcher(frozen, device, dtype, int(self.batch_size))
@@ -317,10 +238,10 @@ class TorchEstimator(BaseEstimator):
                 "The model's output holds NaN or infinity on the calibration samples. Check the "
                 "normalisation (mean, std) and the scale of X."
             )
-        known = calibration.codes >= 0
+        known = calibration.y_encoded >= 0
         columns = torch.as_tensor(calibration.table.outputs)
         answers = logits[torch.as_tensor(known)][:, columns].argmax(1).cpu().numpy()
-        accuracy = mean(answers == calibration.codes[known], calibration.weights(known))
+        accuracy = mean(answers == calibration.y_encoded[known], calibration.weights(known))
         warn_if_mismatched(accuracy, len(calibration.table.classes), int(known.sum()))
 
     def _batcher(self, module: nn.Module) -> Batcher:
@@ -488,24 +409,6 @@ def answers_in_torch(X: Any) -> bool:
     return isinstance(X, torch.Tensor) and bool(get_config()["array_api_dispatch"])
 
 
-def check_normalisation(frozen: FrozenModel, X: Images) -> None:
-    """Raise if `mean` and `std` do not have one value per channel of `X`."""
-    if frozen.mean is None or frozen.std is None:
-        return
-    widths = {len(frozen.mean), len(frozen.std)} - {1}
-    if widths and widths != {int(X.shape[1])}:
-        raise ValueError(
-            f"The mean and std of model are for {max(widths)} channels, but X has {X.shape[1]}."
-        )
-
-
-def progress(items: Iterable[T], description: str, verbose: int, total: int | None = None) -> Any:
-    """Wrap an iterable in a progress bar if `verbose`, else return it as it is."""
-    if not verbose:
-        return items
-    return tqdm(items, desc=description, total=total, leave=False)
-
-
 def _n_outputs(module: nn.Module, example: torch.Tensor) -> int:
     """Width of the network's output; a ValueError where it cannot take the samples."""
     try:
@@ -541,7 +444,7 @@ def _train_default(
     device: torch.device,
     seed: int,
     verbose: int,
-    weight: np.ndarray | None,
+    weight: np.ndarray,
 ) -> FrozenModel:
     """Train the small default network on the calibration samples themselves."""
     from .zoo.networks import default_network, train_network

@@ -18,13 +18,13 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from .base import (
-    Calibration,
     TorchClassifierMixin,
     TorchEstimator,
     all_or_nothing,
     answers_in_torch,
 )
 from .clusterer import SemanticClusterer
+from .data.calibration import Calibration
 from .data.validation import (
     encode,
     hold_out,
@@ -424,12 +424,12 @@ n_features)
         if len(cuts) == 1 and len(groupings) == 1:
             return [Plan(cuts[0], next(iter(groupings.values())), size)]
 
-        few = _some_of_each(calibration.codes, builder.index, _ROUTE_SAMPLES, rng)
+        few = _some_of_each(calibration.y_encoded, builder.index, _ROUTE_SAMPLES, rng)
         candidates = try_cuts(
             calibration,
             cuts,
             builder.settings.recipe,
-            train=(builder.batches(few), calibration.codes[few], calibration.weights(few)),
+            train=(builder.batches(few), calibration.y_encoded[few], calibration.weights(few)),
             held=(builder.held_batches(), builder.held.codes, builder.held.weight),
             base_logits=builder.base_logits,
             groupings=groupings,
@@ -628,8 +628,8 @@ n_features)
                 raise ValueError("y_val is given without X_val.")
             if weight_val is not None:
                 raise ValueError("sample_weight_val is given without X_val.")
-            fit, held = hold_out(calibration.codes, self.validation_fraction, rng)
-            codes = calibration.codes[held]
+            fit, held = hold_out(calibration.y_encoded, self.validation_fraction, rng)
+            codes = calibration.y_encoded[held]
             return fit, Held(calibration.X, held, codes, calibration.weights(held))
         with naming("X_val"):
             X_val = validate_X(self, X_val, reset=False)
@@ -640,7 +640,9 @@ n_features)
             codes = calibration.table.encode(y_val)
         if (codes < 0).any():
             raise ValueError("y_val has labels that are not in y.")
-        return np.arange(len(calibration.codes)), Held(X_val, np.arange(len(codes)), codes, weight)
+        return np.arange(len(calibration.y_encoded)), Held(
+            X_val, np.arange(len(codes)), codes, weight
+        )
 
     def _link(self) -> None:
         """Let `clusterer_` route through this network's own prefix, which is stored once."""

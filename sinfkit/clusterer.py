@@ -174,13 +174,13 @@ n_features)
         )
         self._check_base(statistics.logits, calibration)
         rng = np.random.default_rng(calibration.seed)
-        fit, held = hold_out(calibration.codes, self.validation_fraction, rng)
+        fit, held = hold_out(calibration.y_encoded, self.validation_fraction, rng)
         features = statistics.pooled[cut.name]
         route = fit_route_predictor(
             features[fit],
-            calibration.codes[fit],
+            calibration.y_encoded[fit],
             features[held],
-            calibration.codes[held],
+            calibration.y_encoded[held],
             pool_size=self.pool_size,
             weight=calibration.weights(fit),
             held_out_weight=calibration.weights(held),
@@ -190,7 +190,7 @@ n_features)
                 self._grouping(),
                 self.classes_,
                 features[fit],
-                calibration.codes[fit],
+                calibration.y_encoded[fit],
                 route.penalty,
                 calibration.seed,
                 calibration.weights(fit),
@@ -198,7 +198,7 @@ n_features)
         )
         clusters = torch.as_tensor(self.class_clusters_)
         posterior = cluster_posterior(route.log_posterior, clusters, len(self.cluster_names_))
-        truth = self.class_clusters_[calibration.codes[held]]
+        truth = self.class_clusters_[calibration.y_encoded[held]]
         right = posterior.argmax(1).numpy() == truth
         self.route_accuracy_ = mean(right, calibration.weights(held))
         self.layer_ = cut.name

@@ -11,8 +11,9 @@ from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import fx
 
-from .base import Calibration, TorchClassifierMixin, TorchEstimator, all_or_nothing
+from .base import TorchClassifierMixin, TorchEstimator, all_or_nothing
 from .criteria.activations import Statistics, pool
+from .data.calibration import Calibration
 from .data.validation import hold_out, validate_X
 from .graph.cuts import find_layer, observation_nodes, penultimate
 from .pruning.budget import budgeted_widths
@@ -260,11 +261,10 @@ n_features)
         statistics = gather(calibration, nodes, recipe.pool_size, self.memory, self.verbose)
         self._check_base(statistics.logits, calibration)
 
-        index = np.flatnonzero(calibration.codes >= 0)
-        if self.verbose and len(index) < len(calibration.codes):
-            print(
-                f"DCSPruner: {len(calibration.codes) - len(index)} samples of other classes ignored"
-            )
+        index = np.flatnonzero(calibration.y_encoded >= 0)
+        if self.verbose and len(index) < len(calibration.y_encoded):
+            ignored = len(calibration.y_encoded) - len(index)
+            print(f"DCSPruner: {ignored} samples of other classes ignored")
         prune = self._in_rounds if recipe.schedule == "iterative" else self._at_once
         pruned = prune(calibration, recipe, chosen, nodes, statistics, index)
         self.model_ = pruned.model
@@ -331,7 +331,7 @@ n_features)
         index: np.ndarray,
     ) -> Pruned:
         """Score, slice and repair until the held-out samples say stop."""
-        graph, codes = calibration.graph, calibration.codes[index]
+        graph, codes = calibration.graph, calibration.y_encoded[index]
         rng = np.random.default_rng(calibration.seed)
         fit, held = hold_out(codes, self.validation_fraction, rng)
         return prune_in_rounds(

@@ -18,7 +18,8 @@ from sinfkit import (
     classifier,
     clusterer,
 )
-from sinfkit.base import all_or_nothing, progress
+from sinfkit.base import all_or_nothing
+from sinfkit.data.calibration import progress
 
 
 class Counter(BaseEstimator):

@@ -1,7 +1,7 @@
 """Samples and labels: checked, matched with the network, read in batches."""
 
+from .calibration import Batcher, Calibration
 from .validation import (
-    Batcher,
     hold_out,
     match_classes,
     validate_weight,
@@ -11,6 +11,7 @@ from .validation import (
 
 __all__ = [
     "Batcher",
+    "Calibration",
     "hold_out",
     "match_classes",
     "validate_weight",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
 from ..frozen import FrozenModel
-from ..utils.device import host_tensor, settle_after_fork
 from ..utils.params import caller_level, naming, shown
 
 __all__ = [
-    "Batcher",
     "hold_out",
     "match_classes",
     "validate_weight",
@@ -130,9 +128,7 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
     return y
 
 
-def validate_weight(
-    sample_weight: Any, n_samples: int, name: str = "sample_weight"
-) -> np.ndarray | None:
+def validate_weight(sample_weight: Any, n_samples: int, name: str = "sample_weight") -> np.ndarray:
     """Check how many times each sample counts.
 
     Parameters
@@ -144,8 +140,8 @@ def validate_weight(
 
     Returns
     -------
-    ndarray of shape (n_samples,) or None
-        Float64; None where each sample counts once.
+    ndarray of shape (n_samples,)
+        Float64; ones where nothing is given.
 
     Raises
     ------
@@ -153,7 +149,7 @@ def validate_weight(
         For a single number, a wrong length, what is not finite or negative, or zeros throughout.
     """
     if sample_weight is None:
-        return None
+        return np.ones(n_samples)
     with naming(name):
         if isinstance(sample_weight, torch.Tensor):
             if sample_weight.layout != torch.strided or sample_weight.device.type == "meta":
@@ -179,24 +175,23 @@ def validate_weight(
         raise ValueError(f"{name} must be at most {LARGEST_WEIGHT:g}, but holds {weight.max()}.")
     if not weight.any():
         raise ValueError(f"{name} holds only zeros; at least one sample weight must not be zero.")
-    return None if (weight == 1).all() else weight
+    return weight
 
 
 def without_zeros(
-    X: Images, y: np.ndarray, weight: np.ndarray | None
-) -> tuple[Images, np.ndarray, np.ndarray | None]:
-    """Leave samples of weight 0 out; weights of 1 throughout become None."""
-    if weight is None or weight.all():
+    X: Images, y: np.ndarray, weight: np.ndarray
+) -> tuple[Images, np.ndarray, np.ndarray]:
+    """Leave samples of weight 0 out."""
+    if weight.all():
         return X, y, weight
     kept = np.flatnonzero(weight)
     rows = torch.as_tensor(kept, device=X.device) if isinstance(X, torch.Tensor) else kept
-    weight = weight[kept]
-    return X[rows], y[kept], None if (weight == 1).all() else weight
+    return X[rows], y[kept], weight[kept]
 
 
 def mean(values: np.ndarray, weight: np.ndarray | None = None) -> float:
     """Mean over samples, of which some may count more than others."""
-    return float(np.mean(values) if weight is None else np.average(values, weights=weight))
+    return float(np.average(values, weights=weight))
 
 
 def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool, finite: bool) -> torch.Tensor:
@@ -241,6 +236,17 @@ def check_channels(X: Images) -> None:
         raise ValueError(
             f"X has shape {tuple(X.shape)}, which looks like NHWC (channels last). sinfkit takes "
             "NCHW: X.transpose(0, 3, 1, 2)."
+        )
+
+
+def check_normalisation(frozen: FrozenModel, X: Images) -> None:
+    """Raise if `mean` and `std` do not have one value per channel of `X`."""
+    if frozen.mean is None or frozen.std is None:
+        return
+    widths = {len(frozen.mean), len(frozen.std)} - {1}
+    if widths and widths != {int(X.shape[1])}:
+        raise ValueError(
+            f"The mean and std of model are for {max(widths)} channels, but X has {X.shape[1]}."
         )
 
 
@@ -388,56 +394,6 @@ def check_answers(answers: torch.Tensor) -> torch.Tensor:
             "infinite. Look for very large values in X."
         )
     return answers
-
-
-class Batcher:
-    """Batches of samples as the network wants them: on its device, in its type, normalised.
-
-    Parameters
-    ----------
-    frozen : FrozenModel
-        Supplies `mean` and `std`.
-    device : torch.device
-    dtype : torch.dtype
-        The network's floating type.
-    batch_size : int
-    """
-
-    def __init__(
-        self, frozen: FrozenModel, device: torch.device, dtype: torch.dtype, batch_size: int
-    ) -> None:
-        settle_after_fork()  # whatever computes needs batches first
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
-        self._mean = None if frozen.mean is None else torch.tensor(frozen.mean, dtype=dtype)
-        self._std = None if frozen.std is None else torch.tensor(frozen.std, dtype=dtype)
-
-    def load(self, X: Images) -> torch.Tensor:
-        """Put samples on the device: float, uint8 divided by 255.  Not normalised."""
-        if isinstance(X, np.ndarray):
-            X = host_tensor(X)
-        x = X.to(self.device)
-        x = x.to(self.dtype).div_(255) if x.dtype == torch.uint8 else x.to(self.dtype)
-        return x
-
-    def normalise(self, x: torch.Tensor) -> torch.Tensor:
-        """(x - mean) / std per channel."""
-        if self._mean is None or self._std is None:
-            return x
-        shape = (1, -1) + (1,) * (x.ndim - 2)
-        return (x - self._mean.to(x.device).view(shape)) / self._std.to(x.device).view(shape)
-
-    def raw(self, X: Images) -> Iterator[torch.Tensor]:
-        """Batches that are loaded, not normalised (SINFNetwork normalises by itself)."""
-        for start in range(0, len(X), self.batch_size):
-            yield self.load(X[start : start + self.batch_size])
-
-    def __call__(self, X: Any, index: np.ndarray | None = None) -> Iterator[torch.Tensor]:
-        """Normalised batches of `X`, or of its rows `index` in that order."""
-        n = len(X) if index is None else len(index)
-        for start in range(0, n, self.batch_size):
-            stop = min(start + self.batch_size, n)
-            rows = slice(start, stop) if index is None else index[start:stop]
-            yield self.normalise(self.load(X[rows]))
 
 
 def hold_out(

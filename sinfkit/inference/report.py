@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.validation import Batcher, Images, check_answers
+from ..data.calibration import Batcher
+from ..data.validation import Images, check_answers
 from ..graph.cost import Latency, count_macs, count_parameters, fold_batch_norm, paired_latency
 from ..graph.cuts import trace
 from ..utils.device import in_pieces

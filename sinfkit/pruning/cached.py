@@ -10,9 +10,9 @@ import numpy as np
 from joblib import Memory
 from sklearn.utils.validation import check_memory
 
-from ..base import Calibration, progress
 from ..criteria.activations import Statistics, collect
 from ..criteria.registry import CRITERIA
+from ..data.calibration import Calibration, progress
 from ..graph.cuts import observation_nodes
 from ..slicing.groups import ChannelGroup
 from ..utils.jobs import Rows
@@ -99,11 +99,10 @@ def score(
         calibration.seed,
         [group.name for group in groups],
         index,
-        calibration.codes[index],
+        calibration.y_encoded[index],
         calibration.table.outputs[classes],
+        calibration.weight[index],
     )
-    if calibration.weight is not None:
-        key = (*key, calibration.weight[index])
     cached = check_memory(memory).cache(
         _score,
         ignore=["calibration", "groups", "statistics", "index", "classes", "recipe", "rows"],
@@ -140,7 +139,7 @@ def _score(
         observation_nodes(calibration.graph, layers),
         statistics,
         index,
-        np.searchsorted(classes, calibration.codes[index]),
+        np.searchsorted(classes, calibration.y_encoded[index]),
         recipe,
         outputs=calibration.table.outputs[classes].tolist(),
         batches=functools.partial(calibration.batcher, calibration.X if rows is None else rows),

@@ -162,9 +162,9 @@ def make_recipe(
     )
 
 
-def check_weighted(recipe: Recipe, weight: np.ndarray | None) -> None:
+def check_weighted(recipe: Recipe, weight: np.ndarray) -> None:
     """Raise where samples count differently and the criterion knows only whole ones."""
-    if weight is not None and not recipe.criterion.weighted:
+    if not recipe.criterion.weighted and (weight != 1).any():
         raise ValueError(
             f"criterion {recipe.criterion.name!r} takes no sample_weight. Choose another, fit "
             "without weights, or (a function) say in its attribute `needs` that it uses "

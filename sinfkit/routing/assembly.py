@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..base import Calibration
 from ..criteria.activations import pool
 from ..criteria.discriminability import average
+from ..data.calibration import Calibration
 from ..graph.cuts import CutPoint, layer_names, split
 from ..inference.network import SINFNetwork
 from ..inference.router import fuse

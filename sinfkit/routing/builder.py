@@ -12,8 +12,8 @@ import torch
 from joblib import delayed
 from torch import Tensor, fx, nn
 
-from ..base import Calibration, progress
 from ..criteria.activations import Statistics
+from ..data.calibration import Calibration, progress
 from ..data.validation import Images, mean
 from ..graph.cost import count_macs, fold_batch_norm, paired_latency
 from ..graph.cuts import CutPoint, observation_nodes, split
@@ -260,7 +260,7 @@ class Builder:
         -------
         Built
         """
-        codes = self.calibration.codes
+        codes = self.calibration.y_encoded
         grouping = plan.grouping
         prefix = self._prefix(plan.cut, plan.size, int(grouping.n_clusters or 1))
         features = pooled_output(
@@ -311,7 +311,7 @@ class Builder:
             assert self._statistics is not None, "gather comes first"
             shared, jobs = Shared(calibration), []
             for classes in new.values():
-                index = self.index[np.isin(calibration.codes[self.index], classes)]
+                index = self.index[np.isin(calibration.y_encoded[self.index], classes)]
                 statistics = selected(self._statistics, groups, index)
                 rows = Rows(calibration.X, index if _reads_samples(recipe) else index[:1])
                 jobs.append(
@@ -469,7 +469,7 @@ class Builder:
         """The calibration samples that each cluster's subgraph is made for."""
         clusters = torch.as_tensor(class_clusters)
         n_clusters = int(class_clusters.max()) + 1
-        own = class_clusters[self.calibration.codes[self.index]]
+        own = class_clusters[self.calibration.y_encoded[self.index]]
         if self.settings.answers == "cluster":
             return [self.index[own == c] for c in range(n_clusters)]
         # Whatever is sent there, rightly or not: that is what it will have to answer.

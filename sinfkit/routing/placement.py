@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ..base import Calibration
 from ..criteria.activations import collect
+from ..data.calibration import Calibration
 from ..data.validation import mean
 from ..graph.cost import count_macs
 from ..graph.cuts import CutPoint, layer_names, split

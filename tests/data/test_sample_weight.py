@@ -248,7 +248,7 @@ def test_wrong_weights(kind, weight, match, frozen, data):
 
 
 def test_whole_numbers_are_weights():
-    assert validate_weight([1, 1], 2) is None
+    assert validate_weight(None, 2).tolist() == [1.0, 1.0]
     assert validate_weight([1, 2], 2).tolist() == [1.0, 2.0]
 
 
