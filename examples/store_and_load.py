@@ -32,7 +32,7 @@ expected = classifier.predict_proba(images[1200:])
 
 folder = tempfile.TemporaryDirectory()
 stored = Path(folder.name) / "digits.sinf"
-classifier.save(stored)
+sinfkit.save(classifier, stored)
 again = sinfkit.load(stored)
 print(f"{stored.name}: {stored.stat().st_size / 1e6:.2f} MB, loaded on {again.device_}")
 print("same answers:", np.array_equal(again.predict_proba(images[1200:]), expected))

@@ -12,7 +12,7 @@ from .display import (
 )
 from .frozen import FrozenModel
 from .inference.report import SINFReport
-from .persistence.estimators import StorageError, load
+from .persistence.estimators import StorageError, load, save
 from .pruner import DCSPruner
 from .slicing.groups import SlicingError
 from .version import __version__
@@ -40,6 +40,7 @@ __all__ = [
     "load_cifar100",
     "load_image_folder",
     "resnet50",
+    "save",
     "train_network",
     "vgg16",
     "vgg19",

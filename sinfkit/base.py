@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar, cast
@@ -319,27 +318,6 @@ class TorchEstimator(BaseEstimator):
                 value = _Text(describe(value))
             setattr(twin, name, value)
         return cast(BaseEstimator, twin)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted estimator to one file without code, for `sinfkit.load`.
-
-        Parameters
-        ----------
-        path : path-like
-            Whatever is there is replaced when the new file is complete, and not before.
-
-        Raises
-        ------
-        NotFittedError
-            If it is not fitted.
-        TypeError
-            If it holds something that is no data, such as a callable criterion.
-        OSError
-            If the file cannot be written; what was there is left as it was.
-        """
-        from .persistence.estimators import save
-
-        save(self, path)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())

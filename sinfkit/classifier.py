@@ -33,6 +33,7 @@ from .data.validation import (
     validate_y,
     without_zeros,
 )
+from .export.onnx import to_onnx
 from .graph.cuts import cut_points, find_cut
 from .inference.network import FALLBACKS, SINFNetwork
 from .inference.report import SINFReport, make_report
@@ -826,23 +827,32 @@ n_features)
             repeats=repeats,
         )
 
-    def to_onnx(self, folder: str | Path, **options: Any) -> Path:
+    def to_onnx(self, folder: str | Path, *, X: Any = None, **options: Any) -> Path:
         """Write the fitted classifier as ONNX files that run without torch.
 
         Parameters
         ----------
         folder : str or Path
+        X : array-like or Tensor of shape (n_samples, ...), optional
+            Samples from which ``dtype="int8"`` takes the range of the activations.
         **options
-            `dtype`, `X`, `opset` and `overwrite`, see `sinfkit.export.to_onnx`.
+            `dtype`, `opset` and `overwrite`, see `sinfkit.export.to_onnx`.
 
         Returns
         -------
         Path
             The folder; ``sinf_onnx.py`` in it loads the rest.
-        """
-        from .export.onnx import to_onnx
 
-        return to_onnx(self, folder, **options)
+        Raises
+        ------
+        NotFittedError
+            If the classifier is not fitted.
+        """
+        check_is_fitted(self)
+        if X is not None:
+            X = validate_X(self, X, reset=False)
+        classes, shape = self.classes_, self.input_shape_
+        return to_onnx(self.network_, folder, classes=classes, input_shape=shape, X=X, **options)
 
 
 def _shown(name: str, value: Any) -> str:

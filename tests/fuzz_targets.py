@@ -17,7 +17,7 @@ from torch import nn
 import sinfkit
 from sinfkit.criteria import CRITERIA, LayerData, get_criterion
 from sinfkit.criteria import separability as separability
-from sinfkit.export import to_exported, to_onnx
+from sinfkit.export import to_exported
 from sinfkit.zoo import default_network
 
 SINF = sinfkit.SINFClassifier
@@ -308,34 +308,33 @@ def targets(world: World) -> list[Target]:
     )
     add(
         "to_onnx",
-        to_onnx,
-        {"classifier": sinf, "folder": "onnx", "dtype": "int8", "X": X}
-        | {"opset": 18, "overwrite": False},
+        sinf.to_onnx,
+        {"folder": "onnx", "dtype": "int8", "X": X} | {"opset": 18, "overwrite": False},
         wrong={"X": X_wrong, "folder": choice(world.file, "", "a\0b", world.images, 3)}
-        | {"opset": small_ints, "dtype": choice("float16", "int4", np.int8), "overwrite": flags}
-        | {"classifier": choice(fresh, world.fitted["DCSPruner"], SINF, None)},
+        | {"opset": small_ints, "dtype": choice("float16", "int4", np.int8), "overwrite": flags},
         paths=("folder",),
         always=("opset",),
-        required=("classifier", "folder"),
+        required=("folder",),
     )
     add(
         "to_exported",
         to_exported,
-        {"classifier": sinf},
-        wrong={"classifier": choice(fresh, world.fitted["DCSPruner"], SINF, None)},
-        always=("classifier",),
+        {"network": sinf.network_, "input_shape": sinf.input_shape_},
+        wrong={"network": choice(fresh, sinf, world.fitted["DCSPruner"], SINF, None)},
+        always=("network",),
+        required=("input_shape",),
         weight=0.3,
     )
     stored = world.folder / "stored.sinf"
-    sinf.save(stored)
+    sinfkit.save(sinf, stored)
     add(
         "save",
-        _method(fresh, sinf, "save"),
-        {"path": world.folder / "again.sinf", "fitted": True},
-        wrong={"path": choice(world.images, "", "a\0b", 3, world.folder / "none" / "x.sinf")},
-        never=("fitted",),
+        sinfkit.save,
+        {"estimator": sinf, "path": world.folder / "again.sinf"},
+        wrong={"path": choice(world.images, "", "a\0b", 3, world.folder / "none" / "x.sinf")}
+        | {"estimator": choice(fresh, SINF, None, 3)},
         paths=("path",),
-        required=("path",),
+        required=("estimator", "path"),
     )
     add(
         "load",

@@ -1,4 +1,4 @@
-"""A fitted `SINFClassifier` as files for other runtimes: ONNX, and `torch.export` programs."""
+"""A routed network as files for other runtimes: ONNX, and `torch.export` programs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from ..data.validation import Images, validate_X
+from ..data.validation import Images
 from ..graph.cost import fold_batch_norm
 from ..graph.tracing import trace
 from ..inference.network import Route, SINFNetwork
@@ -25,9 +24,6 @@ from ..inference.router import cluster_posterior
 from ..utils.device import settle_after_fork
 from ..utils.params import check_choice, check_flag, check_integer, check_kind, check_path
 from ..utils.pickling import pack
-
-if TYPE_CHECKING:
-    from ..classifier import SINFClassifier
 
 __all__ = ["to_exported", "to_onnx"]
 
@@ -53,13 +49,15 @@ class _Router(nn.Module):
         return h, self.router(h)
 
 
-def to_exported(classifier: SINFClassifier) -> dict[str, ExportedProgram]:
-    """Turn each part of a fitted classifier into a `torch.export` program.
+def to_exported(network: SINFNetwork, input_shape: tuple[int, ...]) -> dict[str, ExportedProgram]:
+    """Turn each part of a routed network into a `torch.export` program.
 
     Parameters
     ----------
-    classifier : SINFClassifier
-        Fitted; it is not changed.
+    network : SINFNetwork
+        ``network_`` of a fitted `SINFClassifier`; it is not changed.
+    input_shape : tuple of int
+        Shape of one sample: the classifier's ``input_shape_``.
 
     Returns
     -------
@@ -72,8 +70,8 @@ def to_exported(classifier: SINFClassifier) -> dict[str, ExportedProgram]:
 
     Raises
     ------
-    NotFittedError
-        If the classifier is not fitted.
+    TypeError
+        If `network` is no routed network.
     ValueError
         If a part cannot be exported, as where its code depends on the values of a tensor.
 
@@ -86,36 +84,44 @@ def to_exported(classifier: SINFClassifier) -> dict[str, ExportedProgram]:
     >>> clusterer = SemanticClusterer(n_clusters=2)
     >>> clf = SINFClassifier(clusterer=clusterer, pruner=DCSPruner(), random_state=0)
     >>> clf = clf.fit(X[:500], y[:500])
-    >>> sorted(to_exported(clf))
+    >>> sorted(to_exported(clf.network_, clf.input_shape_))
     ['router', 'subgraph_0', 'subgraph_1']
     """
-    _check_classifier(classifier)
-    return _export_parts(_portable(classifier.network_), classifier.input_shape_)
+    check_kind("network", network, SINFNetwork, "the network_ of a fitted SINFClassifier")
+    return _export_parts(_portable(network), input_shape)
 
 
 def to_onnx(
-    classifier: SINFClassifier,
+    network: SINFNetwork,
     folder: str | Path,
     *,
-    dtype: str = "float32",
-    X: Any = None,
+    classes: np.ndarray,
+    input_shape: tuple[int, ...],
+    dtype: Literal["float32", "int8"] = "float32",
+    X: Images | None = None,
     opset: int = OPSET,
     overwrite: bool = False,
 ) -> Path:
-    """Write a fitted classifier as ONNX files that run without torch.
+    """Write a routed network as ONNX files that run without torch.
+
+    `SINFClassifier.to_onnx` calls it with what the classifier knows.
 
     Parameters
     ----------
-    classifier : SINFClassifier
-        Fitted; it is not changed.
+    network : SINFNetwork
+        ``network_`` of a fitted `SINFClassifier`; it is not changed.
     folder : str or Path
         Is made, with ``router.onnx``, one ``subgraph_<cluster>.onnx`` per subgraph, ``base.onnx``
         where the fallback is the base network, ``manifest.json`` with everything else, and
         ``sinf_onnx.py``, which loads them with numpy and onnxruntime alone.
+    classes : ndarray of shape (n_classes,)
+        Labels, in the network's order: the classifier's ``classes_``.
+    input_shape : tuple of int
+        Shape of one sample: the classifier's ``input_shape_``.
     dtype : {"float32", "int8"}, default="float32"
         ``"int8"`` quantises weights, one scale per channel, and activations, one scale per tensor.
         Logits and the route predictor stay in float32.
-    X : array-like or Tensor of shape (n_samples, ...), optional
+    X : ndarray or Tensor of shape (n_samples, *input_shape), optional
         Samples from which int8 takes the range of the activations; 256 of them, evenly spaced, are
         enough.
     opset : int, default=18
@@ -130,8 +136,8 @@ def to_onnx(
 
     Raises
     ------
-    NotFittedError
-        If the classifier is not fitted.
+    TypeError
+        If `network` is no routed network.
     ImportError
         If the packages of the extra ``sinfkit[onnx]`` are missing.
     FileExistsError
@@ -151,16 +157,15 @@ def to_onnx(
     >>> import tempfile
     >>> from sklearn.datasets import load_digits
     >>> from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier
-    >>> from sinfkit.export import to_onnx
     >>> X, y = load_digits(return_X_y=True)
     >>> clusterer = SemanticClusterer(n_clusters=2)
     >>> clf = SINFClassifier(clusterer=clusterer, pruner=DCSPruner(), random_state=0)
     >>> clf = clf.fit(X[:500], y[:500])
-    >>> folder = to_onnx(clf, tempfile.mkdtemp())
+    >>> folder = clf.to_onnx(tempfile.mkdtemp())
     >>> sorted(path.name for path in folder.glob("*.onnx"))
     ['router.onnx', 'subgraph_0.onnx', 'subgraph_1.onnx']
     """
-    _check_classifier(classifier)
+    check_kind("network", network, SINFNetwork, "the network_ of a fitted SINFClassifier")
     check_choice("dtype", dtype, _DTYPES)
     check_integer("opset", opset, low=OPSET)
     check_flag("overwrite", overwrite)
@@ -171,13 +176,13 @@ def to_onnx(
     _check_opset(opset)
     folder = folder.resolve()
     _check_target(folder, overwrite)
-    manifest = _describe(classifier, dtype)
+    manifest = _describe(network, np.asarray(classes), input_shape, dtype)
     samples = None
     if dtype == "int8":
-        X = validate_X(classifier, X, reset=False)
-        samples = _some_samples(classifier, X)
-    network = _portable(classifier.network_)
-    programs = _export_parts(network, classifier.input_shape_)
+        assert X is not None
+        samples = _some_samples(X, input_shape)
+    network = _portable(network)
+    programs = _export_parts(network, input_shape)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     beside.mkdir()
@@ -186,7 +191,7 @@ def to_onnx(
             _save(program, beside / f"{name}.onnx", name == "router", opset)
         if samples is not None:
             _quantise(network, beside, list(programs), samples)
-        shutil.copyfile(Path(__file__).with_name("_onnx_loader.py"), beside / LOADER)
+        shutil.copyfile(Path(__file__).with_name("onnx_loader.py"), beside / LOADER)
         manifest["sha256"] = {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(beside.iterdir())
@@ -197,14 +202,6 @@ def to_onnx(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
-
-
-def _check_classifier(classifier: Any) -> None:
-    """Raise unless it is a fitted SINFClassifier."""
-    from ..classifier import SINFClassifier
-
-    check_kind("classifier", classifier, SINFClassifier, "a SINFClassifier")
-    check_is_fitted(classifier)
 
 
 def _check_opset(opset: int) -> None:
@@ -273,15 +270,16 @@ def _save(program: ExportedProgram, path: Path, is_router: bool, opset: int) -> 
     converted.save(str(path))
 
 
-def _describe(classifier: SINFClassifier, dtype: str) -> dict[str, Any]:
+def _describe(
+    network: SINFNetwork, classes: np.ndarray, input_shape: tuple[int, ...], dtype: str
+) -> dict[str, Any]:
     """Everything that the loader must know and that is not in an ONNX file."""
-    network = classifier.network_
     parts = range(network.n_clusters)
     return {
         "schema": SCHEMA,
         "dtype": dtype,
-        "classes": _labels(classifier.classes_),
-        "input_shape": [int(n) for n in classifier.input_shape_],
+        "classes": _labels(classes),
+        "input_shape": [int(n) for n in input_shape],
         "n_clusters": network.n_clusters,
         "class_clusters": network.class_clusters.tolist(),
         "answered": network.answered.tolist(),
@@ -311,11 +309,17 @@ def _labels(classes: np.ndarray) -> dict[str, Any]:
     return {"kind": kind, "values": values}
 
 
-def _some_samples(classifier: SINFClassifier, X: Images) -> np.ndarray:
+def _some_samples(X: Images, input_shape: tuple[int, ...]) -> np.ndarray:
     """At most 256 samples, evenly spaced, as the router takes them."""
+    if tuple(X.shape[1:]) != tuple(input_shape):
+        raise ValueError(
+            f"X must have shape (n_samples, {', '.join(map(str, input_shape))}), got "
+            f"{tuple(X.shape)}."
+        )
     rows = np.unique(np.linspace(0, len(X) - 1, _CALIBRATION_SAMPLES).round().astype(int))
-    loaded = classifier._batcher(classifier.network_).load(X[rows])
-    return loaded.cpu().to(torch.float32).numpy()
+    some = torch.as_tensor(X[rows])
+    scale = 255.0 if some.dtype == torch.uint8 else 1.0
+    return (some.cpu().to(torch.float32) / scale).numpy()
 
 
 def _quantise(network: SINFNetwork, folder: Path, names: list[str], x: np.ndarray) -> None:

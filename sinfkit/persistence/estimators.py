@@ -163,7 +163,7 @@ def load(
     >>> X, y = load_digits(return_X_y=True)
     >>> pruner = sinfkit.DCSPruner(random_state=0).fit(X[:1000], y[:1000])
     >>> path = Path(tempfile.mkdtemp()) / "pruner.sinf"
-    >>> pruner.save(path)
+    >>> sinfkit.save(pruner, path)
     >>> again = sinfkit.load(path)
     >>> bool((again.predict(X) == pruner.predict(X)).all())
     True

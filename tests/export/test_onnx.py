@@ -16,7 +16,7 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
-from sinfkit.export import to_exported, to_onnx
+from sinfkit.export import to_exported
 from sinfkit.export.onnx import _check_target, _describe, _labels, _require
 from sinfkit.export.onnx_loader import load
 from sinfkit.inference import own_classes
@@ -69,7 +69,7 @@ def by_hand(tmp_path_factory):
     answered = own_classes(CLUSTERS, M)
     answered[:3] |= torch.rand(3, K, generator=torch.Generator().manual_seed(4)) < 0.4
     clf = with_network(make_network(answered=answered))
-    return answered, to_onnx(clf, tmp_path_factory.mktemp("hand") / "model")
+    return answered, clf.to_onnx(tmp_path_factory.mktemp("hand") / "model")
 
 
 def near_a_tie(network, x, within=1e-4):
@@ -99,7 +99,7 @@ def test_every_way_through_the_network(by_hand, tmp_path, fallback, threshold, e
     network = make_network(
         fallback, threshold, top_k=3, answered=answered, exit_threshold=exit_threshold
     )
-    manifest = _describe(with_network(network), "float32")
+    manifest = _describe(network, np.arange(K), (WIDTH,), "float32")
     manifest["sha256"] = json.loads((source / "manifest.json").read_text())["sha256"]
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -167,7 +167,7 @@ def test_the_loader_knows_no_torch(folder, data, tmp_path):
 
 @pytest.mark.parametrize("n", [1, 3, 64])
 def test_exported_programs(fitted, data, n):
-    programs = to_exported(fitted)
+    programs = to_exported(fitted.network_, fitted.input_shape_)
     network, x = fitted.network_, torch.as_tensor(data[2][:n])
     assert set(programs) == {"router", "base", *(f"subgraph_{c}" for c in network.subgraphs)}
     h, log_posterior = programs["router"].module()(x)
@@ -241,14 +241,14 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     clf = with_network(make_network())
     clf.network_.subgraphs["1"] = nn.Sequential(DependsOnValues(), nn.Linear(WIDTH, 2))
     with pytest.raises(ValueError, match="cannot export 'subgraph_1'"):
-        to_onnx(clf, tmp_path / "model")
+        clf.to_onnx(tmp_path / "model")
 
     def fail(*_args, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(KeyboardInterrupt):
-        to_onnx(with_network(make_network()), tmp_path / "model")
+        with_network(make_network()).to_onnx(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -282,8 +282,8 @@ def test_parameters_that_are_wrong(fitted, tmp_path):
         _labels(np.array([b"a", b"b"]))
     with pytest.raises(NotFittedError):
         SINFClassifier().to_onnx(tmp_path / "model")
-    with pytest.raises(NotFittedError):
-        to_exported(SINFClassifier())
+    with pytest.raises(TypeError, match="network must be the network_ of a fitted"):
+        to_exported(fitted, fitted.input_shape_)
     with pytest.raises(
         ImportError, match=r"needs nowhere_to_be_found: pip install 'sinfkit\[onnx\]'"
     ):
@@ -293,7 +293,7 @@ def test_parameters_that_are_wrong(fitted, tmp_path):
 def test_double_precision_becomes_single(tmp_path):
     network = make_network("none", dtype=torch.float64)
     del network.subgraphs["1"], network.subgraphs["2"]
-    to_onnx(with_network(network), tmp_path / "model")
+    with_network(network).to_onnx(tmp_path / "model")
     assert network.router.weight.dtype == torch.float64
     x = torch.randn(60, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = load(tmp_path / "model").predict_proba(x.numpy())

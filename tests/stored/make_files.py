@@ -20,6 +20,7 @@ from sinfkit import (
     FrozenModel,
     SemanticClusterer,
     SINFClassifier,
+    save,
     train_network,
     vgg16,
 )
@@ -83,7 +84,7 @@ def main() -> None:
         path = FOLDER / f"v{SCHEMA}_{name}.sinf"
         if path.exists():
             continue
-        estimator.save(path)
+        save(estimator, path)
         X = inputs(name)
         answers = {how: getattr(estimator, how)(X) for how in ANSWERS if hasattr(estimator, how)}
         np.savez_compressed(FOLDER / f"v{SCHEMA}_{name}.npz", **answers)
