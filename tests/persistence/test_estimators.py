@@ -247,7 +247,7 @@ def test_code_is_refused_when_saving(data, frozen, pruner, classifier, tmp_path)
     path = tmp_path / "stored.sinf"
     with pytest.raises(NotFittedError):
         sinfkit.save(DCSPruner(frozen), path)
-    with pytest.raises(TypeError, match="Only DCSPruner, .* not a Subclass"):
+    with pytest.raises(TypeError, match="estimator must be one of DCSPruner, .* not a Subclass"):
         sinfkit.save(Subclass(frozen, random_state=0).fit(*data), path)
     coded = DCSPruner(frozen, criterion=score_by_norm, random_state=0).fit(*data)
     with pytest.raises(TypeError, match="criterion is the function or class 'score_by_norm'"):
