@@ -84,8 +84,8 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     kind = type(estimator).__name__
     if _KINDS.get(kind) is not type(estimator):
         raise TypeError(
-            f"estimator must be one of {', '.join(_KINDS)}, not a {kind}: a file without code cannot "
-            "hold another class."
+            f"estimator must be one of {', '.join(_KINDS)}, not a {kind}: a file without code "
+            "cannot hold another class."
         )
     check_is_fitted(estimator)
     check_path("path", path)
