@@ -39,8 +39,8 @@ from .inference.network import FALLBACKS, SINFNetwork
 from .inference.report import SINFReport, make_report
 from .inference.runtime import Runtime
 from .pruner import DCSPruner
+from .pruning.recipe import Recipe, warn_about_whole
 from .pruning.schedules import OutOfReachError
-from .pruning.scoring import check_weighted, make_recipe, warn_about_whole
 from .routing.builder import ANSWERS, Builder, Built, Held, Plan, Settings
 from .routing.placement import rank_candidates, try_cuts, usable_cuts
 from .routing.search import LADDER, Goal, Outcome, Size, climb
@@ -328,20 +328,17 @@ n_features)
             recipe = pruner._recipe(searched=True)
         self._check_parameters()
         with naming("prefix_criterion"):
-            prefix_recipe = make_recipe(
-                self.prefix_criterion,
-                "uniform",
-                0.0,
-                0.0,
-                recipe.pool_size,
-                "least_squares",
-                {"penalty": pruner.penalty},
+            prefix_recipe = Recipe(
+                criterion=self.prefix_criterion,
+                schedule="uniform",
+                pool_size=recipe.pool_size,
+                penalty=recipe.penalty,
                 round_to=recipe.round_to,
             )
         held_out = None if X_val is not None else self.validation_fraction
         calibration = self._calibrate(X, y, sample_weight=sample_weight, held_out=held_out)
         for one in (recipe, prefix_recipe):
-            check_weighted(one, calibration.weight)
+            one.check_weights(calibration.weight)
         rng = np.random.default_rng(calibration.seed)
         index, held = self._hold_out(calibration, X_val, y_val, sample_weight_val, rng)
         builder = Builder(
@@ -390,7 +387,9 @@ n_features)
         given: float | None = None
         if not auto or recipe.schedule != "global":
             given = _PREFIX_RATIO if auto else float(self.prefix_ratio)
-        return [Size(given, pruner.min_ratio, recipe.max_ratio, recipe.budget, low_rank)]
+        first, last = recipe.pruning_ratios
+        last = recipe.max_ratio if recipe.schedule == "global" else last
+        return [Size(given, first, last, recipe.budget, low_rank)]
 
     def _plans(
         self,

@@ -17,16 +17,8 @@ from .data.calibration import Calibration
 from .data.validation import hold_out, validate_X
 from .graph.cuts import find_layer, observation_nodes, penultimate
 from .pruning.budget import budgeted_widths
-from .pruning.cached import gather, score
-from .pruning.scoring import (
-    Recipe,
-    check_weighted,
-    choose_channels,
-    extract,
-    make_recipe,
-    sliceable,
-    warn_about_whole,
-)
+from .pruning.recipe import Recipe, choose_channels, extract, sliceable, warn_about_whole
+from .pruning.scoring import gather, score
 from .pruning.tvsprune import Pruned, prune_in_rounds
 from .repair.sequential import affordable_images, repair
 from .slicing.groups import ChannelGroup
@@ -251,7 +243,7 @@ n_features)
         chooses = recipe.schedule == "iterative" and self.classes is None
         held_out = self.validation_fraction if chooses else None
         calibration = self._calibrate(X, y, self.classes, sample_weight, held_out)
-        check_weighted(recipe, calibration.weight)
+        recipe.check_weights(calibration.weight)
         graph, groups = calibration.graph, calibration.groups
         within = self._layers_from(graph, calibration.output)
         warn_about_whole(groups, within)
@@ -417,19 +409,23 @@ n_features)
         check_integer("repair_samples", self.repair_samples)
         check_number("penalty", self.penalty, "(0, inf)")
         check_number("validation_fraction", self.validation_fraction, "(0, 1)")
-        return make_recipe(
-            self.criterion,
-            self.schedule,
-            self.min_ratio,
-            self.max_ratio,
-            self.pool_size,
-            self.repair,
-            {"penalty": self.penalty},
-            self.budget,
-            self.budget_unit,
-            self.max_accuracy_drop,
-            self.round_to,
-            searched=searched,
+        largest = {} if self.max_ratio is None or self.schedule != "global" else self.max_ratio
+        last = 0.5 if self.max_ratio is None or self.schedule == "global" else self.max_ratio
+        if self.schedule == "global" and self.budget is None and not searched:
+            raise ValueError("schedule='global' needs a budget.")
+        return Recipe(
+            criterion=self.criterion,
+            schedule=self.schedule,  # type: ignore[arg-type]
+            pruning_ratios=(self.min_ratio, last),
+            pool_size=self.pool_size,
+            repair=self.repair,
+            repair_samples=self.repair_samples,
+            penalty=self.penalty,
+            budget=self.budget,
+            budget_unit=self.budget_unit,  # type: ignore[arg-type]
+            max_accuracy_drop=self.max_accuracy_drop,
+            round_to=self.round_to,
+            **({"max_ratio": largest} if largest != {} else {}),  # type: ignore[arg-type]
         )
 
     def _layers_from(self, graph: fx.GraphModule, output: str) -> list[str]:

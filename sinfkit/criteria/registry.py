@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..utils.params import check_kind
+from ..utils.params import check_kind, naming
 from . import separability
 from .brain_surgeon import Consumer, marginal_costs, removal_costs, weigh_outputs
 from .discriminability import (
@@ -126,6 +127,32 @@ class Criterion:
     options: frozenset[str]
     weighted: bool = True
     cumulative: bool = False
+
+    def __call__(self, data: LayerData, **options: Any) -> np.ndarray:
+        """Score the filters of one layer, and check the answer: float64 of shape (n_filters,)."""
+        given, n = self.function(data, **options), len(_need(data, "weight"))
+        asked = f"one score for each of its {n} filters is needed"
+        if not isinstance(given, (Tensor, np.ndarray, list, tuple)):
+            raise TypeError(
+                f"The criterion returned {type(given).__name__} for layer {data.name!r}; {asked}."
+            )
+        with naming("criterion"):
+            try:
+                scores = torch.as_tensor(given).detach().cpu().to(torch.float64)
+            except RuntimeError as error:
+                raise TypeError(
+                    f"The scores of layer {data.name!r} are no numbers: {error}"
+                ) from error
+        if scores.shape != (n,):
+            raise ValueError(
+                f"The criterion returned shape {tuple(scores.shape)} for layer {data.name!r}; "
+                f"{asked}."
+            )
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError(
+                f"The criterion gave NaN or infinity for a filter of layer {data.name!r}."
+            )
+        return scores.numpy()
 
     def __reduce__(self) -> Any:
         # By name: some are made by a function, and the caches know the package's own by identity.

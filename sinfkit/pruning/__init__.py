@@ -3,6 +3,7 @@
 from .budget import Budgeted, budgeted_widths, shared_widths, tighten
 from .costs import UNITS, CostModel, network_cost
 from .layer_times import LayerTime, expected_seconds, fit_layer_times, layer_seconds
+from .recipe import Recipe, choose_channels, extract, sliceable
 from .schedules import (
     SCHEDULES,
     OutOfReachError,
@@ -15,20 +16,12 @@ from .schedules import (
     select_top,
     widths_within,
 )
-from .scoring import (
-    Recipe,
-    Scored,
-    choose_channels,
-    group_scores,
-    make_recipe,
-    score_classes,
-    score_layers,
-    sliceable,
-)
+from .scoring import ClassSamples, Scored, group_scores, score_classes
 from .tvsprune import FACTORS, Pruned, prune_in_rounds
 
 __all__ = [
     "Budgeted",
+    "ClassSamples",
     "CostModel",
     "FACTORS",
     "LayerTime",
@@ -41,10 +34,10 @@ __all__ = [
     "budgeted_widths",
     "choose_channels",
     "expected_seconds",
+    "extract",
     "fit_layer_times",
     "group_scores",
     "layer_seconds",
-    "make_recipe",
     "marginal_losses",
     "n_above_mean",
     "n_removed",
@@ -53,7 +46,6 @@ __all__ = [
     "removal_order",
     "removal_ratios",
     "score_classes",
-    "score_layers",
     "select_kept",
     "select_top",
     "shared_widths",

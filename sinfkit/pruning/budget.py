@@ -16,8 +16,9 @@ from ..graph.cost import paired_latency
 from ..slicing.groups import ChannelGroup, slice_channels
 from .costs import CostModel, network_cost
 from .layer_times import fit_layer_times
+from .recipe import Recipe, choose_channels
 from .schedules import marginal_losses, widths_within
-from .scoring import Recipe, Scored, choose_channels
+from .scoring import Scored
 
 __all__ = ["Budgeted", "budgeted_widths", "shared_widths", "tighten"]
 

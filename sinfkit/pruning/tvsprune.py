@@ -22,8 +22,9 @@ from ..graph.cuts import observation_nodes
 from ..repair.sequential import repair
 from ..slicing.groups import ChannelGroup, find_groups
 from ..utils.params import caller_level
+from .recipe import Recipe, choose_channels, extract, sliceable
 from .schedules import n_above_mean
-from .scoring import Recipe, Scored, choose_channels, extract, score_classes, sliceable
+from .scoring import ClassSamples, Scored, score_classes
 
 __all__ = ["FACTORS", "Pruned", "prune_in_rounds"]
 
@@ -72,7 +73,7 @@ def prune_in_rounds(
     batch_size: int,
     seed: int,
     verbose: int = 0,
-    weight: np.ndarray | None = None,
+    weight: np.ndarray,
 ) -> Pruned:
     """Prune a network in rounds that keep the accuracy on held-out samples.
 
@@ -123,14 +124,13 @@ def prune_in_rounds(
     UserWarning
         If nothing could be removed.
     """
-    assert recipe.max_accuracy_drop is not None
     sample = np.random.default_rng(seed).permutation(fit[0])[:n_images]
     images = torch.cat(list(batches(sample)))
     whole = next(group.name for group in groups if group.is_output)
     model, support = extract(
         graph, groups, {whole: np.asarray(outputs)}, images[:64], outputs=outputs
     )
-    counts = None if weight is None else weight[sample]
+    counts = weight[sample]
     floor = _accuracy(model, batches, held, weight) - recipe.max_accuracy_drop
     errors = repair(
         graph,
@@ -157,7 +157,7 @@ def prune_in_rounds(
                     recipe,
                     seed,
                     None if scores else statistics,
-                    None if weight is None else weight[fit[0]],
+                    weight[fit[0]],
                 )
                 _record(scores, fresh.scored.layers, support)
             widths = fresh.widths(factor)
@@ -233,35 +233,29 @@ def _score(
     recipe: Recipe,
     seed: int,
     statistics: Statistics | None,
-    weight: np.ndarray | None,
+    weight: np.ndarray,
 ) -> _Round:
     """Score the filters of the network as it is now."""
     index, y = fit
     groups = find_groups(model, next(iter(batches(index[:1]))), output)
     chosen = sliceable(groups, within)
-    nodes = observation_nodes(model, [layer for group in chosen for layer in group.layers])
-    rows = index
+    layers = [layer for group in chosen for layer in group.layers]
     if statistics is None:
-        statistics = collect(model, batches(index), nodes, recipe.pool_size)
-        rows = np.arange(len(index))
-
-    def chosen_batches(wanted: np.ndarray) -> Iterable[Tensor]:
-        return batches(wanted if rows is index else index[wanted])
-
+        nodes = observation_nodes(model, layers)
+        pooled = collect(model, batches(index), nodes, recipe.pool_size).pooled
+    else:
+        rows = torch.as_tensor(index)
+        pooled = {layer: statistics.pooled[layer][rows] for layer in layers}
     n_outputs = dict(model.named_modules())[output].weight.shape[0]
-    scored = score_classes(
-        model,
-        chosen,
-        nodes,
-        statistics,
-        rows,
-        y,
-        recipe,
+    samples = ClassSamples(
+        y=y,
         outputs=list(range(n_outputs)),
-        batches=chosen_batches,
+        pooled=pooled,
+        batches=lambda wanted: batches(index[wanted]),
+        weight=torch.as_tensor(weight),
         seed=seed,
-        weight=weight,
     )
+    scored = score_classes(model, chosen, samples, recipe)
     return _Round(groups, chosen, scored)
 
 
@@ -277,10 +271,10 @@ def _accuracy(
     model: fx.GraphModule,
     batches: Callable[[np.ndarray], Iterable[Tensor]],
     held: tuple[np.ndarray, np.ndarray],
-    weight: np.ndarray | None,
+    weight: np.ndarray,
 ) -> float:
     """Share of right answers."""
     index, y = held
     with torch.inference_mode():
         answers = torch.cat([model(x).argmax(1).cpu() for x in batches(index)])
-    return mean(answers.numpy() == y, None if weight is None else weight[index])
+    return mean(answers.numpy() == y, weight[index])

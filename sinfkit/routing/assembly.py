@@ -16,7 +16,8 @@ from ..data.calibration import Calibration
 from ..graph.cuts import CutPoint, layer_names, split
 from ..inference.network import SINFNetwork
 from ..inference.router import fuse
-from ..pruning.scoring import Scored, extract
+from ..pruning.recipe import extract
+from ..pruning.scoring import Scored
 from ..repair.sequential import repair
 from ..utils.device import in_pieces
 from ..utils.jobs import Rows

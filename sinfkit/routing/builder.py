@@ -27,11 +27,11 @@ from ..inference.router import (
     fit_route_predictor,
 )
 from ..pruning.budget import shared_widths
-from ..pruning.cached import gather, score, selected
 from ..pruning.costs import CostModel, network_cost
 from ..pruning.layer_times import LayerTime, expected_seconds, fit_layer_times
+from ..pruning.recipe import Recipe, choose_channels, sliceable
 from ..pruning.schedules import OutOfReachError
-from ..pruning.scoring import Recipe, Scored, choose_channels, sliceable
+from ..pruning.scoring import Scored, gather, score, selected
 from ..repair.low_rank import UnreachableShareError, factorize
 from ..repair.sequential import affordable_images
 from ..slicing.groups import ChannelGroup
@@ -363,7 +363,7 @@ class Builder:
         groups, widths = sliceable(calibration.groups, inside), None
         everything = np.arange(len(calibration.table.classes))
         if size.prefix_ratio is not None:
-            recipe = replace(recipe, max_ratio=size.prefix_ratio)
+            recipe = replace(recipe, pruning_ratios=(0.0, size.prefix_ratio))
         else:
             recipe = replace(recipe, schedule="global", max_ratio=size.max_ratio)
             late = {group.name for group in sliceable(calibration.groups, behind)}
@@ -490,7 +490,11 @@ class Builder:
         calibration, size = self.calibration, plan.size
         behind = sides(calibration.graph, plan.cut)[1]
         groups = sliceable(calibration.groups, behind)
-        recipe = replace(self.settings.recipe, min_ratio=size.min_ratio, max_ratio=size.max_ratio)
+        recipe = self.settings.recipe
+        if recipe.schedule == "global":
+            recipe = replace(recipe, max_ratio=size.max_ratio)
+        else:
+            recipe = replace(recipe, pruning_ratios=(size.min_ratio, size.max_ratio))
         dense, rest = self._dense_prefix(plan.cut), split(calibration.graph, plan.cut)[1]
         with torch.inference_mode():
             h = dense(calibration.example)
@@ -501,7 +505,9 @@ class Builder:
         widths = None
         if recipe.schedule == "global":
             if prefix.widths:
-                widths, recipe = prefix.widths, replace(recipe, schedule="uniform")  # just ranks
+                widths = prefix.widths
+                # Just ranks.
+                recipe = replace(recipe, schedule="uniform", budget=None)
             else:
                 widths = self._widths(groups, prefix, clusters, recipe, plan.cut, size)
         several = [c for c, classes in enumerate(clusters) if len(classes) > 1]

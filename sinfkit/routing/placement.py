@@ -22,7 +22,7 @@ from ..inference.router import (
     fit_route_predictor,
     fuse,
 )
-from ..pruning.scoring import Recipe, choose_channels, sliceable
+from ..pruning.recipe import Recipe, choose_channels, sliceable
 from ..slicing.groups import ChannelGroup, slice_channels
 from ..utils.params import caller_level, naming
 from .clusters import Grouping, group_classes
@@ -126,10 +126,12 @@ def expected_macs(
         # Which layers will lose how much depends on scores that are not known yet.
         return size.budget * before, size.budget * rest, rest
     groups = calibration.groups
-    early = replace(recipe, schedule="uniform", max_ratio=size.prefix_ratio)
+    early = replace(
+        recipe, schedule="uniform", budget=None, pruning_ratios=(0.0, size.prefix_ratio)
+    )
     keep = first_channels(sliceable(groups, inside), early)
     if size.budget is None:
-        late = replace(recipe, min_ratio=size.min_ratio, max_ratio=size.max_ratio)
+        late = replace(recipe, pruning_ratios=(size.min_ratio, size.max_ratio))
         keep |= first_channels(sliceable(groups, behind), late)
     smaller = slice_channels(graph, calibration.example, keep, groups=groups).model
     sliced = count_macs(smaller, calibration.example)[1]

@@ -241,8 +241,8 @@ def test_a_killed_fit_goes_on_from_the_last_finished_stage(fresh, data, name, tm
     memory = joblib.Memory(str(tmp_path), verbose=1)
     resumed = clone(fresh[name]).set_params(memory=memory).fit(X, y)
     calls = capsys.readouterr().out
-    assert "Calling sinfkit.pruning.cached._score" in calls
-    assert "Calling sinfkit.pruning.cached._collect" not in calls
+    assert "Calling sinfkit.pruning.scoring._score" in calls
+    assert "Calling sinfkit.pruning.scoring._gather" not in calls
     assert statistics.stat().st_mtime_ns == written
     expected = clone(fresh[name]).fit(X, y)
     np.testing.assert_array_equal(resumed.predict_proba(X), expected.predict_proba(X))

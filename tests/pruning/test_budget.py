@@ -12,10 +12,11 @@ from helpers import small_cnn
 from sinfkit.criteria import collect
 from sinfkit.graph import count_macs, observation_nodes, output_layer, trace
 from sinfkit.pruning import (
+    ClassSamples,
+    Recipe,
     Scored,
     budgeted_widths,
     choose_channels,
-    make_recipe,
     network_cost,
     removal_order,
     score_classes,
@@ -27,7 +28,7 @@ from sinfkit.slicing import find_groups, slice_channels
 
 
 def recipe(criterion="l1", budget=0.5, **more):
-    return make_recipe(criterion, "global", 0.1, None, 1, "none", {}, budget, **more)
+    return Recipe(criterion=criterion, budget=budget, repair="none", **more)
 
 
 @pytest.fixture(scope="module")
@@ -136,25 +137,21 @@ def test_with_scores_come_the_losses_of_their_order():
         made = recipe(criterion, 0.9)
         nodes = observation_nodes(graph, [layer for g in chosen for layer in g.layers])
         statistics = collect(graph, [example], nodes, 1)
-        scores = score_classes(
-            graph,
-            chosen,
-            nodes,
-            statistics,
-            np.arange(64),
+        samples = ClassSamples(
             y,
-            made,
             outputs=range(6),
+            pooled=statistics.pooled,
             batches=lambda rows: [example[torch.as_tensor(rows)]],
-            seed=0,
+            weight=torch.ones(64),
         )
+        scores = score_classes(graph, chosen, samples, made)
         assert set(scores.losses) == {group.name for group in chosen}
         order = removal_order(scores.groups[first.name])
         added = np.diff(scores.losses[first.name], prepend=0.0)
         read = order < first.n_channels // 2
         # Without them nothing is lost, until they have to stand in for those that are read.
         assert (added[: read.argmax()] < 1e-9).all() and (added[read] > 1e-6).all()
-        linear = replace(made, schedule="linear")
+        linear = replace(made, schedule="linear", budget=None)
         assert made.measures_losses and not linear.measures_losses
 
 
@@ -222,10 +219,6 @@ def test_what_needs_widths_says_so_without_them(network):
     _, _, chosen, _ = network
     with pytest.raises(ValueError, match="schedule='global' cannot be used here"):
         choose_channels(chosen, scored(chosen, 0).groups, recipe())
-    with pytest.raises(ValueError, match="schedule must be one of"):
-        make_recipe("l1", "iterative", 0.1, None, 1, "none", {})
-    assert make_recipe("l1", "linear", 0.1, None, 1, "none", {}).max_ratio == 0.5
-    assert recipe().max_ratio == 0.9
 
 
 def test_a_network_with_nothing_to_slice(network):

@@ -9,7 +9,14 @@ from helpers import small_cnn
 from torch import nn
 
 from sinfkit.graph import observation_nodes, output_layer, trace
-from sinfkit.pruning import choose_channels, group_scores, make_recipe, score_layers, sliceable
+from sinfkit.pruning import (
+    ClassSamples,
+    Recipe,
+    choose_channels,
+    group_scores,
+    score_classes,
+    sliceable,
+)
 from sinfkit.slicing import find_groups
 
 
@@ -17,13 +24,11 @@ def recipe(**changes):
     parameters = {
         "criterion": "l1",
         "schedule": "linear",
-        "min_ratio": 0.25,
-        "max_ratio": 0.5,
-        "pool_size": 1,
+        "pruning_ratios": (0.25, 0.5),
         "repair": "none",
-        "options": {"penalty": 1.0},
+        "penalty": 1.0,
     }
-    return make_recipe(**(parameters | changes))
+    return Recipe(**(parameters | changes))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def test_widths_are_rounded_up_to_a_multiple(plain):
         with pytest.raises(ValueError, match="round_to"):
             recipe(round_to=wrong)
     with pytest.raises(ValueError, match="round_to"):
-        recipe(round_to=8, schedule="iterative", max_accuracy_drop=0.1)
+        recipe(round_to=8, schedule="iterative")
 
 
 def test_a_group_that_crosses_the_border_stays_whole(plain):
@@ -93,14 +98,36 @@ def test_coupled_layers_share_one_score():
     np.testing.assert_allclose(same["a"], [0, 0, 1, 0])
 
 
-def test_scores_are_checked_and_weights_need_no_features(plain):
-    graph, _ = plain
-    y = torch.arange(6)
-    scores = score_layers(graph, ["0", "7"], {}, y, recipe(), seed=0)
+def test_scores_by_weights_need_no_features(plain):
+    graph, groups = plain
+    chosen = sliceable(groups)
+
+    def scores(seed, **changes):
+        samples = ClassSamples(np.arange(6), range(6), {}, lambda rows: [], torch.ones(6), seed)
+        return score_classes(graph, chosen, samples, recipe(**changes)).layers
+
     modules = dict(graph.named_modules())
-    for layer, score in scores.items():
+    for layer, score in scores(0).items():
         expected = modules[layer].weight.detach().abs().flatten(1).sum(1).numpy()
-        np.testing.assert_allclose(score / score.sum(), expected / expected.sum(), rtol=1e-5)
-    random = recipe(criterion="random")
-    a, b, c = (score_layers(graph, ["0"], {}, y, random, seed=s)["0"] for s in (1, 1, 2))
+        np.testing.assert_allclose(score, expected, rtol=1e-5)
+    a, b, c = (scores(seed, criterion="random")["0"] for seed in (1, 1, 2))
     assert (a == b).all() and (a != c).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"pruning_ratios": (0.6, 0.5)}, "pruning_ratios must not fall"),
+        ({"pruning_ratios": (-0.1, 0.5)}, "pruning_ratios"),
+        ({"pruning_ratios": (0.1, 1.0)}, "pruning_ratios"),
+        ({"pruning_ratios": 0.5}, "two numbers"),
+        ({"pruning_ratios": "ab"}, "two numbers"),
+        ({"budget": 0.5}, "budget has an effect"),
+        ({"schedule": "global", "budget": 0.0}, "budget must be"),
+        ({"schedule": "steep"}, "schedule must be one of"),
+    ],
+)
+def test_a_recipe_is_checked_when_it_is_made(changes, match):
+    with pytest.raises(ValueError, match=match):
+        recipe(**changes)
+    assert recipe(schedule="uniform", pruning_ratios=(0.6, 0.5)).pruning_ratios == (0.6, 0.5)

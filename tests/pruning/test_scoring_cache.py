@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 from helpers import blobs, small_cnn
 
-import sinfkit.pruning.cached as _cached
 from sinfkit import DCSPruner, FrozenModel
+from sinfkit.pruning import scoring
 
 
 def test_the_pass_over_the_samples_is_cached_by_network_and_samples(tmp_path, monkeypatch):
     X, y = blobs(per_class=10)
     passes = []
-    collect = _cached.collect
-    monkeypatch.setattr(_cached, "collect", lambda *args: passes.append(1) or collect(*args))
+    collect = scoring.collect
+    monkeypatch.setattr(scoring, "collect", lambda *args: passes.append(1) or collect(*args))
     frozen = FrozenModel(small_cnn())
     first = DCSPruner(frozen, memory=str(tmp_path), random_state=0).fit(X, y)
     again = DCSPruner(frozen, memory=str(tmp_path), max_ratio=0.7, random_state=0).fit(X, y)
