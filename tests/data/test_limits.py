@@ -234,7 +234,7 @@ def test_a_killed_fit_goes_on_from_the_last_finished_stage(fresh, data, name, tm
 
     assert in_child(killed).status == -signal.SIGKILL
     (statistics,) = tmp_path.rglob("output.pkl")
-    assert "_collect" in str(statistics)
+    assert "_gather" in str(statistics)
     written = statistics.stat().st_mtime_ns
     capsys.readouterr()
     # At this level joblib tells of every call that it has to make.
