@@ -449,19 +449,18 @@ def targets(world: World) -> list[Target]:
         required=("input_shape", "n_classes"),
     )
     training = {"model": small_cnn(4, 4), "X": X, "y": y, "epochs": 1, "batch_size": 16}
-    training |= {"max_lr": 0.01, "weight_decay": 0.0, "label_smoothing": 0.0, "augment": None}
-    training |= {"mean": 0.0, "std": 1.0, "X_val": X[:8], "y_val": y[:8], "checkpoint": None}
-    training |= {"device": "cpu", "bfloat16": False, "random_state": 0, "verbose": 0}
+    training |= {"max_lr": 0.01, "augment": None}
+    training |= {"mean": 0.0, "std": 1.0, "checkpoint": None}
+    training |= {"device": "cpu", "random_state": 0, "verbose": 0}
     training |= {"sample_weight": None}
     add(
         "train_network",
         lambda **a: sinfkit.train_network(**a) and None,
         training,
         wrong={k: v for k, v in parameters_of(world, "DCSPruner").items() if k in training}
-        | {"X": X_wrong, "y": y_wrong, "X_val": X_wrong, "y_val": y_wrong, "epochs": small_ints}
+        | {"X": X_wrong, "y": y_wrong, "epochs": small_ints}
         | {"sample_weight": weight_wrong}
         | {"mean": pixel, "std": pixel, "augment": choice("flip", "crop_flip", 1), "max_lr": number}
-        | {"weight_decay": number, "label_smoothing": number, "bfloat16": flags}
         | {"checkpoint": choice(world.file, world.images, "", "a\0b", 3)},
         weight=4,
         paths=("checkpoint",),

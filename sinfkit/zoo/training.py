@@ -7,10 +7,12 @@ epoch's boundary repeats the uninterrupted one, and a checkpoint needs no genera
 from __future__ import annotations
 
 import copy
+import io
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,12 @@ from tqdm.auto import tqdm
 
 from ..utils.device import host_tensor, is_out_of_memory, resolve_device
 from ..utils.params import check_integer, check_number, check_path, check_verbose, naming
-from .checkpoint import Checkpoint
 
 __all__ = ["train_network"]
 
 _AUGMENTATIONS = (None, "crop_flip")
 _MOMENTUM = 0.9
+_WEIGHT_DECAY = 5e-4
 _WARM_UP = 0.2  # Fraction of the steps in which the learning rate still rises.
 # Below this size a network spends more on the casts than bfloat16 saves.
 _BFLOAT16_MIN_PARAMETERS = 1_000_000
@@ -39,17 +41,12 @@ def train_network(
     epochs: int,
     batch_size: int = 128,
     max_lr: float = 0.1,
-    weight_decay: float = 5e-4,
-    label_smoothing: float = 0.0,
     augment: str | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
-    X_val: np.ndarray | Tensor | None = None,
-    y_val: np.ndarray | Tensor | None = None,
     sample_weight: np.ndarray | Tensor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     device: str | torch.device = "auto",
-    bfloat16: bool | str = "auto",
     random_state: int | np.random.RandomState | None = None,
     verbose: int = 0,
 ) -> nn.Module:
@@ -70,28 +67,18 @@ def train_network(
         Samples per step, at least 2. The batches of an epoch are as equal as they can be.
     max_lr : float, default=0.1
         Peak of the learning rate, reached after a fifth of the steps.
-    weight_decay : float, default=5e-4
-        L2 penalty on weights; biases and normalisation parameters are exempt.
-    label_smoothing : float, default=0.0
-        Label smoothing of the cross-entropy.
     augment : {None, "crop_flip"}, default=None
         ``"crop_flip"`` shifts each image by up to an eighth of its size, reflected at the border,
         and flips half of them from left to right.
     mean, std : float, sequence of float or None, default=None
         Normalisation per channel (or feature) of X on its floating-point scale: (x - mean) / std.
         The network that is returned expects inputs so normalised.
-    X_val, y_val : as X and y, or None, default=None
-        Samples that are never trained on. The accuracy on them after each epoch goes to the
-        checkpoint and, with `verbose`, to the screen.
     sample_weight : ndarray or Tensor of shape (n_samples,), default=None
         How much each sample counts in the loss, relative to the others; not negative.
     checkpoint : path-like or None, default=None
         File written, atomically, after each epoch. If it exists the run resumes from it.
     device : str or torch.device, default="auto"
         Where to train; ``"auto"`` takes CUDA if it is there.
-    bfloat16 : bool or "auto", default="auto"
-        Mixed precision. ``"auto"`` takes it for float32 image networks of a million parameters or
-        more where the device computes bfloat16 in hardware.
     random_state : int, numpy.random.RandomState or None, default=None
         Seed of order, augmentation and dropout. Global generators are left as they were. With
         None a resumed run takes the seed in its checkpoint.
@@ -116,6 +103,10 @@ def train_network(
 
     Notes
     -----
+    Weights decay by an L2 penalty of 5e-4, biases and normalisation parameters do not. Float32
+    image networks of a million parameters or more are trained in mixed precision where the device
+    computes bfloat16 in hardware.
+
     A resumed run repeats the uninterrupted one bit for bit where the device's kernels are
     deterministic. A checkpoint is bound to the settings, the shape of X and the labels.
 
@@ -127,8 +118,8 @@ def train_network(
     Examples
     --------
     >>> from sklearn.datasets import load_digits
+    >>> from sinfkit import train_network
     >>> from sinfkit.zoo import default_network
-    >>> from sinfkit.zoo.networks import train_network
     >>> X, y = load_digits(return_X_y=True)
     >>> X = (X / 16).astype("float32").reshape(-1, 1, 8, 8)
     >>> network = default_network((1, 8, 8), n_classes=10, random_state=0)
@@ -142,9 +133,7 @@ def train_network(
         raise ValueError("model has no parameters that could be trained.")
     _check_settings(epochs, batch_size, max_lr, augment)
     epochs, batch_size = int(epochs), int(batch_size)
-    check_number("weight_decay", weight_decay, "[0, 1e30]")
-    max_lr, weight_decay = float(max_lr), float(weight_decay)  # torch takes no larger integers
-    check_number("label_smoothing", label_smoothing, "[0, 1]")
+    max_lr = float(max_lr)  # torch takes no larger integers
     check_verbose(verbose)
     if checkpoint is not None:
         check_path("checkpoint", checkpoint)
@@ -152,7 +141,6 @@ def train_network(
     if augment is not None and images.ndim != 4:
         raise ValueError(f"augment={augment!r} needs images of shape (n, channels, height, width).")
     weights = _relative_weights(sample_weight, len(images))
-    validation = None if X_val is None else _check_data(X_val, y_val, "X_val", "y_val")
 
     target = resolve_device(device)
     network = copy.deepcopy(model).requires_grad_(True).to(target)
@@ -161,17 +149,14 @@ def train_network(
     engine = _Engine(
         network,
         _Preparation(images, mean, std, _dtype_of(network), target),
-        nn.CrossEntropyLoss(
-            label_smoothing=label_smoothing, reduction="mean" if weights is None else "none"
-        ),
-        _use_bfloat16(bfloat16, network, images, target),
+        _use_bfloat16(network, images, target),
     )
     _check_outputs(engine, images[:2], labels)
 
     # Equal batches: a single sample left over would have no variance for a batch-norm.
     n_batches = max(1, min(-(-len(images) // batch_size), len(images) // 2))
     optimiser = torch.optim.SGD(
-        _parameter_groups(network, weight_decay), lr=max_lr, momentum=_MOMENTUM, nesterov=True
+        _parameter_groups(network), lr=max_lr, momentum=_MOMENTUM, nesterov=True
     )
     steps = epochs * n_batches
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -188,12 +173,10 @@ def train_network(
             "epochs": int(epochs),
             "batch_size": int(batch_size),
             "max_lr": float(max_lr),
-            "weight_decay": float(weight_decay),
-            "label_smoothing": float(label_smoothing),
             "augment": augment or "none",
             "shape of X": list(images.shape),
             "labels": zlib.crc32(labels.numpy().tobytes()),
-            **({} if weights is None else {"weights": zlib.crc32(weights.numpy().tobytes())}),
+            "weights": zlib.crc32(weights.numpy().tobytes()),
         },
         parts={"model": network, "optimiser": optimiser, "scheduler": scheduler},
     )
@@ -211,10 +194,8 @@ def train_network(
             for rows in bar:
                 batch = images[rows]
                 if augment == "crop_flip":
-                    batch = _crop_flip(batch, generator)
-                loss = engine.loss(batch, labels[rows])
-                if weights is not None:
-                    loss = (loss * weights[rows].to(loss)).mean()
+                    batch = crop_flip(batch, generator)
+                loss = engine.loss(batch, labels[rows], weights[rows])
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
@@ -229,13 +210,79 @@ def train_network(
                 f"The loss became {record['loss']} in {title}: lower max_lr (now {max_lr}) or "
                 "look for huge values in X."
             )
-        if validation is not None:
-            record["val_accuracy"] = engine.accuracy(*validation, batch_size)
         run.save(seed, record)
         if verbose:
             figures = ", ".join(f"{name} {value:.4f}" for name, value in record.items())
             tqdm.write(f"{title}: {figures}")
     return _as_given(network, model)
+
+
+class Checkpoint:
+    """State of a run after each finished epoch, in the file `path` if one is named.
+
+    `settings` is what the run depends on, in plain types; a file with others is refused.  `parts`
+    have a ``state_dict``; `history` is the record of each finished epoch.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        settings: dict[str, Any],
+        parts: dict[str, Any],
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.settings, self.parts = settings, parts
+        self.history: list[dict[str, float]] = []
+
+    def resume(self, seed: int, *, given: bool) -> int:
+        """Load the file if it exists; return the seed of the run that goes on.
+
+        `given`: the caller chose the seed, so that the file's must be the same.
+        """
+        if self.path is None or not self.path.exists():
+            return seed
+        way_out = "Delete the file or name another."
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = {**state["settings"], "random_state": state["seed"]}
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint {self.path} is not one of train_network ({error}). {way_out}"
+            ) from error
+        expected = {**self.settings, "random_state": seed if given else state["seed"]}
+        different = [key for key, value in expected.items() if found.get(key) != value]
+        if different:
+            raise ValueError(
+                f"checkpoint {self.path} belongs to another run, of which {', '.join(different)} "
+                f"differ. {way_out}"
+            )
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"checkpoint {self.path} belongs to another network ({error}). {way_out}"
+            ) from error
+        self.history = state["history"]
+        return int(state["seed"])
+
+    def save(self, seed: int, record: dict[str, float]) -> None:
+        """Add one epoch's record and write the file, never leaving half of one."""
+        self.history.append(record)
+        if self.path is None:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"settings": self.settings, "seed": seed, "history": self.history}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        try:
+            # By way of memory: torch's own writer does not say why the disk refuses.
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            partial.write_bytes(buffer.getbuffer())
+            os.replace(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 class _Preparation:
@@ -277,13 +324,10 @@ class _Preparation:
 
 
 class _Engine:
-    """The network with all it takes to turn samples into a loss or an accuracy."""
+    """The network with all it takes to turn samples into a loss."""
 
-    def __init__(
-        self, network: nn.Module, prepare: _Preparation, loss: nn.Module, bfloat16: bool
-    ) -> None:
-        self.network, self.prepare = network, prepare
-        self._loss, self._bfloat16 = loss, bfloat16
+    def __init__(self, network: nn.Module, prepare: _Preparation, bfloat16: bool) -> None:
+        self.network, self.prepare, self._bfloat16 = network, prepare, bfloat16
 
     def logits(self, batch: Tensor) -> Tensor:
         """Logits of raw samples, in the network's own type."""
@@ -291,19 +335,11 @@ class _Engine:
             logits = self.network(self.prepare(batch))
         return logits.to(self.prepare.dtype)
 
-    def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of raw samples, or the loss of each if they are weighted."""
-        return self._loss(self.logits(batch), labels.to(self.prepare.device))
-
-    @torch.no_grad()
-    def accuracy(self, images: Tensor, labels: Tensor, batch_size: int) -> float:
-        """Fraction of samples that the network, in eval mode, labels correctly."""
-        self.network.eval()
-        correct = 0
-        pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        for batch, truth in pairs:
-            correct += int((self.logits(batch).argmax(1).cpu() == truth).sum())
-        return correct / len(images)
+    def loss(self, batch: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Mean loss of raw samples, of which some may count more than others."""
+        logits = self.logits(batch)
+        losses = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
+        return (losses * weights.to(losses)).mean()
 
 
 def _check_settings(epochs: int, batch_size: int, max_lr: float, augment: str | None) -> None:
@@ -341,10 +377,10 @@ def _check_data(X: Any, y: Any, x_name: str, y_name: str) -> tuple[Tensor, Tenso
     return images, labels.to(torch.int64)
 
 
-def _relative_weights(sample_weight: Any, n_samples: int) -> Tensor | None:
+def _relative_weights(sample_weight: Any, n_samples: int) -> Tensor:
     """Weights with a mean of 1, or a clear error."""
     if sample_weight is None:
-        return None
+        return torch.ones(n_samples, dtype=torch.float64)
     weights = _to_tensor(sample_weight, "sample_weight").to(torch.float64)
     if weights.shape != (n_samples,) or not bool(torch.isfinite(weights).all()):
         raise ValueError(
@@ -398,14 +434,8 @@ def _dtype_of(network: nn.Module) -> torch.dtype:
     return next((p.dtype for p in network.parameters()), torch.float32)
 
 
-def _use_bfloat16(
-    choice: bool | str, network: nn.Module, images: Tensor, device: torch.device
-) -> bool:
+def _use_bfloat16(network: nn.Module, images: Tensor, device: torch.device) -> bool:
     """Whether to run under bfloat16 autocast."""
-    if isinstance(choice, bool):
-        return choice
-    if not isinstance(choice, str) or choice != "auto":
-        raise ValueError(f"bfloat16 must be True, False or 'auto'; got {choice!r}.")
     n_parameters = sum(p.numel() for p in network.parameters())
     if images.ndim != 4 or n_parameters < _BFLOAT16_MIN_PARAMETERS:
         return False
@@ -418,11 +448,11 @@ def _use_bfloat16(
     return device.type == "cpu" and supported is not None and bool(supported())
 
 
-def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     """Weights with decay; biases and normalisation, which have one dimension, without."""
     parameters = list(network.parameters())
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": _WEIGHT_DECAY},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
 
@@ -465,7 +495,7 @@ def _lent_generators(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift each image by up to an eighth of its size, reflected, and flip half of them."""
     n, channels, height, width = images.shape
     rows = _shifted(n, height, generator)

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits, make_blobs
 from torch import nn
 
 from sinfkit.zoo import default_network, train_network
-from sinfkit.zoo.training import _crop_flip
+from sinfkit.zoo.training import crop_flip
 
 
 @pytest.fixture(scope="module")
@@ -179,27 +179,6 @@ def test_damaged_checkpoint(digits, tmp_path):
     assert path.read_bytes() == b"not a checkpoint"
 
 
-def test_validation_accuracy_is_recorded_and_changes_nothing(digits, tmp_path):
-    X, y = digits
-    path = tmp_path / "run.ckpt"
-    arguments = {"epochs": 3, "random_state": 0, "mean": 0.3, "std": 0.4}
-    plain = train_network(Interruptible(), X[:500], y[:500], **arguments)
-    watched = train_network(
-        Interruptible(),
-        X[:500],
-        y[:500],
-        X_val=X[500:701],
-        y_val=y[500:701],
-        checkpoint=path,
-        **arguments,
-    )
-    assert same(plain, watched)
-    history = torch.load(path, weights_only=True)["history"]
-    assert len(history) == 3
-    expected = accuracy(watched, (X[500:701] - 0.3) / 0.4, y[500:701])
-    assert history[-1]["val_accuracy"] == pytest.approx(expected)
-
-
 def test_uint8_is_divided_by_255(digits):
     X, y = (digits[0][:100] * 255).astype(np.uint8), digits[1][:100]
     arguments = {"epochs": 1, "random_state": 0, "mean": [0.3], "std": [0.4]}
@@ -229,25 +208,13 @@ def test_any_number_of_steps(epochs):
     assert all(bool(torch.isfinite(p).all()) for p in trained.parameters())
 
 
-def test_bfloat16_trains_and_keeps_float32_weights(digits):
-    X, y = digits[0][:600], digits[1][:600]
-    arguments = {"epochs": 6, "mean": 0.3, "std": 0.4, "random_state": 0, "device": "cpu"}
-    plain = train_network(Interruptible(), X, y, **arguments)
-    mixed = train_network(Interruptible(), X, y, bfloat16=True, **arguments)
-    assert all(value.dtype != torch.bfloat16 for value in weights(mixed))
-    assert not same(plain, mixed)
-    assert accuracy(mixed, (X - 0.3) / 0.4, y) > 0.9
-    # "auto" leaves so small a network in float32.
-    assert same(plain, train_network(Interruptible(), X, y, bfloat16="auto", **arguments))
-
-
-def test_weight_decay_spares_biases_and_norms(digits):
-    X, y = digits[0][:64], digits[1][:64]
-    heavy = train_network(Interruptible(), X, y, epochs=1, weight_decay=5.0, random_state=0)
-    light = train_network(Interruptible(), X, y, epochs=1, weight_decay=0.0, random_state=0)
-    # One step: gradients agree, so only what decays may differ.
-    for (name, a), b in zip(heavy.named_parameters(), light.parameters(), strict=True):
-        assert torch.equal(a, b) == (a.ndim == 1), name
+def test_weight_decay_spares_biases_and_norms():
+    # One class, whose probability is 1: the loss pulls nowhere, and only what decays moves.
+    X, y = np.zeros((64, 4), dtype=np.float32), np.zeros(64, int)
+    network = nn.Linear(4, 1)
+    trained = train_network(network, X, y, epochs=30, random_state=0)
+    assert float(trained.weight.norm() / network.weight.norm()) < 0.999
+    assert torch.equal(trained.bias, network.bias)
 
 
 @settings(max_examples=40, deadline=None)
@@ -261,7 +228,7 @@ def test_crop_flip_only_moves_pixels(height, width, channels, seed):
     """An output is its image, reflected at the border, shifted by up to an eighth, or mirrored."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.arange(2 * channels * height * width).reshape(2, channels, height, width)
-    out = _crop_flip(images, generator)
+    out = crop_flip(images, generator)
     assert out.shape == images.shape and out.dtype == images.dtype
     tall, wide = height // 8, width // 8
     for image, moved in zip(images.numpy(), out.numpy(), strict=True):
@@ -277,7 +244,7 @@ def test_crop_flip_only_moves_pixels(height, width, channels, seed):
 
 def test_crop_flip_uses_every_shift_and_both_sides():
     image = torch.arange(256).reshape(1, 1, 16, 16)
-    out = _crop_flip(image.expand(1000, 1, 16, 16), torch.Generator().manual_seed(0))
+    out = crop_flip(image.expand(1000, 1, 16, 16), torch.Generator().manual_seed(0))
     assert len(torch.unique(out.flatten(1), dim=0)) == 5 * 5 * 2
 
 
@@ -308,14 +275,12 @@ def arguments_for_errors() -> dict:
         ({"y": np.full(12, "cat")}, TypeError, "numbers"),
         ({"y": np.arange(12)}, ValueError, "from 0 to 2; found 0 to 11"),
         ({"y": np.arange(12) % 3 - 1}, ValueError, "from 0 to 2; found -1 to 1"),
-        ({"X_val": np.zeros((4, 1, 8, 8))}, ValueError, "X_val was given without y_val"),
         ({"epochs": 0}, ValueError, "epochs"),
         ({"batch_size": 1}, ValueError, "batch_size"),
         ({"max_lr": 0.0}, ValueError, "max_lr"),
         ({"augment": "mixup"}, ValueError, "augment='mixup' is unknown"),
         ({"mean": [0.1, 0.2]}, ValueError, "mean has 2 entries where X has 1 channels"),
         ({"std": 0.0}, ValueError, "std must be positive"),
-        ({"bfloat16": "yes"}, ValueError, "bfloat16"),
         ({"device": "nowhere"}, ValueError, "device"),
         ({"model": nn.Conv2d(1, 3, 3)}, ValueError, "logits of shape"),
         ({"model": nn.Flatten()}, ValueError, "model has no parameters"),
