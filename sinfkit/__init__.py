@@ -10,27 +10,42 @@ from .display import (
     RouteConfusionDisplay,
     SpeedAccuracyDisplay,
 )
+from .errors import (
+    CalibrationWarning,
+    OutOfReachError,
+    PromiseWarning,
+    SinfkitError,
+    SinfkitWarning,
+    SlicingError,
+    SlicingWarning,
+    StorageError,
+)
 from .frozen import FrozenModel
 from .inference.report import SINFReport
-from .persistence.estimators import StorageError, load, save
+from .persistence.estimators import load, save
 from .pruner import DCSPruner
-from .slicing.groups import SlicingError
 from .version import __version__
 from .zoo.datasets import load_cifar10, load_cifar100, load_image_folder
 from .zoo.networks import resnet50, vgg16, vgg19
 from .zoo.training import train_network
 
 __all__ = [
+    "CalibrationWarning",
     "ClusterTreeDisplay",
     "DCSPruner",
     "FilterOverlapDisplay",
     "FilterScoreDisplay",
     "FrozenModel",
+    "OutOfReachError",
+    "PromiseWarning",
     "RouteConfusionDisplay",
     "SINFClassifier",
     "SINFReport",
     "SemanticClusterer",
+    "SinfkitError",
+    "SinfkitWarning",
     "SlicingError",
+    "SlicingWarning",
     "SpeedAccuracyDisplay",
     "StorageError",
     "__version__",

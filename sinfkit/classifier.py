@@ -33,6 +33,7 @@ from .data.validation import (
     validate_y,
     without_zeros,
 )
+from .errors import OutOfReachError
 from .export.onnx import to_onnx
 from .graph.cuts import cut_points, find_cut
 from .inference.network import FALLBACKS, SINFNetwork
@@ -40,7 +41,6 @@ from .inference.report import SINFReport, make_report
 from .inference.runtime import Runtime
 from .pruner import DCSPruner
 from .pruning.recipe import Recipe, warn_about_whole
-from .pruning.schedules import OutOfReachError
 from .routing.builder import ANSWERS, Builder, Built, Held, Plan, Settings
 from .routing.placement import rank_candidates, try_cuts, usable_cuts
 from .routing.search import LADDER, Goal, Outcome, Size, climb

@@ -20,6 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..errors import StorageError
+
 __all__ = ["KEY"]
 
 KEY = "sinfkit"  # of the metadata's only entry
@@ -38,14 +40,6 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-class StorageError(ValueError):
-    """A stored file is damaged, of a newer version, or not one of sinfkit's.
-
-    `sinfkit.load` raises it for whatever is wrong with a file's content, and says what.  A file
-    that cannot be opened or read is an ``OSError``, as everywhere.
-    """
 
 
 def fits(tensor: Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from ..base import TorchEstimator
 from ..classifier import SINFClassifier
 from ..clusterer import SemanticClusterer
+from ..errors import NotPlainError, StorageError
 from ..frozen import FrozenModel
 from ..graph.cost import fold_batch_norm
 from ..graph.cuts import find_cut, output_layer, split
@@ -30,7 +31,7 @@ from ..utils.device import loaded_device, resolve_device
 from ..utils.params import check_integer, check_path
 from ..utils.pickling import versions
 from . import fields as fields
-from .container import StorageError, read, write
+from .container import read, write
 from .parts import (
     CUSTOM,
     PartReader,
@@ -42,9 +43,9 @@ from .parts import (
     output_of,
     traced,
 )
-from .plain import NotPlainError, decode, encode, take
+from .plain import decode, encode, take
 
-__all__ = ["SCHEMA", "StorageError", "load", "save"]
+__all__ = ["SCHEMA", "load", "save"]
 
 SCHEMA = 1
 MAX_BYTES = 8 * 2**30

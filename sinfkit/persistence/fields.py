@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .container import StorageError
+from ..errors import StorageError
 
 MAX_INPUT = 2**22  # values of one sample
 _DEVICE = re.compile(r"(cpu|cuda|mps)(:\d{1,3})?")

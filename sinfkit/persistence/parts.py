@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import NotPlainError, StorageError
 from ..graph.tracing import copy_sharing_weights, trace
 from ..repair.low_rank import NARROW, WIDE, insert_factors
 from ..slicing.channels import NARROWABLE, is_depthwise
 from ..zoo import networks as models
-from .container import StorageError, fits
-from .plain import NotPlainError, take
+from .container import fits
+from .plain import take
 
 __all__ = ["describe"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .container import StorageError
+from ..errors import NotPlainError, StorageError
 
 _DEPTH = 12
 _MAX_TEXT = 64 * 2**20  # bytes of an array of text, all entries as wide as the widest
@@ -21,10 +21,6 @@ _MAX_TEXT = 64 * 2**20  # bytes of an array of text, all entries as wide as the 
 _TENSORS = frozenset("float64 float32 float16 int64 int32 int16 int8 uint8 bool".split())
 _LISTS = frozenset("uint16 uint32 uint64".split())
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-class NotPlainError(TypeError):
-    """A value that cannot be stored as data."""
 
 
 def encode(value: Any, name: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:

@@ -11,9 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     from .costs import CostModel
 
+from ..errors import OutOfReachError
+
 __all__ = [
     "SCHEDULES",
-    "OutOfReachError",
     "marginal_losses",
     "n_above_mean",
     "n_removed",
@@ -23,10 +24,6 @@ __all__ = [
     "select_top",
     "widths_within",
 ]
-
-
-class OutOfReachError(ValueError):
-    """A budget is smaller than the smallest network."""
 
 
 def _linear(depth: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:

@@ -1,7 +1,8 @@
 """REPAIR: closed-form corrections of a sliced network, without labels or gradients."""
 
+from ..errors import UnreachableShareError
 from .inputs import kept_inputs
-from .low_rank import NARROW, WIDE, UnreachableShareError, factorize, factorized, insert_factors
+from .low_rank import NARROW, WIDE, factorize, factorized, insert_factors
 from .moments import MAX_INPUTS, Moments, gather_moments
 from .ridge import fit_ridge
 from .sequential import REPAIRS, affordable_images, repair

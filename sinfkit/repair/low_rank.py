@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import UnreachableShareError
 from ..graph.cost import fold_batch_norm
 from ..graph.tracing import copy_sharing_weights, trace
 from .ridge import double, fit_ridge
 
-__all__ = ["NARROW", "UnreachableShareError", "WIDE", "factorize", "factorized", "insert_factors"]
+__all__ = ["NARROW", "WIDE", "factorize", "factorized", "insert_factors"]
 
 NARROW, WIDE = "narrow", "wide"
 """Names of the two layers, behind that of the layer whose place they take."""
@@ -27,10 +28,6 @@ _ROWS = 2**16  # outputs of a layer, at most, from which its components are comp
 _HALVINGS = 60
 _HELD = 0.2  # share of the samples on which the penalty of the least squares is chosen
 _ALPHAS = tuple(10.0**k for k in range(-6, 0))
-
-
-class UnreachableShareError(ValueError):
-    """With ranks of 1, more multiplications are left than wanted."""
 
 
 def factorize(

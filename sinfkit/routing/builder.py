@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ..criteria.activations import Statistics
 from ..data.calibration import Calibration, progress
 from ..data.validation import Images, mean
+from ..errors import OutOfReachError, UnreachableShareError
 from ..graph.cost import count_macs, fold_batch_norm, paired_latency
 from ..graph.cuts import CutPoint, observation_nodes, split
 from ..inference.network import Normalise, Route, SINFNetwork, own_classes
@@ -30,9 +31,8 @@ from ..pruning.budget import shared_widths
 from ..pruning.costs import CostModel, network_cost
 from ..pruning.layer_times import LayerTime, expected_seconds, fit_layer_times
 from ..pruning.recipe import Recipe, choose_channels, sliceable
-from ..pruning.schedules import OutOfReachError
 from ..pruning.scoring import Scored, gather, score, selected
-from ..repair.low_rank import UnreachableShareError, factorize
+from ..repair.low_rank import factorize
 from ..repair.sequential import affordable_images
 from ..slicing.groups import ChannelGroup
 from ..utils.device import in_pieces

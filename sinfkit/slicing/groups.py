@@ -37,12 +37,11 @@ from .channels import (
     take_out,
     width,
 )
-from .verify import SlicingError, check_sliced, try_groups
+from .verify import check_sliced, try_groups
 
 __all__ = [
     "ChannelGroup",
     "Sliced",
-    "SlicingError",
     "check_sliced",
     "find_groups",
     "slice_channels",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import SlicingError
 from ..utils.device import full_float32
 from .channels import ChannelGroup, Sliced, take_out
 
@@ -83,25 +84,6 @@ def _trial(model: nn.Module, tried: list[tuple[ChannelGroup, np.ndarray]], x: Te
 
 _MOST_IMAGES = 64
 _CHUNK = 16  # images at a time: a wide network at a large image size needs memory
-
-
-class SlicingError(RuntimeError):
-    """A sliced network does not compute what the masked one does.
-
-    Parameters
-    ----------
-    message : str
-        What differs, and by how much.
-    layer : str
-        The first module, in order of execution, whose output differs.
-    """
-
-    def __init__(self, message: str, layer: str) -> None:
-        super().__init__(message)
-        self.layer = layer
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.layer)
 
 
 def check_sliced(
