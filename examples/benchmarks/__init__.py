@@ -1,0 +1,1 @@
+"""Measurements of sinfkit beside the paper's: ``python -m benchmarks TABLE``, run from examples."""

@@ -1,0 +1,112 @@
+"""All that the tables take from sinfkit, in one place."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sinfkit import (
+    DCSPruner,
+    FrozenModel,
+    SemanticClusterer,
+    SINFClassifier,
+    __version__,
+    discriminative_capability,
+    load_cifar100,
+    load_image_folder,
+    resnet50,
+    train_network,
+    vgg16,
+    vgg19,
+)
+from sinfkit.criteria import CRITERIA, LayerData, collect
+from sinfkit.graph import (
+    count_macs,
+    count_parameters,
+    fold_batch_norm,
+    layer_names,
+    observation_nodes,
+    paired_latency,
+    trace,
+)
+from sinfkit.inference import Normalise, can_prepack, prepacked
+from sinfkit.zoo import ImageDataset
+
+__all__ = [
+    "CRITERIA",
+    "DCSPruner",
+    "FrozenModel",
+    "ImageDataset",
+    "LayerData",
+    "Normalise",
+    "SINFClassifier",
+    "SemanticClusterer",
+    "__version__",
+    "collect",
+    "count_macs",
+    "count_parameters",
+    "discriminative_capability",
+    "fast",
+    "fast_routed",
+    "fold_batch_norm",
+    "layer_names",
+    "load_cifar100",
+    "load_image_folder",
+    "observation_nodes",
+    "onnx_routed",
+    "paired_latency",
+    "pruner",
+    "resnet50",
+    "routed",
+    "trace",
+    "train_network",
+    "vgg16",
+    "vgg19",
+]
+
+
+def pruner(model: Any = None, *, repair_samples: int | None = None, **settings: Any) -> DCSPruner:
+    """A `DCSPruner` whose options are given beside its parameters."""
+    if "pruning_ratios" in settings:
+        settings["min_ratio"], settings["max_ratio"] = settings.pop("pruning_ratios")
+    if repair_samples is not None:
+        settings["repair_samples"] = repair_samples
+    return DCSPruner(model, **settings)
+
+
+def routed(model: Any, **settings: Any) -> SINFClassifier:
+    """A `SINFClassifier` whose options are given beside its parameters."""
+    return SINFClassifier(model, **settings)
+
+
+def fast(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The fastest form of ``Sequential(normalisation, network)``: a batch of pixels to scores."""
+    normalise, network = module.children()
+    folded = fold_batch_norm(trace(network)).eval().to(dtype, memory_format=torch.channels_last)
+    ready = prepacked(folded) if can_prepack() else folded
+    return lambda x: ready(normalise(x).to(dtype)).float()
+
+
+def fast_routed(classifier: SINFClassifier, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The form in which a routed classifier predicts: a batch of pixels to scores."""
+    return classifier.runtime(dtype=str(dtype).removeprefix("torch."))
+
+
+def onnx_routed(
+    classifier: SINFClassifier, folder: Path, int8: bool, images: np.ndarray
+) -> Callable[[Tensor], np.ndarray]:
+    """A routed classifier in ONNX Runtime: a batch of pixels to scores."""
+    classifier.to_onnx(folder / "routed", dtype="int8" if int8 else "float32", X=images)
+    # The loader that lies beside the files, as somebody without sinfkit has it.
+    spec = importlib.util.spec_from_file_location("sinf_onnx", folder / "routed" / "sinf_onnx.py")
+    assert spec is not None and spec.loader is not None
+    loader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loader)
+    loaded = loader.load(folder / "routed", n_threads=torch.get_num_threads())
+    return lambda x: loaded.predict_proba(np.ascontiguousarray(x))
