@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from .base import (
     answers_in_torch,
 )
 from .clusterer import SemanticClusterer
-from .data.calibration import Calibration
+from .data.calibration import Batcher, Calibration
 from .data.validation import (
+    Images,
     encode,
     hold_out,
     validate_weight,
@@ -36,9 +37,9 @@ from .data.validation import (
 from .errors import OutOfReachError
 from .export.onnx import to_onnx
 from .graph.cuts import cut_points, find_cut
+from .inference.forms import fast_form, half_precision
 from .inference.network import FALLBACKS, SINFNetwork
 from .inference.report import SINFReport, make_report
-from .inference.runtime import Runtime
 from .pruner import DCSPruner
 from .pruning.recipe import Recipe, warn_about_whole
 from .routing.builder import ANSWERS, Builder, Built, Held, Plan, Settings
@@ -226,10 +227,6 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         "clusterer": SemanticClusterer,
         "pruner": functools.partial(DCSPruner, schedule="global"),
     }
-
-    _only_from_fit = frozenset(
-        {"clusterer_", "pruner_", "scores_", "supports_", "repair_errors_", "search_results_"}
-    )
 
     def __init__(
         self,
@@ -720,9 +717,10 @@ n_features)
         check_is_fitted(self)
         late = answers_in_torch(X) and not get_config()["assume_finite"]
         X = validate_X(self, X, reset=False, finite=not late)
-        batches = self._batcher(self.network_).raw(X)
-        network = self.network_.forward_finite if late else self.network_
-        return self._as_wanted(self._run(network, batches, X), X)
+        batcher = self._batcher(self.network_)
+        network = self._fast(batcher, X)
+        answers = self._run(network.forward_finite if late else network, batcher.raw(X), X)
+        return self._as_wanted(answers, X)
 
     @over_chunks
     def predict_cluster(self, X: Any) -> Any:
@@ -740,53 +738,38 @@ n_features)
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        batches = self._batcher(self.network_).raw(X)
-        posterior = self._run(lambda x: self.network_.route(x).posterior, batches, X)
+        batcher = self._batcher(self.network_)
+        network = self._fast(batcher, X)
+        posterior = self._run(lambda x: network.route(x).posterior, batcher.raw(X), X)
         return self._as_wanted(posterior.argmax(1), X)
 
-    def runtime(
-        self,
-        *,
-        dtype: str = "float32",
-        compile: bool = False,
-        offload: int = 0,
-        device: str | torch.device | None = None,
-        prepack: bool = True,
-        padded: bool = False,
-    ) -> Runtime:
-        """Return the routed network as a module for prediction, see `sinfkit.inference.Runtime`.
+    def runtime(self, dtype: Literal["bfloat16", "float16"] = "bfloat16") -> SINFNetwork:
+        """Return the routed network in half precision, as a module.
 
         Parameters
         ----------
-        dtype : {"float32", "bfloat16"}, default="float32"
+        dtype : {"bfloat16", "float16"}, default="bfloat16"
             What prefix, subgraphs and the base's rest compute in.
-        compile : bool, default=False
-            Compile them by `torch.compile`.
-        offload : int, default=0
-            At most so many subgraphs on the device at a time; 0 for all.
-        device : str or torch.device, optional
-            Where it runs.  Default: `device_`.
-        prepack : bool, default=True
-            On the CPU: keep the weights of convolutions as its library wants them.
-        padded : bool, default=False
-            Run all subgraphs in one padded pass; for GPUs.
 
         Returns
         -------
-        Runtime
-            Samples before normalisation in (a Tensor on that device), probabilities out.  It shares
-            the weights that need no conversion.
+        SINFNetwork
+            Samples before normalisation in (a Tensor on `device_`), class probabilities out, in
+            the route predictor's type.  A copy: what is certified is the float network.
+
+        Raises
+        ------
+        NotFittedError
+            If the classifier is not fitted.
+        ValueError
+            If `dtype` is another one.
         """
         check_is_fitted(self)
-        return Runtime(
-            self.network_,
-            dtype=dtype,
-            compile=compile,
-            offload=offload,
-            device=device,
-            prepack=prepack,
-            padded=padded,
-        )
+        return half_precision(self.network_, dtype)
+
+    def _fast(self, batcher: Batcher, X: Images) -> SINFNetwork:
+        """The routed network in the form that answers fastest."""
+        return cast(SINFNetwork, fast_form(self.network_, lambda: batcher.load(X[:4])))
 
     def report(
         self, X: Any, y: Any, *, latency_batch: int | None = None, repeats: int = 15

@@ -16,6 +16,7 @@ from .criteria.activations import Statistics, pool
 from .data.calibration import Calibration
 from .data.validation import hold_out, validate_X
 from .graph.cuts import find_layer, observation_nodes, penultimate
+from .inference.forms import fast_form
 from .pruning.budget import budgeted_widths
 from .pruning.recipe import Recipe, choose_channels, extract, sliceable, warn_about_whole
 from .pruning.scoring import gather, score
@@ -158,8 +159,6 @@ default="least_squares"
     repair_error_: dict[str, float]
     cost_ratio_: float
     classes_: np.ndarray
-
-    _only_from_fit = frozenset({"scores_", "support_", "repair_error_"})
 
     def __init__(
         self,
@@ -377,8 +376,9 @@ n_features)
         """
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
-        batches = self._batcher(self.model_)(X)
-        return self._as_wanted(self._run(lambda x: torch.softmax(self.model_(x), 1), batches, X), X)
+        batcher = self._batcher(self.model_)
+        model = fast_form(self.model_, lambda: batcher.normalise(batcher.load(X[:4])))
+        return self._as_wanted(self._run(lambda x: torch.softmax(model(x), 1), batcher(X), X), X)
 
     @over_chunks
     def transform(self, X: Any) -> Any:

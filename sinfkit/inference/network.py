@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from .router import RoutePredictor, cluster_posterior, fuse
 __all__ = ["Normalise", "SINFNetwork", "own_classes"]
 
 FALLBACKS = ("base", "topk", "none")
+
+N = TypeVar("N", bound="SINFNetwork")
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,27 @@ class SINFNetwork(nn.Module):
         self.exit_threshold = exit_threshold
         self.fallback = fallback
         self.top_k = top_k
+
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        """What decides about routes and answers, besides tensors."""
+        names = ("router_weight", "threshold", "exit_threshold", "fallback", "top_k")
+        return tuple((name, getattr(self, name)) for name in names)
+
+    def rebuilt(self, kind: type[N], convert: Callable[[nn.Module], nn.Module]) -> N:
+        """Make a network of another class, with prefix, subgraphs and rest converted."""
+        subgraphs = [self.subgraph(c) for c in range(self.n_clusters)]
+        return kind(
+            self.normalise,
+            convert(self.prefix),
+            self.router,
+            [None if part is None else convert(part) for part in subgraphs],
+            None if self.rest is None else convert(self.rest),
+            self.class_clusters,
+            self.outputs,
+            self.temperatures,
+            answered=self.answered,
+            **dict(self.settings()),
+        ).eval()
 
     def subgraph(self, cluster: int) -> nn.Module | None:
         """Return the subgraph of a cluster; None where the router's answer stands."""
@@ -328,10 +352,10 @@ class SINFNetwork(nn.Module):
             Logits of the classes that the subgraph answers, or of the base's outputs.
         """
         # As many rows as there are, are all. And not index_select, which forgets channels_last.
-        return self._branch(branch)(h if len(index) == len(h) else h[index])
+        return self.branch(branch)(h if len(index) == len(h) else h[index])
 
-    def _branch(self, branch: int) -> nn.Module:
-        """The module that runs a branch."""
+    def branch(self, branch: int) -> nn.Module:
+        """Return the module that runs a branch: a cluster's subgraph, or the base's rest."""
         module = self.rest if branch == self.n_clusters else self.subgraph(branch)
         assert module is not None
         return module

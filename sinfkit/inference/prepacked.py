@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-__all__ = ["PrepackedConv2d", "can_prepack", "group_size", "prepacked"]
+__all__ = ["PrepackedConv2d", "can_prepack", "fits", "group_size", "prepacked"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -24,25 +24,22 @@ _EXACT = 16  # up to so many samples a group keeps its size
 _SAMPLES = 16  # that the layout is chosen for; it serves other numbers as well
 
 
-def can_prepack() -> bool:
-    """Whether this build of PyTorch knows weights in oneDNN's layout."""
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether PyTorch and the processor know weights of a type in oneDNN's layout."""
     operations = ("_convolution_pointwise", "_reorder_convolution_weight")
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in operations
-    )
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if not all(hasattr(torch.ops.mkldnn, name) for name in operations):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 def group_size(n: int) -> int:
-    """Round a group's size up, so that few sizes are seen: by less than an eighth.
+    """Round a group's size up by less than an eighth: 1, 16, 17, 100 to 1, 16, 18, 104.
 
-    The first pass of each size prepares each convolution anew, and oneDNN remembers a limited
-    number of them.
-
-    Examples
-    --------
-    >>> from sinfkit.inference import group_size
-    >>> [group_size(n) for n in (1, 16, 17, 33, 100)]
-    [1, 16, 18, 36, 104]
+    The first pass of each size prepares each convolution anew, and oneDNN remembers only so many.
     """
     if n <= _EXACT:
         return n
@@ -53,11 +50,7 @@ def group_size(n: int) -> int:
 class PrepackedConv2d(nn.Module):
     """A convolution with a ReLU behind it or without, for prediction on the CPU.
 
-    Parameters
-    ----------
-    conv : nn.Conv2d
-        Its parameters are shared; of its weights there is a copy from the first call on.
-    relu : bool
+    Parameters are shared with `conv`; of its weights there is a copy from the first call on.
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
@@ -87,17 +80,9 @@ class PrepackedConv2d(nn.Module):
 
 
 def prepacked(module: M) -> M:
-    """Copy a module with its convolutions prepacked; all parameters are shared.
+    """Copy a module, in eval mode and on the CPU, with the convolutions prepacked that can be.
 
-    Parameters
-    ----------
-    module : nn.Module
-        In eval mode, on the CPU.  Convolutions inside of what `torch.fx` has traced are replaced,
-        where oneDNN has them.
-
-    Returns
-    -------
-    nn.Module
+    Those are the ones inside of what `torch.fx` has traced.  All parameters are shared.
     """
     if isinstance(module, fx.GraphModule):
         return _graph_prepacked(module)  # type: ignore[return-value]
@@ -116,7 +101,7 @@ def _graph_prepacked(module: fx.GraphModule) -> fx.GraphModule:
     modules = dict(twin.named_modules())
     uses: dict[str, list[fx.Node]] = {}
     for node in twin.graph.nodes:
-        if node.op == "call_module" and _fits(modules[node.target]):
+        if node.op == "call_module" and fits(modules[node.target]):
             uses.setdefault(node.target, []).append(node)
     for name, nodes in uses.items():
         # A layer that is called twice has one weight, but maybe two sizes of images.
@@ -135,7 +120,8 @@ def _graph_prepacked(module: fx.GraphModule) -> fx.GraphModule:
     return twin.eval()
 
 
-def _fits(module: nn.Module) -> bool:
+def fits(module: nn.Module) -> bool:
+    """Whether a module is a convolution that oneDNN has."""
     return (
         type(module) is nn.Conv2d
         and module.padding_mode == "zeros"

@@ -15,6 +15,7 @@ from ..data.validation import Images, check_answers
 from ..graph.cost import Latency, count_macs, count_parameters, fold_batch_norm, paired_latency
 from ..graph.cuts import trace
 from ..utils.device import in_pieces
+from .forms import fast_form
 from .network import SINFNetwork
 
 __all__ = ["base_for_timing", "branch_costs"]
@@ -208,14 +209,15 @@ def make_report(
             )
         )
     share = seen.runs / len(codes)
-    fast_base = base_for_timing(network, base)
     latency = None
     if repeats:
         sample = batcher.load(X[:latency_batch])
         if sample.ndim == 4:
             sample = sample.contiguous(memory_format=torch.channels_last)
+        fast = fast_form(network, lambda: sample)
+        fast_base = base_for_timing(network, base, sample)
         latency = paired_latency(
-            {"base": lambda: fast_base(sample), "sinf": lambda: network(sample)}, repeats=repeats
+            {"base": lambda: fast_base(sample), "sinf": lambda: fast(sample)}, repeats=repeats
         )
     return SINFReport(
         base_accuracy=_mean(base_right),
@@ -238,14 +240,14 @@ def make_report(
     )
 
 
-def base_for_timing(network: SINFNetwork, base: nn.Module) -> nn.Module:
-    """Bring the base into SINF's form: normalisation in front, batch-norms folded."""
+def base_for_timing(network: SINFNetwork, base: nn.Module, sample: Tensor) -> nn.Module:
+    """Bring the base into SINF's fastest form; `sample` is a batch before normalisation."""
     # A copy: folding shares what it need not fold, and the layout is about to change.
     folded = copy.deepcopy(fold_batch_norm(trace(base)))
-    fast = nn.Sequential(network.normalise, folded).eval()
-    if any(p.ndim == 4 for p in fast.parameters()):
-        fast = fast.to(memory_format=torch.channels_last)
-    return fast
+    if sample.ndim == 4:
+        folded = folded.to(memory_format=torch.channels_last)
+    fast = fast_form(folded.eval(), lambda: network.normalise(sample))
+    return nn.Sequential(network.normalise, fast).eval()
 
 
 def branch_costs(network: SINFNetwork, example: Tensor) -> dict[str, Any]:

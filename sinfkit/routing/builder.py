@@ -18,6 +18,7 @@ from ..data.validation import Images, mean
 from ..errors import OutOfReachError, UnreachableShareError
 from ..graph.cost import count_macs, fold_batch_norm, paired_latency
 from ..graph.cuts import CutPoint, observation_nodes, split
+from ..inference.forms import fast_form
 from ..inference.network import Normalise, Route, SINFNetwork, own_classes
 from ..inference.report import base_for_timing, branch_costs
 from ..inference.router import (
@@ -729,8 +730,9 @@ class Builder:
         """Time of the base over that of the network on one batch, in turns."""
         batcher = self.calibration.batcher
         x = batcher.load(self.held.X[self.held.index[: batcher.batch_size]])
-        base = base_for_timing(network, self.calibration.frozen.module(batcher.device))
-        latency = paired_latency({"base": lambda: base(x), "sinf": lambda: network(x)}, repeats=7)
+        base = base_for_timing(network, self.calibration.frozen.module(batcher.device), x)
+        fast = fast_form(network, lambda: x)
+        latency = paired_latency({"base": lambda: base(x), "sinf": lambda: fast(x)}, repeats=7)
         return 1.0 / latency.ratio("sinf", "base")
 
 

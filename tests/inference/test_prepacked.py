@@ -17,7 +17,7 @@ from torch.nn import functional
 from sinfkit.graph import fold_batch_norm, trace
 from sinfkit.inference import PrepackedConv2d, can_prepack, group_size, prepacked
 
-pytestmark = pytest.mark.skipif(not can_prepack(), reason="PyTorch without oneDNN")
+pytestmark = pytest.mark.skipif(not can_prepack(torch.float32), reason="PyTorch without oneDNN")
 
 
 def network(name):
@@ -31,7 +31,7 @@ def same(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_networks_answer_as_before(name):
     module = fold_batch_norm(trace(network(name))).eval()
     module = module.to(memory_format=torch.channels_last)
@@ -76,9 +76,10 @@ def test_only_what_may_be_fused_is():
     x = torch.randn(5, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         same(fast(x), module(x))
-        half = prepacked(copy.deepcopy(module).to(torch.bfloat16))
-        off = (half(x.bfloat16()).float() - module(x)).abs().max()
-    assert type(half.b) is PrepackedConv2d and 0 < float(off) < 0.05
+        if can_prepack(torch.bfloat16):
+            half = prepacked(copy.deepcopy(module).to(torch.bfloat16))
+            off = (half(x.bfloat16()).float() - module(x)).abs().max()
+            assert type(half.b) is PrepackedConv2d and 0 < float(off) < 0.05
     again = pickle.loads(pickle.dumps(fast))
     with torch.inference_mode():
         same(again(x), module(x))

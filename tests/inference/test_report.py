@@ -76,10 +76,10 @@ def test_the_base_is_timed_in_the_form_of_the_routed_network(fitted):
     X, _ = blobs(per_class=5, seed=2)
     base = fitted.base_model_.module()
     before = {name: t.clone() for name, t in base.state_dict().items()}
-    fast = base_for_timing(fitted.network_, base)
+    x = torch.as_tensor(X)
+    fast = base_for_timing(fitted.network_, base, x)
     with torch.inference_mode():
-        expected = base((torch.as_tensor(X) - 0.1) / 0.9)
-        torch.testing.assert_close(fast(torch.as_tensor(X)), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fast(x), base((x - 0.1) / 0.9), atol=1e-4, rtol=1e-4)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fast.modules())
     weights = [p for p in fast.parameters() if p.ndim == 4 and p.shape[1] > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
