@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
@@ -38,7 +39,7 @@ from .utils.params import check_integer, check_jobs, check_verbose, naming
 from .utils.pickling import Borrowed, Packed, borrow, pack, versions, warn_of_versions
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
-T = TypeVar("T")
+_TO_PREDICT = ("batch_size", "device", "n_jobs")  # parameters that prediction reads
 
 
 def all_or_nothing(fit: Fit) -> Fit:
@@ -50,9 +51,7 @@ def all_or_nothing(fit: Fit) -> Fit:
 
     @functools.wraps(fit)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names = self._get_param_names()
-        twin = object.__new__(type(self))
-        twin.__dict__.update({k: v for k, v in self.__dict__.items() if k in names})
+        twin = type(self)(**self.get_params(deep=False))
         fit(twin, *args, **kwargs)
         kept = {k: v for k, v in self.__dict__.items() if not k.endswith("_") or k.startswith("_")}
         # One assignment: Ctrl-C comes before it or after it.
@@ -100,9 +99,13 @@ class TorchEstimator(BaseEstimator):
     memory: Any
     random_state: Any
     verbose: int
+    base_model_: FrozenModel
 
     # What stands in for parameters that are None and hold an estimator: name to factory.
     _default_components: ClassVar[Mapping[str, Callable[[], BaseEstimator]]] = {}
+
+    # What ``fit`` found out and no prediction needs.
+    _only_from_fit: ClassVar[frozenset[str]] = frozenset()
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Get the parameters; where a nested estimator is None, those of its default as well.
@@ -303,6 +306,16 @@ class TorchEstimator(BaseEstimator):
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         return BaseEstimator.__repr__(self._for_display(), N_CHAR_MAX)
+
+    def _for_prediction(self) -> Any:
+        """A twin for a worker, with no more than prediction needs: not the base network."""
+        params = self.get_params(deep=False)
+        twin: Any = type(self)(**{k: params[k] for k in params if k in _TO_PREDICT})
+        leave = self._only_from_fit.union(params)
+        twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in leave})
+        base = self.base_model_
+        twin.base_model_ = SimpleNamespace(mean=base.mean, std=base.std)
+        return twin
 
     def _for_display(self) -> BaseEstimator:
         """An estimator of the same name and parameters, but with one line for a module."""

@@ -228,6 +228,10 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         "pruner": functools.partial(DCSPruner, schedule="global"),
     }
 
+    _only_from_fit = frozenset(
+        {"clusterer_", "pruner_", "scores_", "supports_", "repair_errors_", "search_results_"}
+    )
+
     def __init__(
         self,
         model: Any = None,

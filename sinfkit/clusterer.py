@@ -101,6 +101,8 @@ class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Torch
     layer_: str
     network_: nn.Sequential
 
+    _only_from_fit = frozenset({"affinity_"})
+
     def __init__(
         self,
         model: Any = None,

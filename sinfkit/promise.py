@@ -527,7 +527,7 @@ def images_needed(
     drop, discordant = rate_lost - rate_gained, rate_lost + rate_gained
     if not (rate_lost >= 0 and rate_gained >= 0 and discordant <= 1):
         raise ValueError("rate_lost and rate_gained must be shares that add up to at most 1")
-    if drop >= limit:
+    if drop > limit - 1e-12:  # 0.03 - 0.02 is a little less than 0.01
         return None
     z = stats.norm.isf(1 - confidence)
     rough = math.ceil(z**2 * (discordant - drop**2) / (limit - drop) ** 2)

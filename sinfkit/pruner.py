@@ -160,6 +160,8 @@ default="least_squares"
     cost_ratio_: float
     classes_: np.ndarray
 
+    _only_from_fit = frozenset({"scores_", "support_", "repair_error_"})
+
     def __init__(
         self,
         model: Any = None,

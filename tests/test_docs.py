@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -98,6 +99,22 @@ def test_api_pages_have_examples(name):
             target = importlib.import_module(f"{parent.__name__}.{part}")
     if not (isinstance(target, type) and issubclass(target, Exception)):
         assert ">>> " in (inspect.getdoc(target) or ""), f"{name} has no example"
+
+
+def test_the_readme_is_short_and_up_to_date():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    spec = importlib.util.spec_from_file_location("fill_readme", ROOT / "docs" / "fill_readme.py")
+    fill_readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill_readme)
+    assert fill_readme.filled(text) == text, "run: python docs/fill_readme.py"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
 def gallery() -> list[str]:

@@ -71,6 +71,16 @@ def test_tests_need_what_the_extra_brings():
     assert len(onnx) == 3 and onnx.items() <= test.items()
 
 
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {sinfkit.__version__}\n" in read("CITATION.cff")
+
+
+def test_ci_checks_what_tox_does():
+    ci, lint = read(".ci/run"), read("tox.ini")
+    for command in ("ruff check .", "ruff format --check .", "lint-imports --no-cache"):
+        assert command in ci and command in lint
+
+
 def test_ci_runs_the_readmes_command():
     commands = re.findall(r'^pip install "\.\[test\]" .*$', read("README.md"), re.MULTILINE)
     assert commands == ['pip install ".[test]" && pytest']

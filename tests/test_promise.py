@@ -196,6 +196,7 @@ def test_images_needed_certify_at_the_expected_counts():
     n = images_needed(0.01, 0.9, lost, gained)
     assert certify(math.ceil(n * lost), math.floor(n * gained), n, 0.01).certified
     assert images_needed(0.01, 0.9, 0.02, 0.01) is None
+    assert images_needed(0.01, 0.9, 0.03, 0.02) is None  # whose difference is below 0.01 in binary
     assert images_needed(0.0) is None
     assert images_needed(0.0001, 0.9, 0.05, 0.05) > 10**6
 

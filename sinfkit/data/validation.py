@@ -68,14 +68,14 @@ n_features)
         checked: Images = _validate_tensor(estimator, X, reset=reset, finite=finite)
     else:
         with naming("X"):
-            checked = validate_data(
-                estimator,
+            checked = check_array(
                 X,
-                reset=reset,
                 allow_nd=True,
                 dtype=[np.float64, np.float32, np.uint8],
-                accept_sparse=False,
+                estimator=estimator,
+                input_name="X",
             )
+        validate_data(estimator, X, reset=reset, skip_check_array=True)  # names and widths
     expected = input_shape if reset else estimator.input_shape_
     if expected is not None and checked.ndim == 2 and len(expected) > 1:
         if checked.shape[1] != int(np.prod(expected)):
@@ -111,16 +111,17 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
         raise ValueError(
             "requires y to be passed, but the target y is None: class labels are needed."
         )
+    if isinstance(y, torch.Tensor):
+        if y.layout != torch.strided or y.device.type == "meta":
+            raise TypeError("y must be a dense tensor that holds its values.")
+        y = y.detach().cpu().numpy()
     with naming("y"):
-        if isinstance(y, torch.Tensor):
-            if y.layout != torch.strided or y.device.type == "meta":
-                raise TypeError("y must be a dense tensor that holds its values.")
-            y = y.detach().cpu().numpy()
         y = column_or_1d(y, warn=True)
-        if y.dtype.kind == "f" and not np.isfinite(y).all():
-            raise ValueError("Input y contains NaN or infinity.")
-        if y.dtype.kind in "mM":
-            raise ValueError(f"y must hold class labels, got dates or times ({y.dtype}).")
+    if y.dtype.kind == "f" and not np.isfinite(y).all():
+        raise ValueError("Input y contains NaN or infinity.")
+    if y.dtype.kind in "mM":
+        raise ValueError(f"y must hold class labels, got dates or times ({y.dtype}).")
+    with naming("y"):
         check_classification_targets(y)
         np.unique(y)  # labels that have no order are none
     if len(y) != n_samples:
@@ -150,17 +151,18 @@ def validate_weight(sample_weight: Any, n_samples: int, name: str = "sample_weig
     """
     if sample_weight is None:
         return np.ones(n_samples)
+    if isinstance(sample_weight, torch.Tensor):
+        if sample_weight.layout != torch.strided or sample_weight.device.type == "meta":
+            raise TypeError(f"{name} must be a dense tensor that holds its values.")
+        sample_weight = sample_weight.detach().cpu()
     with naming(name):
-        if isinstance(sample_weight, torch.Tensor):
-            if sample_weight.layout != torch.strided or sample_weight.device.type == "meta":
-                raise TypeError(f"{name} must be a dense tensor that holds its values.")
-            sample_weight = sample_weight.detach().cpu()
         sample_weight = np.asarray(sample_weight)
-        if sample_weight.ndim == 0:
-            raise ValueError(
-                f"{name} must hold one number for each of the {n_samples} samples, got "
-                f"{shown(sample_weight.item())}."
-            )
+    if sample_weight.ndim == 0:
+        raise ValueError(
+            f"{name} must hold one number for each of the {n_samples} samples, got "
+            f"{shown(sample_weight.item())}."
+        )
+    with naming(name):
         weight = check_array(
             sample_weight, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name=name
         )
@@ -329,8 +331,9 @@ def match_classes(
     if classes is not None:
         with naming("classes"):
             wanted = np.asarray(classes)
-            if wanted.ndim != 1:
-                raise ValueError("classes must be a sequence of labels, or None for all.")
+        if wanted.ndim != 1:
+            raise ValueError("classes must be a sequence of labels, or None for all.")
+        with naming("classes"):
             wanted = np.unique(wanted)
         if wanted.size == 0:
             raise ValueError("classes is empty; name at least one class, or pass None for all.")

@@ -121,7 +121,7 @@ def to_onnx(
     dtype : {"float32", "int8"}, default="float32"
         ``"int8"`` quantises weights, one scale per channel, and activations, one scale per tensor.
         Logits and the route predictor stay in float32.
-    X : ndarray or Tensor of shape (n_samples, *input_shape), optional
+    X : ndarray or Tensor of shape (n_samples, ...), optional
         Samples from which int8 takes the range of the activations; 256 of them, evenly spaced, are
         enough.
     opset : int, default=18

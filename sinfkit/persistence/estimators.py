@@ -80,7 +80,15 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
 
     See Also
     --------
-    load : The counterpart, with an example.
+    load : The counterpart.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from sklearn.datasets import load_digits
+    >>> from sinfkit import SemanticClusterer, save
+    >>> clusterer = SemanticClusterer(random_state=0).fit(*load_digits(return_X_y=True))
+    >>> save(clusterer, tempfile.mkdtemp() + "/digits.sinf")
     """
     kind = type(estimator).__name__
     if _KINDS.get(kind) is not type(estimator):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..criteria.discriminability import average, centred
 from ..criteria.probe import fit_probe
-from ..utils.params import caller_level, naming
+from ..utils.params import ArgumentError, caller_level, naming
 
 METHODS = ("confusion", "activation", "given")
 # A probe with less is nearly certain of everything, says little of what is alike, and takes long:
@@ -104,8 +104,9 @@ def read_mapping(mapping: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndar
         If a class is missing or named twice.
     """
     if not isinstance(mapping, Mapping) or not mapping:
-        raise ValueError(
-            "mapping must be a dict: {class: cluster} or {cluster: [class, ...]}, and not empty."
+        raise ArgumentError(
+            "mapping must be a dict: {class: cluster} or {cluster: [class, ...]}, and not empty.",
+            "mapping",
         )
     collections = (list, tuple, set, frozenset, np.ndarray)
     pairs: list[tuple[Any, Any]] = []
@@ -114,13 +115,14 @@ def read_mapping(mapping: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndar
     cluster_of: dict[Any, Any] = {}
     for label, name in pairs:
         if label in cluster_of:
-            raise ValueError(f"mapping names class {label!r} twice.")
+            raise ArgumentError(f"mapping names class {label!r} twice.", "mapping")
         cluster_of[label] = name
     missing = [c for c in classes.tolist() if c not in cluster_of]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ValueError(
-            f"mapping has no cluster for class(es) {', '.join(map(repr, missing[:5]))}{more}."
+        raise ArgumentError(
+            f"mapping has no cluster for class(es) {', '.join(map(repr, missing[:5]))}{more}.",
+            "mapping",
         )
     names, clusters = np.unique(
         np.array([cluster_of[c] for c in classes.tolist()]), return_inverse=True

@@ -12,7 +12,6 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 from typing import Any, Generic, TypeVar, cast
 from uuid import uuid4
 
@@ -33,11 +32,6 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _CHUNKS_PER_JOB = 4  # so that a slow worker holds the others up for a quarter of its share at most
 _LOCK = threading.RLock()
 _UNPACKED: dict[str, Any] = {}
-# What no prediction needs: parameters of ``fit``, and what it found out on the way.
-_NOT_TO_PREDICT = frozenset(
-    {"model", "clusterer", "pruner", "memory", "clusterer_", "pruner_", "affinity_"}
-    | {"scores_", "supports_", "support_", "repair_errors_", "repair_error_", "search_results_"}
-)
 
 
 def run(jobs: Iterable[Any], n_jobs: int | None) -> list[Any]:
@@ -79,12 +73,12 @@ class Shared(Generic[Value]):
     Parameters
     ----------
     value : object
-        Its ``__getstate__`` and ``__setstate__`` are used.
+        It has ``__getstate__`` and ``__setstate__``.
     """
 
     def __init__(self, value: Value) -> None:
         self._value: Value | None = value
-        self._state: tuple[type, Any] | None = None
+        self._reduced: tuple[Callable[..., Any], tuple[Any, ...], Any] | None = None
         self._token = uuid4().hex
 
     def get(self) -> Value:
@@ -95,19 +89,19 @@ class Shared(Generic[Value]):
             with _LOCK:
                 if self._token not in _UNPACKED:
                     _UNPACKED.clear()  # one, or a worker would fill up with old ones
-                    kind, state = cast(tuple[type, Any], self._state)
-                    value: Any = object.__new__(kind)
+                    assert self._reduced is not None
+                    make, arguments, state = self._reduced
+                    value = make(*arguments)
                     value.__setstate__(state)
                     _UNPACKED[self._token] = value
-                self._value, self._state = _UNPACKED[self._token], None
+                self._value, self._reduced = _UNPACKED[self._token], None
         return cast(Value, self._value)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._state is None:
+        if self._reduced is None:
             # Kept, so that all jobs pickle the same arrays, of which joblib maps large ones once.
-            value: Any = self._value
-            self._state = (type(value), value.__getstate__())
-        return {"_value": None, "_state": self._state, "_token": self._token}
+            self._reduced = cast(Any, self._value).__reduce_ex__(4)[:3]
+        return {"_value": None, "_reduced": self._reduced, "_token": self._token}
 
     def __sizeof__(self) -> int:
         """Large: Dask sends such arguments once per worker, by itself."""
@@ -164,8 +158,8 @@ def over_chunks(method: Method) -> Method:
     """Let a method that answers sample by sample use the workers of joblib's backend.
 
     Inside ``joblib.parallel_config("dask")``, or another backend of several processes, chunks of
-    `X` go to the workers, with what prediction needs of the estimator once per worker.  Otherwise
-    the method runs as it is: torch has threads of its own.  A single batch does not pay the way.
+    `X` go to the workers, and ``self._for_prediction()`` once to each of them.  Otherwise the
+    method runs as it is: torch has threads of its own.  A single batch stays here.
     """
 
     @functools.wraps(method)
@@ -187,7 +181,7 @@ def over_chunks(method: Method) -> Method:
         # Whole batches, the same as here: what is computed does not depend on where.
         n_batches = -(-len(data) // self.batch_size)
         step = -(-n_batches // (_CHUNKS_PER_JOB * max(workers, 1))) * self.batch_size
-        twin = Shared(_for_prediction(self))
+        twin = Shared(self._for_prediction())
         jobs = (
             joblib.delayed(with_shared)(_answer, twin, method.__name__, data[start : start + step])
             for start in range(0, len(data), step)
@@ -201,14 +195,3 @@ def _answer(estimator: Any, name: str, X: np.ndarray) -> np.ndarray:
     """Run a method that `over_chunks` has wrapped, without the wrapper and scikit-learn's."""
     answer: np.ndarray = inspect.unwrap(getattr(type(estimator), name))(estimator, X)
     return answer
-
-
-def _for_prediction(estimator: Any) -> Any:
-    """A twin with no more than prediction needs: not the base network, for one."""
-    twin = object.__new__(type(estimator))
-    twin.__dict__.update({k: v for k, v in estimator.__dict__.items() if k not in _NOT_TO_PREDICT})
-    for name in _NOT_TO_PREDICT.intersection(estimator._get_param_names()):
-        setattr(twin, name, None)
-    base = estimator.base_model_
-    twin.base_model_ = SimpleNamespace(mean=base.mean, std=base.std, input_shape=base.input_shape)
-    return twin

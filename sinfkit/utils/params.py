@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,29 @@ from typing import Any
 
 import numpy as np
 from sklearn.exceptions import NotFittedError
+
+
+class ArgumentError(ValueError):
+    """A value that an argument must not have; `argument` is its name."""
+
+    def __init__(self, message: str, argument: str) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.argument)
+
+
+class ArgumentTypeError(TypeError):
+    """A type that an argument must not have; `argument` is its name."""
+
+    def __init__(self, message: str, argument: str) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.argument)
+
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
@@ -61,23 +83,27 @@ def check_integer(
             low, f"an integer of at least {low}"
         )
         most = f", at most {high:,}" if is_integer(value) and value > high else ""
-        raise ValueError(f"{name} must be {kind}{_or_none(optional)}{most}, got {shown(value)}.")
+        raise ArgumentError(
+            f"{name} must be {kind}{_or_none(optional)}{most}, got {shown(value)}.", name
+        )
 
 
 def check_jobs(value: Any) -> None:
     """Raise a ValueError unless `n_jobs` is one that joblib understands."""
     if value is not None and (not is_integer(value) or value == 0 or abs(value) > _MOST_JOBS):
-        raise ValueError(
+        raise ArgumentError(
             f"n_jobs must be None or an integer other than 0 within +-{_MOST_JOBS}, got "
-            f"{shown(value)}."
+            f"{shown(value)}.",
+            "n_jobs",
         )
 
 
 def check_verbose(value: Any) -> None:
     """Raise a ValueError unless `verbose` is a flag or a level."""
     if not isinstance(value, (bool, np.bool_)) and not (is_integer(value) and value >= 0):
-        raise ValueError(
-            f"verbose must be an integer that is not negative, or a flag, got {shown(value)}."
+        raise ArgumentError(
+            f"verbose must be an integer that is not negative, or a flag, got {shown(value)}.",
+            "verbose",
         )
 
 
@@ -92,7 +118,7 @@ def check_number(name: str, value: Any, interval: str, *, optional: bool = False
     )
     if not inside:
         kind = "a positive number" if interval == "(0, inf)" else f"in {interval}"
-        raise ValueError(f"{name} must be {kind}{_or_none(optional)}, got {shown(value)}.")
+        raise ArgumentError(f"{name} must be {kind}{_or_none(optional)}, got {shown(value)}.", name)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any], *, optional: bool = False) -> None:
@@ -102,29 +128,33 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], *, optional: boo
     known = tuple(choices)
     # An array, which compares item by item, is none of them.
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name} must be one of {known}{_or_none(optional)}, got {shown(value)}.")
+        raise ArgumentError(
+            f"{name} must be one of {known}{_or_none(optional)}, got {shown(value)}.", name
+        )
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raise a TypeError unless `value` is true or false."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {shown(value)}.")
+        raise ArgumentTypeError(f"{name} must be True or False, got {shown(value)}.", name)
 
 
 def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> None:
     """Raise a TypeError unless `value` is of some type."""
     if not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {what}, got {type(value).__name__}.")
+        raise ArgumentTypeError(f"{name} must be {what}, got {type(value).__name__}.", name)
 
 
 def check_path(name: str, value: Any) -> Path:
     """Return a path, or raise where `value` cannot be one."""
     if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a path, got {type(value).__name__}.")
+        raise ArgumentTypeError(f"{name} must be a path, got {type(value).__name__}.", name)
     with naming(name):
         path = Path(value)
     if "\0" in str(path):
-        raise ValueError(f"{name} must be a path, and has a null character: {shown(value)}.")
+        raise ArgumentError(
+            f"{name} must be a path, and has a null character: {shown(value)}.", name
+        )
     return path
 
 
@@ -132,19 +162,17 @@ def check_path(name: str, value: Any) -> Path:
 def naming(name: str) -> Iterator[None]:
     """Let the errors of others say which argument they are about.
 
-    A ValueError or TypeError raised inside whose message lacks the name is raised anew with it.
+    A ValueError or TypeError raised inside that is not known to be about it is raised anew.
     """
     try:
         yield
     except NotFittedError:
         raise
     except (ValueError, TypeError, OverflowError) as error:
-        if isinstance(error, (ValueError, TypeError)) and re.search(
-            rf"\b{re.escape(name)}\b", str(error)
-        ):
+        if getattr(error, "argument", None) == name:
             raise
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}: {error}") from error
+        kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
+        raise kind(f"{name}: {error}", name) from error
 
 
 def shown(value: Any, limit: int = 60) -> str:

@@ -201,12 +201,12 @@ def default_network(
     """
     with naming("input_shape"):
         shape = tuple(input_shape)
-        if len(shape) not in (1, 3) or not all(is_integer(n) and n > 0 for n in shape):
-            raise ValueError(
-                "input_shape is the shape of one sample, (channels, height, width) or "
-                f"(n_features,), with sizes of at least 1; got {shown(shape)}."
-            )
-        check_integer("input_shape", max(shape), high=_LARGEST)
+    if len(shape) not in (1, 3) or not all(is_integer(n) and n > 0 for n in shape):
+        raise ValueError(
+            "input_shape is the shape of one sample, (channels, height, width) or "
+            f"(n_features,), with sizes of at least 1; got {shown(shape)}."
+        )
+    check_integer("input_shape", max(shape), high=_LARGEST)
     check_integer("n_classes", n_classes, high=_LARGEST)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {shown(dtype)}.")

@@ -400,8 +400,9 @@ def _to_tensor(array: Any, name: str) -> Tensor:
         return array.detach().cpu()
     with naming(name):
         array = np.asarray(array)
-        if array.dtype.kind not in "buif":
-            raise TypeError(f"{name} must hold numbers; got an array of {array.dtype}.")
+    if array.dtype.kind not in "buif":
+        raise TypeError(f"{name} must hold numbers; got an array of {array.dtype}.")
+    with naming(name):
         return host_tensor(array)
 
 

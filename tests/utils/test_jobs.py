@@ -23,7 +23,6 @@ from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
 from sinfkit.utils import Rows, Shared, elsewhere, run, with_shared
-from sinfkit.utils.jobs import _for_prediction
 
 
 def noted_cnn(folder: str) -> nn.Module:
@@ -233,13 +232,22 @@ def test_rows_take_along_what_they_are_for(tensor):
             np.testing.assert_array_equal(one[wanted], X[wanted])
 
 
-def test_a_twin_for_prediction_is_without_the_base_network(network, data):
+def test_workers_that_predict_do_without_the_base_network(network, data, monkeypatch):
     X, y, *_ = data
     model = FrozenModel(network, mean=[0.1], std=[0.9])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        fitted = classifier(model).fit(X, y)
-    sent, whole = (len(pickle.dumps(e)) for e in (Shared(_for_prediction(fitted)), fitted))
-    assert sent < whole - len(pickle.dumps(model))
-    copy = pickle.loads(pickle.dumps(Shared(_for_prediction(fitted)))).get()
-    np.testing.assert_allclose(copy.predict_proba(X), fitted.predict_proba(X), atol=1e-5)
+        fitted = classifier(model).fit(X, y).set_params(batch_size=60)
+    sent = []
+
+    def watched(jobs, n_jobs):
+        sent.extend(jobs)
+        return [pickle.loads(pickle.dumps(job[0]))(*job[1]) for job in sent]
+
+    expected = fitted.predict_proba(X)
+    monkeypatch.setattr("sinfkit.utils.jobs.run", watched)
+    with joblib.parallel_config("loky", n_jobs=2):
+        np.testing.assert_allclose(fitted.predict_proba(X), expected, atol=1e-5)
+    twin = next(part for part in sent[0][1] if isinstance(part, Shared))
+    assert len(pickle.dumps(twin)) < len(pickle.dumps(fitted)) - len(pickle.dumps(model))
+    np.testing.assert_allclose(pickle.loads(pickle.dumps(twin)).get().predict_proba(X), expected)
