@@ -343,8 +343,8 @@ class TorchEstimator(BaseEstimator):
             base = state.get("base_model_")
             # Unsliced parts, and a `model` that is not frozen, hold the base's weights once more.
             # Where the base's own pickle only names a file, the others must do without it.
-            if isinstance(base, FrozenModel) and getattr(base, "_source", None) is None:
-                packed = borrow(whole, base._packed)
+            if isinstance(base, FrozenModel) and getattr(base, "weights_file", None) is None:
+                packed = borrow(whole, base.packed)
             state["_packed_modules"] = packed
         if "device_" in state:
             state["device_"] = str(state["device_"])
@@ -358,7 +358,7 @@ class TorchEstimator(BaseEstimator):
         if device is not None:
             state["device_"] = device = loaded_device(device)
         if isinstance(packed, Borrowed):
-            packed = packed.complete(state["base_model_"]._packed)
+            packed = packed.complete(state["base_model_"].packed)
         if packed is not None:
             modules = packed.unpack("cpu")
             for name, module in modules.items():

@@ -7,6 +7,8 @@ knows nothing of sinfkit catches it as well.
 from __future__ import annotations
 
 __all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
     "CalibrationWarning",
     "NotPlainError",
     "OutOfReachError",
@@ -22,6 +24,44 @@ __all__ = [
 
 class SinfkitError(Exception):
     """Base of the errors that have a type of their own."""
+
+
+class ArgumentError(SinfkitError, ValueError):
+    """A value that an argument or parameter must not have.
+
+    Parameters
+    ----------
+    message : str
+    argument : str
+        Its name; an attribute as well.
+    """
+
+    def __init__(self, message: str, argument: str) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Pickled with both arguments, for errors that come from another process."""
+        return type(self), (str(self), self.argument)
+
+
+class ArgumentTypeError(SinfkitError, TypeError):
+    """A value of a type that an argument or parameter must not have.
+
+    Parameters
+    ----------
+    message : str
+    argument : str
+        Its name; an attribute as well.
+    """
+
+    def __init__(self, message: str, argument: str) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Pickled with both arguments, for errors that come from another process."""
+        return type(self), (str(self), self.argument)
 
 
 class SlicingError(SinfkitError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from .utils.device import resolve_device
 from .utils.params import check_integer, naming
 from .utils.pickling import Packed, pack
-from .weights_file import Loaded, WeightsFile
+from .utils.weights_file import Loaded, WeightsFile
 
 # One copy of a network per device and process, however many FrozenModels hold the same weights.
 _COPIES: WeakValueDictionary[tuple[str, str], nn.Module] = WeakValueDictionary()
@@ -38,6 +39,7 @@ class FrozenModel:
     module : nn.Module or fitted skorch net
         The classifier: a batch in, one score (logit) per class out.  It is copied to the CPU, put
         in evaluation mode, and its gradients are switched off; the caller's object is not touched.
+        Of a compiled or `DataParallel` one the module inside is taken.
     mean, std : sequence of float, optional
         Normalisation that the network was trained with, one value per channel (or per feature):
         it sees ``(x - mean) / std``.  For uint8 images, x is the pixel divided by 255.
@@ -55,7 +57,8 @@ class FrozenModel:
     Raises
     ------
     TypeError
-        If `module` is neither an ``nn.Module`` nor a fitted skorch net, or cannot be pickled.
+        If `module` is neither an ``nn.Module`` nor a fitted skorch net, cannot be pickled, or is
+        scripted or quantised.
     ValueError
         If a weight is not finite, or `mean` and `std` do not fit together.
 
@@ -75,7 +78,8 @@ class FrozenModel:
     std: tuple[float, ...] | None
     input_shape: tuple[int, ...] | None
     digest: str
-    _source: WeightsFile | None = None
+    weights_file: WeightsFile | None = None
+    _packed: Packed | None = None
     # Strong references to this object's copies; `_COPIES` only lets equal objects share them.
     _mine: dict[str, nn.Module]
 
@@ -120,8 +124,9 @@ class FrozenModel:
         ----------
         path : str or Path
             A state dict, as ``torch.save(network.state_dict(), path)`` or safetensors (by the
-            ending ``.safetensors``) write it; or a dict with one under ``"state_dict"``.  Nothing
-            in it is run as code.
+            ending ``.safetensors``) write it, or a checkpoint that holds one.  Names may have what
+            `DataParallel`, `torch.compile` and trainers put in front of them (``module.``,
+            ``_orig_mod.``, ``model.``).  Nothing in it is run as code.
         factory : callable
             Without arguments, returns a network of that architecture.  It must be importable in the
             workers; ``functools.partial(vgg16, 100)`` is one.
@@ -166,29 +171,24 @@ class FrozenModel:
         """
         source = WeightsFile.of(path, factory)
         made = cls(source.load(), mean, std, input_shape)
-        made._source = source
+        made.weights_file = source
         return made
 
     @property
-    def _packed(self) -> Packed:
+    def packed(self) -> Packed:
         """Structure and weights, from the file where they are not here yet."""
-        if "_packed" not in self.__dict__:
-            source = self._source
+        if self._packed is None:
+            source = self.weights_file
             assert source is not None
             key = f"{self.digest} {source.sha256}"
             loaded = _LOADED.get(key, lambda: FrozenModel(source.load()))
-            self.__dict__["_packed"], self._mine = loaded._packed, loaded._mine
-        packed: Packed = self.__dict__["_packed"]
-        return packed
-
-    @_packed.setter
-    def _packed(self, packed: Packed) -> None:
-        self.__dict__["_packed"] = packed
+            self._packed, self._mine = loaded.packed, loaded._mine
+        return self._packed
 
     def _finish(self) -> None:
         """Derive what is not pickled."""
-        digest = hashlib.sha256(self._packed.structure)
-        for array in self._packed.arrays:
+        digest = hashlib.sha256(self.packed.structure)
+        for array in self.packed.arrays:
             digest.update(str((array.dtype, array.shape)).encode())
             digest.update(np.ascontiguousarray(array).data)
         digest.update(repr((self.mean, self.std, self.input_shape)).encode())
@@ -208,7 +208,7 @@ class FrozenModel:
             In evaluation mode, without gradients.  The same object for the same device.
         """
         key = str(resolve_device(device))
-        packed = self._packed
+        packed = self.packed
         if key not in self._mine:
             shared = _COPIES.get((self.digest, key))
             if shared is None:
@@ -218,8 +218,8 @@ class FrozenModel:
         return self._mine[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._source is not None:
-            source = self._source
+        if self.weights_file is not None:
+            source = self.weights_file
             return {
                 "path": source.path,
                 "factory": source.factory,
@@ -229,11 +229,12 @@ class FrozenModel:
                 "std": self.std,
                 "input_shape": self.input_shape,
             }
-        packed = self._packed
+        packed = self.packed
         return {
             "structure": packed.structure,
             "arrays": list(packed.arrays),
             "dtypes": list(packed.dtypes),
+            **({"main": dict(packed.main)} if packed.main else {}),
             "mean": self.mean,
             "std": self.std,
             "input_shape": self.input_shape,
@@ -243,16 +244,21 @@ class FrozenModel:
         self.mean, self.std = state["mean"], state["std"]
         self.input_shape = state["input_shape"]
         if "path" in state:
-            self._source = WeightsFile(state["path"], state["factory"], state["sha256"])
+            self.weights_file = WeightsFile(state["path"], state["factory"], state["sha256"])
             self.digest, self._mine = state["digest"], {}
             return
-        self._packed = Packed(state["structure"], tuple(state["arrays"]), tuple(state["dtypes"]))
+        self._packed = Packed(
+            state["structure"],
+            tuple(state["arrays"]),
+            tuple(state["dtypes"]),
+            state.get("main", {}),
+        )
         self._finish()
 
     def __sizeof__(self) -> int:
         """Bytes of its pickle, roughly: Dask sends what is large once per worker, by itself."""
         size = object.__sizeof__(self)
-        return size if self._source is not None else size + self._packed.nbytes
+        return size if self.weights_file is not None else size + self.packed.nbytes
 
     def __copy__(self) -> FrozenModel:
         return self
@@ -314,15 +320,40 @@ def _unwrap(module: Any) -> nn.Module:
     if isinstance(module, FrozenModel):
         return module.module()
     if isinstance(module, nn.Module):
-        return module
+        return _original(module)
     inner = getattr(module, "module_", None)
     if isinstance(inner, nn.Module):
-        return inner
+        return _original(inner)
     if hasattr(module, "initialize") and hasattr(module, "module"):
         raise TypeError("The skorch net is not fitted. Call its fit before FrozenModel(net).")
     raise TypeError(
         f"module must be a torch.nn.Module or a fitted skorch net, not {type(module).__name__}."
     )
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """The module without what compiles it or spreads it over devices; its parts likewise."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{module.original_name} is scripted or traced by torch.jit, and can neither be read "
+            "nor sliced. Pass the module that it was made from."
+        )
+    if ".quantized." in f"{type(module).__module__}.":
+        raise TypeError(
+            f"{type(module).__name__} is quantised, and has no weights that could be refitted. "
+            "Pass the network as it was before, and quantise the result."
+        )
+    compiled = module._modules.get("_orig_mod")  # torch.compile's
+    if compiled is not None:
+        return _original(compiled)
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _original(module.module)
+    parts = {k: None if m is None else _original(m) for k, m in module._modules.items()}
+    if all(parts[name] is part for name, part in module._modules.items()):
+        return module
+    twin = copy.copy(module)  # the caller's stays as it is
+    twin._modules = parts
+    return twin
 
 
 def _check_weights(module: nn.Module) -> None:

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import blobs, small_cnn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sklearn.base import clone
 from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel
 from sinfkit.frozen import as_frozen
 from sinfkit.utils import pack
-from sinfkit.weights_file import Loaded, WeightsFile
+from sinfkit.utils.weights_file import Loaded, WeightsFile
 from sinfkit.zoo import default_network
 
 
@@ -207,6 +209,112 @@ def test_state_dicts_of_other_forms(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(network.state_dict(), tmp_path / "w.safetensors")
     assert FrozenModel.from_file(tmp_path / "w.safetensors", FACTORY) == nested
+
+
+PARTS = st.sampled_from(["module", "_orig_mod", "model", "net", "backbone"])
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    prefix=st.lists(PARTS, max_size=3),
+    inside=st.booleans(),
+    nested=st.lists(st.sampled_from(["state_dict", "model", "ema", "net"]), max_size=2),
+    beside=st.booleans(),
+)
+def test_checkpoints_as_trainers_write_them(tmp_path, prefix, inside, nested, beside):
+    network = FACTORY()
+    state = {".".join([*prefix, key]): value for key, value in network.state_dict().items()}
+    if inside:  # a part that was compiled by itself
+        state = {key.replace("0.weight", "0._orig_mod.weight"): v for key, v in state.items()}
+    if beside and prefix:
+        state["criterion.weight"] = torch.ones(4)
+    stored = state
+    for name in nested:
+        stored = {"epoch": 3, "optimizer": {"state": {}, "lr": [0.1]}, name: stored}
+    torch.save(stored, tmp_path / "checkpoint.pt")
+    found = FrozenModel.from_file(tmp_path / "checkpoint.pt", FACTORY).module().state_dict()
+    for key, value in network.state_dict().items():
+        assert torch.equal(found[key], value)
+
+
+def test_of_several_networks_in_a_checkpoint_the_one_that_is_named_so_is_taken(tmp_path):
+    network, average = FACTORY(), default_network((1, 8, 8), 4, random_state=5)
+    stored = {"ema": average.state_dict(), "model": network.state_dict(), "step": 1}
+    torch.save(stored, tmp_path / "two.pt")
+    assert FrozenModel.from_file(tmp_path / "two.pt", FACTORY) == FrozenModel(network)
+
+
+def test_wrapped_networks_give_the_module_inside():
+    network, x = small_cnn(), torch.ones(1, 1, 8, 8)
+    assert FrozenModel(nn.DataParallel(network)) == FrozenModel(network)
+    for wrapped in (torch.compile(network), nn.DataParallel(torch.compile(network))):
+        inner = FrozenModel(wrapped).module()
+        assert type(inner) is nn.Sequential
+        torch.testing.assert_close(inner(x), network(x))
+    inside = nn.Sequential(network[:7], torch.compile(network[7:]), nn.Identity())
+    frozen = FrozenModel(inside)
+    assert not any("_orig_mod" in name for name in frozen.module().state_dict())
+    assert any("_orig_mod" in name for name in inside.state_dict())
+    torch.testing.assert_close(frozen.module()(x), network(x))
+
+
+def test_scripted_and_quantised_networks_are_refused():
+    network = small_cnn()
+    for scripted in (torch.jit.script(network), torch.jit.trace(network, torch.ones(1, 1, 8, 8))):
+        with pytest.raises(TypeError, match="made from"):
+            FrozenModel(scripted)
+        with pytest.raises(TypeError, match="made from"):
+            FrozenModel(nn.Sequential(scripted))
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 3)))
+    with pytest.raises(TypeError, match="quantised"):
+        FrozenModel(quantised)
+
+
+SCRIPT = """
+import sys
+import joblib, torch
+from torch import nn
+from sinfkit import FrozenModel
+
+def activation(x):
+    return x.clamp(0, 2)
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.activation = nn.Linear(4, 3), activation
+
+    def forward(self, x):
+        return self.activation(self.layer(x))
+
+def answer(frozen):
+    again = FrozenModel(frozen.module())
+    return frozen.module()(torch.ones(2, 4)), again
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    frozen = FrozenModel(Own())
+    with joblib.parallel_config("loky", n_jobs=2):
+        results = joblib.Parallel()(joblib.delayed(answer)(frozen) for _ in range(2))
+    for there, again in results:
+        assert torch.equal(there, frozen.module()(torch.ones(2, 4)))
+        assert again == frozen
+    print(frozen.digest)
+"""
+
+
+def test_classes_of_a_script_reach_the_workers(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    runs = [
+        subprocess.run(
+            [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=False
+        )
+        for _ in range(2)
+    ]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout
 
 
 def test_files_and_factories_that_do_not_do(weights, tmp_path):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..criteria.discriminability import average, centred
 from ..criteria.probe import fit_probe
-from ..utils.params import ArgumentError, caller_level, naming
+from ..errors import ArgumentError
+from ..utils.params import caller_level, naming
 
 METHODS = ("confusion", "activation", "given")
 # A probe with less is nearly certain of everything, says little of what is alike, and takes long:

@@ -13,28 +13,7 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import NotFittedError
 
-
-class ArgumentError(ValueError):
-    """A value that an argument must not have; `argument` is its name."""
-
-    def __init__(self, message: str, argument: str) -> None:
-        super().__init__(message)
-        self.argument = argument
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (str(self), self.argument)
-
-
-class ArgumentTypeError(TypeError):
-    """A type that an argument must not have; `argument` is its name."""
-
-    def __init__(self, message: str, argument: str) -> None:
-        super().__init__(message)
-        self.argument = argument
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (str(self), self.argument)
-
+from ..errors import ArgumentError, ArgumentTypeError, SinfkitError
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
@@ -169,7 +148,10 @@ def naming(name: str) -> Iterator[None]:
     except NotFittedError:
         raise
     except (ValueError, TypeError, OverflowError) as error:
-        if getattr(error, "argument", None) == name:
+        if isinstance(error, (ArgumentError, ArgumentTypeError)):
+            if error.argument == name:
+                raise
+        elif isinstance(error, SinfkitError):
             raise
         kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
         raise kind(f"{name}: {error}", name) from error

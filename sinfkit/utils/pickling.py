@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import types
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ def warn_of_versions(kind: str, stored: Mapping[str, str]) -> None:
 
 
 _TAG = "sinfkit.tensor"
+_MAIN = "sinfkit.main"
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,15 @@ class Packed:
         integers of the same width.
     dtypes : tuple of str
         The torch type of each entry of `arrays`.
+    main : dict of str to class or function
+        What the object needs of the script or notebook.  Pickled by value where the pickler that
+        this goes through does so, as those of joblib, Dask and Ray do for other processes.
     """
 
     structure: bytes
     arrays: tuple[np.ndarray, ...]
     dtypes: tuple[str, ...]
+    main: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +105,7 @@ class Packed:
             torch.from_numpy(np.array(a)).view(getattr(torch, dtype)).to(device)
             for a, dtype in zip(self.arrays, self.dtypes, strict=True)
         ]
-        return _Unpickler(io.BytesIO(self.structure), tensors).load()
+        return _Unpickler(io.BytesIO(self.structure), tensors, self.main).load()
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ def pack(obj: Any) -> Packed:
             f"The model cannot be pickled ({error}). Define its classes and functions at the top "
             "level of an importable module instead of inside a function or as a lambda."
         ) from error
-    return Packed(buffer.getvalue(), tuple(pickler.arrays), tuple(pickler.dtypes))
+    return Packed(buffer.getvalue(), tuple(pickler.arrays), tuple(pickler.dtypes), pickler.main)
 
 
 class _Pickler(pickle.Pickler):
@@ -169,12 +175,17 @@ class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         # A fixed protocol: the default may change with Python, and with it the bytes.
         super().__init__(file, protocol=4)
+        self.main: dict[str, Any] = {}
         self.arrays: list[np.ndarray] = []
         self.dtypes: list[str] = []
         self._index: dict[tuple[Any, ...], int] = {}
         self._alive: list[torch.Tensor] = []
 
     def persistent_id(self, obj: Any) -> Any:
+        if _is_of_main(obj):
+            # By name, so that the bytes do not depend on the process.
+            self.main[obj.__qualname__] = obj
+            return (_MAIN, obj.__qualname__)
         if not isinstance(obj, torch.Tensor):
             return None
         tensor = obj.detach()
@@ -198,12 +209,16 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     """Counterpart of `_Pickler`."""
 
-    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
+    def __init__(
+        self, file: io.BytesIO, tensors: list[torch.Tensor], main: Mapping[str, Any]
+    ) -> None:
         super().__init__(file)
-        self._tensors = tensors
+        self._tensors, self._main = tensors, main
         self._parameters: dict[tuple[int, bool], nn.Parameter] = {}
 
-    def persistent_load(self, pid: Any) -> torch.Tensor:
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == _MAIN:
+            return self._main[pid[1]]
         tag, index, is_parameter, requires_grad = pid
         if tag != _TAG:
             raise pickle.UnpicklingError(f"unknown persistent id {tag!r}")
@@ -215,6 +230,12 @@ class _Unpickler(pickle.Unpickler):
         if key not in self._parameters:
             self._parameters[key] = nn.Parameter(tensor, requires_grad=requires_grad)
         return self._parameters[key]
+
+
+def _is_of_main(obj: Any) -> bool:
+    """Whether this is a class or function that a script or notebook defines at its top level."""
+    kinds = (type, types.FunctionType)
+    return isinstance(obj, kinds) and obj.__module__ == "__main__" and "<" not in obj.__qualname__
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -430,7 +430,7 @@ def test_the_fuzzer_notices_what_is_wrong(monkeypatch, tmp_path):
 def weights_of(estimator) -> int:
     """Bytes of all different tensors that an estimator holds."""
     modules = [v for v in vars(estimator).values() if isinstance(v, nn.Module)]
-    tensors = {array.tobytes(): array.nbytes for array in estimator.base_model_._packed.arrays}
+    tensors = {array.tobytes(): array.nbytes for array in estimator.base_model_.packed.arrays}
     for module in modules:
         for tensor in module.state_dict().values():
             array = tensor.cpu().numpy()

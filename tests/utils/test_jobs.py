@@ -78,7 +78,9 @@ def client():
 
 def builders(frozen: FrozenModel) -> list[int]:
     """The processes that have built the network, in that order."""
-    notes = sorted(Path(frozen._source.factory.args[0]).iterdir(), key=lambda p: p.stat().st_mtime)
+    notes = sorted(
+        Path(frozen.weights_file.factory.args[0]).iterdir(), key=lambda p: p.stat().st_mtime
+    )
     return [int(path.name.split("-")[0]) for path in notes]
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinfkit.utils.params import ArgumentError, ArgumentTypeError, check_integer, naming
+from sinfkit.errors import ArgumentError, ArgumentTypeError, OutOfReachError
+from sinfkit.utils.params import check_integer, naming
 
 NAMES = st.from_regex(r"[a-z_]{1,12}", fullmatch=True)
 
@@ -40,3 +41,8 @@ def test_integers_that_are_too_large_are_values():
         raise OverflowError("too large")
     with pytest.raises(ArgumentTypeError), naming("x"):
         raise ArgumentTypeError("y is no number", "y")
+
+
+def test_an_error_of_another_type_keeps_it():
+    with pytest.raises(OutOfReachError, match="^too small$"), naming("pruner"):
+        raise OutOfReachError("too small")

@@ -6,7 +6,7 @@ import hashlib
 import pickle
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,20 +16,16 @@ from torch import nn
 
 _KEEP = 2  # networks that a process keeps after their last user has gone: the next job's, mostly
 _LOCK = threading.Lock()
+_USUAL = ("state_dict", "model_state_dict", "model")  # of the network, in a checkpoint
+_WRAPPERS = ("module", "_orig_mod")  # DataParallel's and torch.compile's
 
 
 @dataclass(frozen=True)
 class WeightsFile:
     """A state dict in a file, and what builds the network that it belongs to.
 
-    Attributes
-    ----------
-    path : str
-        Absolute.
-    factory : callable
-        Without arguments, returns the network; its weights are replaced by those of the file.
-    sha256 : str
-        Of the file's content, which is compared with it whenever the file is loaded.
+    `path` is absolute; `factory` returns the network, whose weights the file's replace; `sha256`
+    of the file's content is compared with it whenever the file is loaded.
     """
 
     path: str
@@ -38,14 +34,7 @@ class WeightsFile:
 
     @classmethod
     def of(cls, path: Any, factory: Any) -> WeightsFile:
-        """Take note of a file as it is now.
-
-        Raises
-        ------
-        TypeError
-            If `factory` is not a function that can be pickled.
-        FileNotFoundError
-        """
+        """Take note of a file as it is now; a TypeError if `factory` is none that is pickled."""
         if not callable(factory) or isinstance(factory, nn.Module):
             raise TypeError(
                 "factory must be a function without arguments that returns the network, such as "
@@ -65,13 +54,7 @@ class WeightsFile:
     def load(self) -> nn.Module:
         """Build the network with the file's weights, on the CPU.
 
-        Raises
-        ------
-        FileNotFoundError
-        ValueError
-            If the file has changed, holds no state dict, or one of another network.
-        TypeError
-            If `factory` returns no module.
+        A ValueError if the file has changed, holds no state dict, or one of another network.
         """
         with _open(Path(self.path)) as file:
             # One open file: what is checked is what is read, though another take its place.
@@ -83,13 +66,18 @@ class WeightsFile:
                     "FrozenModel.from_file, or put the old file back."
                 )
             file.seek(0)
-            state = _read_state(file, self.path)
+            stored = _read(file, self.path)
         with torch.random.fork_rng(devices=[]):  # weights that are drawn first, and replaced
             module = self.factory()
         if not isinstance(module, nn.Module):
             raise TypeError(
                 f"factory must return a torch.nn.Module, but it returned {type(module).__name__}."
             )
+        states = list(_state_dicts(stored))
+        if not states:
+            raise ValueError(f"{self.path} holds no state dict, but a {type(stored).__name__}.")
+        expected = module.state_dict()
+        state = next((s for s in (_fitted(s, expected) for s in states) if s), states[0])
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
@@ -135,19 +123,51 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _read_state(file: BinaryIO, path: str) -> Mapping[str, torch.Tensor]:
-    """Read a state dict; no code in the file is run."""
+def _read(file: BinaryIO, path: str) -> Any:
+    """Read what a file of weights holds; no code in it is run."""
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load
 
-            state: Any = load(file.read())
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            return load(file.read())
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a reader makes of bytes that are no weights
         raise ValueError(f"{path} cannot be read as a state dict: {error}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds no state dict, but a {type(state).__name__}.")
-    return state
+
+
+def _state_dicts(stored: Any, depth: int = 2) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Dicts of tensors in what was read: checkpoints keep them among other things."""
+    if not isinstance(stored, Mapping):
+        return
+    if stored and all(isinstance(value, torch.Tensor) for value in stored.values()):
+        yield stored
+    elif depth:
+        # The usual names first: a checkpoint may hold an averaged copy as well.
+        for key in sorted(stored, key=lambda key: key not in _USUAL):
+            yield from _state_dicts(stored[key], depth - 1)
+
+
+def _fitted(
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor] | None:
+    """The weights under the names that the network has, or None where they are not there.
+
+    `torch.compile` and `DataParallel` write a part of their own into the names, and trainers keep
+    the network under a name, beside a loss, say.
+    """
+    if state.keys() == expected.keys():
+        return state
+    for wrappers in ((), _WRAPPERS):
+        named = {_without(key, wrappers): value for key, value in state.items()}
+        first = min(expected, key=len, default="")
+        ends = [key for key in named if key == first or key.endswith(f".{first}")]
+        for prefix in sorted({key[: len(key) - len(first)] for key in ends}, key=len):
+            under = {k[len(prefix) :]: v for k, v in named.items() if k.startswith(prefix)}
+            if under.keys() == expected.keys():
+                return under
+    return None
+
+
+def _without(key: str, parts: tuple[str, ...]) -> str:
+    """A name without some of its parts."""
+    return ".".join(part for part in key.split(".") if part not in parts)
