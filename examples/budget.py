@@ -47,9 +47,9 @@ candidates = {
 budgets = [0.7, 0.5, 0.3, 0.15, 0.08]
 curves = {
     name: [
-        DCSPruner(model, schedule="global", budget=budget, random_state=0, **options).fit(
-            X_train, y_train
-        )
+        DCSPruner(
+            model, criterion="dcs", schedule="global", budget=budget, random_state=0, **options
+        ).fit(X_train, y_train)
         for budget in budgets
     ]
     for name, options in candidates.items()

@@ -44,7 +44,7 @@ pipeline = Pipeline(
             SINFClassifier(
                 FrozenModel(network, input_shape=(1, 8, 8)),
                 clusterer=SemanticClusterer(),
-                pruner=DCSPruner(schedule="global"),
+                pruner=DCSPruner(criterion="dcs", schedule="global"),
                 random_state=0,
             ),
         ),

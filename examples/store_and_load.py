@@ -23,7 +23,9 @@ from sinfkit import DCSPruner, SINFClassifier
 
 X, y = load_digits(return_X_y=True)
 images = (X / 16).reshape(-1, 1, 8, 8).astype(np.float32)
-classifier = SINFClassifier(pruner=DCSPruner(), random_state=0).fit(images[:1200], y[:1200])
+classifier = SINFClassifier(
+    pruner=DCSPruner(criterion="dcs", schedule="linear"), random_state=0
+).fit(images[:1200], y[:1200])
 expected = classifier.predict_proba(images[1200:])
 
 # %%

@@ -24,6 +24,7 @@ from .frozen import FrozenModel
 from .inference.report import SINFReport
 from .persistence.estimators import load, save
 from .pruner import DCSPruner
+from .pruning.options import PruningOptions
 from .version import __version__
 from .zoo.datasets import load_cifar10, load_cifar100, load_image_folder
 from .zoo.networks import resnet50, vgg16, vgg19
@@ -39,6 +40,7 @@ __all__ = [
     "OutOfReachError",
     "PromiseWarning",
     "RouteConfusionDisplay",
+    "PruningOptions",
     "SINFClassifier",
     "SINFReport",
     "SemanticClusterer",

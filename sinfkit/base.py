@@ -166,8 +166,12 @@ class TorchEstimator(BaseEstimator):
         classes: Any = None,
         sample_weight: Any = None,
         held_out: float | None = None,
+        *,
+        unlabelled: bool = False,
     ) -> Calibration:
         """Validate everything that ``fit`` is given, and trace the network.
+
+        Where `unlabelled`, the labels are the base's own answers.
 
         Samples of weight 0 are left out here, so that nothing behind knows of them.  A network that
         is trained here does not see the samples that ``hold_out`` gives for the share `held_out`
@@ -180,6 +184,9 @@ class TorchEstimator(BaseEstimator):
             self, X, reset=True, input_shape=None if frozen is None else frozen.input_shape
         )
         check_channels(X)
+        unlabelled = unlabelled and frozen is not None
+        if unlabelled:
+            y = self._own_answers(as_frozen(self.model), X, device)
         y = validate_y(y, len(X))
         X, y, weight = without_zeros(X, y, validate_weight(sample_weight, len(X)))
         with naming("random_state"):
@@ -197,7 +204,7 @@ class TorchEstimator(BaseEstimator):
         check_normalisation(frozen, X)
         example = batcher.normalise(batcher.load(X[:1]))
         n_outputs = _n_outputs(module, example)
-        table = match_classes(y, n_outputs, self.model_classes, classes)
+        table = match_classes(y, n_outputs, self.model_classes, classes, complete=not unlabelled)
         self.input_shape_ = tuple(X.shape[1:])
         self.classes_ = table.classes
         self.device_ = device
@@ -218,6 +225,18 @@ class TorchEstimator(BaseEstimator):
             seed,
             weight,
         )
+
+    def _own_answers(self, frozen: FrozenModel, X: Images, device: torch.device) -> np.ndarray:
+        """The label that the base gives to each sample."""
+        module = frozen.module(device)
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        check_normalisation(frozen, X)
+        batcher = Batcher(frozen, device, dtype, int(self.batch_size))
+        n_outputs = _n_outputs(module, batcher.normalise(batcher.load(X[:1])))
+        with torch.inference_mode():
+            rows = list(in_pieces(lambda x: module(x).argmax(1).cpu(), batcher(X)))
+        labels = np.arange(n_outputs) if self.model_classes is None else self.model_classes
+        return np.asarray(labels)[torch.cat(rows).numpy()]
 
     def _check_shared(self) -> None:
         """Raise for values of the parameters that all estimators have, before anything costly."""

@@ -40,7 +40,7 @@ from .graph.cuts import cut_points, find_cut
 from .inference.forms import fast_form, half_precision
 from .inference.network import FALLBACKS, SINFNetwork
 from .inference.report import SINFReport, make_report
-from .pruner import DCSPruner
+from .pruner import DCSPruner, recipe_of
 from .pruning.recipe import Recipe, warn_about_whole
 from .routing.builder import ANSWERS, Builder, Built, Held, Plan, Settings
 from .routing.placement import rank_candidates, try_cuts, usable_cuts
@@ -330,7 +330,7 @@ n_features)
         """
         clusterer, pruner = self._components()
         with naming("pruner"):
-            recipe = pruner._recipe(searched=True)
+            recipe = recipe_of(pruner)
         self._check_parameters()
         with naming("prefix_criterion"):
             prefix_recipe = Recipe(
@@ -353,7 +353,7 @@ n_features)
             Settings(
                 recipe,
                 prefix_recipe,
-                int(pruner.repair_samples),
+                recipe.repair_samples,
                 self.answers,
                 self.exit_threshold,
                 self.router_weight,
@@ -381,12 +381,12 @@ n_features)
         """What to choose from: one size where the user has said it, else a ladder."""
         auto = isinstance(self.prefix_ratio, str)
         low_rank = 1.0 if isinstance(self.prefix_low_rank, str) else float(self.prefix_low_rank)
-        recipe = pruner._recipe(searched=True)
+        recipe = recipe_of(pruner)
         if recipe.schedule == "global" and recipe.budget is None:
             ladder = tuple(replace(s, low_rank=low_rank) for s in LADDER)
             if not auto:
                 ladder = tuple(replace(s, prefix_ratio=float(self.prefix_ratio)) for s in ladder)
-            if pruner.max_ratio is not None:
+            if pruner.get_params()["options__max_ratio"] is not None:
                 ladder = tuple(replace(s, max_ratio=recipe.max_ratio) for s in ladder)
             return list(ladder)
         given: float | None = None
@@ -538,9 +538,9 @@ n_features)
         clusterer.classes_ = self.classes_
         clusterer.n_features_in_, clusterer.input_shape_ = self.n_features_in_, self.input_shape_
         clusterer.base_model_, clusterer.device_ = self.base_model_, self.device_
-        pruner.set_params(
-            min_ratio=plan.size.min_ratio, max_ratio=plan.size.max_ratio, budget=plan.size.budget
-        )
+        pruner.set_params(budget=plan.size.budget)
+        if plan.size.budget is not None:
+            pruner.set_params(options__max_ratio=plan.size.max_ratio)
         self.clusterer_, self.pruner_ = clusterer, pruner
         self._link()
 
@@ -573,12 +573,17 @@ n_features)
         clusterer, pruner = self._component("clusterer"), self._component("pruner")
         for name, nested, kind, outer in (
             ("clusterer", clusterer, SemanticClusterer, ("model", "model_classes")),
-            ("pruner", pruner, DCSPruner, ("model", "model_classes", "classes", "first_layer")),
+            (
+                "pruner",
+                pruner,
+                DCSPruner,
+                ("model", "model_classes", "classes", "options__first_layer"),
+            ),
         ):
             if not isinstance(nested, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(nested).__name__}.")
             for parameter in outer:
-                if getattr(nested, parameter) is not None:
+                if nested.get_params()[parameter] is not None:
                     raise ValueError(
                         f"{name}.{parameter} must be None: SINFClassifier supplies it."
                     )
@@ -589,6 +594,8 @@ n_features)
         clusterer, pruner = clone(clusterer), clone(pruner)
         for nested, defaults in ((clusterer, SemanticClusterer()), (pruner, DCSPruner())):
             for parameter in ("device", "random_state", "n_jobs", "verbose", "batch_size"):
+                if parameter not in nested.get_params(deep=False):
+                    continue
                 if getattr(nested, parameter) == getattr(defaults, parameter):
                     setattr(nested, parameter, getattr(self, parameter))
         with naming("clusterer"):

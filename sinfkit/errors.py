@@ -19,6 +19,7 @@ __all__ = [
     "SlicingWarning",
     "StorageError",
     "UnreachableShareError",
+    "UnsliceableError",
 ]
 
 
@@ -90,6 +91,10 @@ class OutOfReachError(SinfkitError, ValueError):
 
 class UnreachableShareError(SinfkitError, ValueError):
     """With ranks of 1, more multiplications are left than wanted."""
+
+
+class UnsliceableError(SinfkitError, ValueError):
+    """Hardly anything of a network can be sliced."""
 
 
 class StorageError(SinfkitError, ValueError):

@@ -2,103 +2,87 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
-from torch import fx
+from torch import fx, nn
 
 from .base import TorchClassifierMixin, TorchEstimator, all_or_nothing
-from .criteria.activations import Statistics, pool
+from .criteria.activations import pool
 from .data.calibration import Calibration
-from .data.validation import hold_out, validate_X
-from .graph.cuts import find_layer, observation_nodes, penultimate
+from .data.validation import validate_X
+from .errors import PromiseWarning
+from .frozen import FrozenModel
+from .graph.cuts import find_layer, layer_names, observation_nodes, penultimate
 from .inference.forms import fast_form
-from .pruning.budget import budgeted_widths
-from .pruning.recipe import Recipe, choose_channels, extract, sliceable, warn_about_whole
-from .pruning.scoring import gather, score
-from .pruning.tvsprune import Pruned, prune_in_rounds
-from .repair.sequential import affordable_images, repair
-from .slicing.groups import ChannelGroup
+from .pruning.builder import Builder, Split
+from .pruning.options import PruningOptions
+from .pruning.recipe import Recipe, sliceable
+from .pruning.scoring import Scored, gather, score
+from .pruning.search import Goal, Judged, judge, search, split_samples, walk
+from .pruning.share import check_sliceable
+from .pruning.tvsprune import prune_in_rounds
 from .utils.jobs import over_chunks
-from .utils.params import check_integer, check_number, naming
+from .utils.params import caller_level, check_flag, check_number, naming
 
 
 class DCSPruner(
     ClassNamePrefixFeaturesOutMixin, TorchClassifierMixin, TransformerMixin, TorchEstimator
 ):
-    """Remove the filters of a trained network that discriminate its classes least.
+    """Make a trained network smaller without retraining it, within a limit of accuracy.
 
-    Each filter gets a Discriminative Capability Score (DCS): how much a linear probe on the layer's
-    pooled activations relies on it to tell the classes apart.  The lowest are sliced out of the
-    weights, so that the network is smaller and faster on any hardware, and the layers behind are
-    refitted in closed form.  No gradient training takes place.
+    Filters that the classes need least are sliced out of the weights, so that the network is
+    smaller and faster on any hardware, and the layers behind are refitted in closed form.  By
+    default the smallest network is searched whose accuracy is shown to drop by at most
+    `max_accuracy_drop`; with a `budget`, or another `schedule`, you say how much goes.
 
     Parameters
     ----------
     model : nn.Module or FrozenModel, optional
         The trained classifier, which returns one score per class.  Wrap it in a `FrozenModel` for
         grid searches, and to give normalisation.  None trains a small default network in ``fit``.
-    criterion : str or callable, default="dcs"
-        Filter score: ``"dcs"``, ``"fdr"``, ``"taylor"``, ``"obs"``, ``"l1"``, ``"random"`` or any
-        key of `sinfkit.criteria.CRITERIA`; or a function of a `sinfkit.criteria.LayerData` that
-        returns one score per filter, low for those to remove.
-    schedule : {"linear", "geometric", "uniform", "global", "iterative"}, default="linear"
-        How many filters each layer loses.  The first three say how the fraction removed grows from
-        the first layer to the last; ``"uniform"`` removes `max_ratio` everywhere.  ``"global"``
-        removes, over all layers, what is lost most cheaply until `budget` is met; the criterion
-        orders the filters of a layer, and layers are compared by what their readers lose for good
-        (see `sinfkit.criteria.costs_in_order`).  ``"iterative"`` removes what scores far below its
-        layer's mean, scores again, and goes on while the accuracy on held-out samples allows
-        (IterTVSPrune; theirs has ``criterion="hellinger"`` and ``repair="none"``).
-    min_ratio : float, default=0.1
-        Fraction of filters removed from the first layer (the paper's r_M).
-    max_ratio : float, optional
-        Fraction of filters removed from the last layer (the paper's r_L); with ``"global"`` the
-        largest fraction that any layer may lose.  Default: 0.5, and 0.9 with ``"global"``.
+    criterion : str or callable, default="dcs_obs"
+        Filter score: ``"dcs_obs"``, ``"dcs"``, ``"obs"``, ``"taylor"``, ``"l1"`` or any key of
+        `sinfkit.criteria.CRITERIA`; or a function of a `sinfkit.criteria.LayerData` that returns
+        one score per filter, low for those to remove.
+    schedule : {"global", "linear", "geometric", "uniform", "iterative"}, default="global"
+        Which layers lose how much.  ``"global"`` removes, over all layers, what is lost most
+        cheaply until `budget` is met.  ``"linear"`` and ``"geometric"`` let the share removed grow
+        with depth, from the first of `pruning_ratios` to the second; ``"uniform"`` removes the
+        second everywhere.  ``"iterative"`` removes what scores far below its layer's mean, scores
+        again, and goes on while the accuracy allows (IterTVSPrune; theirs has
+        ``criterion="hellinger"`` and ``repair="none"``).
     budget : float, optional
-        With ``schedule="global"``: the fraction of the base's cost that may stay, in (0, 1].  In
-        `SINFClassifier` prefix and one subgraph together keep to it, and all clusters' subgraphs
-        have the same widths.
-    budget_unit : {"macs", "params", "latency"}, default="macs"
-        What the cost is: multiply-accumulates, parameters, or time, measured on this machine with
-        `batch_size` samples (or all that there are) at a time.  Measured times are noisy.
-    round_to : int, default=1
-        The number of filters that stay in a layer is a multiple of it, rounded up: 8 suits most
-        hardware in bfloat16.  With ``schedule="global"`` layers whose own width is no multiple are
-        left as they come; ``schedule="iterative"`` does not round.
+        With ``schedule="global"``, the share of the cost that STAYS, in (0, 1].  None: searched.
+    pruning_ratios : tuple of float, default=(0.1, 0.5)
+        Share of the filters REMOVED from the first and from the last layer, in [0, 1).
+    repair : {"least_squares", "static_least_squares", "match", "mean", "none"}, \
+default="least_squares"
+        Closed-form repair after slicing, see `sinfkit.repair`.
     max_accuracy_drop : float, default=0.01
-        With ``schedule="iterative"``: how much accuracy may be lost on the held-out samples.
-    validation_fraction : float, default=0.2
-        With ``schedule="iterative"``: share of the samples of each class that is held out.
-    first_layer : str, optional
-        Layers before it stay whole.
+        Accuracy that may be lost, as a share.  It guides a search and ``schedule="iterative"``;
+        where you say how much goes, you are told whether it was kept.
+    confidence : float, default=0.9
+        How sure that is to be, see Notes.
     classes : sequence of labels, optional
         Keep only these classes: their outputs, and the filters that tell them apart.  Samples of
         other classes are ignored.
-    repair : {"least_squares", "static_least_squares", "match", "mean", "none"}, \
-default="least_squares"
-        Closed-form repair after slicing, see `sinfkit.repair.sequential`.
-    penalty : float, default=3.0
-        Ridge penalty of the DCS probe.
-    pool_size : int, default=1
-        Activations are averaged to ``pool_size x pool_size`` before they are scored.
-    repair_samples : int, default=4000
-        At most so many of the samples are used for the repair (drawn with `random_state`); every
-        sample is scored.  The repair holds their activations at one layer in memory, so fewer are
-        taken where those of one layer would exceed 2 GiB.
+    options : PruningOptions, optional
+        What few users need to set.
     model_classes : sequence of labels, optional
         The label of each of the model's outputs.  Default: integer labels are output indices,
         others are matched in sorted order.
     batch_size : int, default=256
     device : str or torch.device, default="auto"
         ``"auto"``: the first GPU where there is one.
-    n_jobs : int, optional
-        Inside ``joblib.parallel_config`` with a backend of processes: workers that predict chunks
-        of `X`.  ``fit`` is one job.
     memory : str, joblib.Memory or None
         Where to cache the activations' statistics and the filters' scores between fits.
     random_state : int, RandomState or None, default=None
@@ -108,21 +92,27 @@ default="least_squares"
     Attributes
     ----------
     model_ : nn.Module
-        The smaller network, on `device_`.  It takes normalised samples, as `model` does, and
-        returns one logit for each of `classes_`, in that order.
-    scores_ : dict of str to ndarray of shape (n_filters,)
-        Score of each ORIGINAL filter, by layer.  With ``schedule="iterative"`` its last one: what
-        was removed in different rounds was scored in different networks.
-    support_ : dict of str to int ndarray
-        Sorted indices of the original filters kept, by layer.
-    ratios_ : dict of str to float
-        Fraction of filters removed, by layer.
-    repair_error_ : dict of str to float
-        Relative squared error of each repaired layer's pre-activations on held-out calibration
-        samples.
+        The smaller network, on `device_`, with weights of its own.  It takes normalised samples,
+        as `model` does, and returns one logit for each of `classes_`, in that order.
+    accuracy_drop_ : float
+        Accuracy lost on held-out samples that have chosen nothing; nan without such samples.
+    certified_ : bool
+        Whether these samples show, with `confidence`, that at most `max_accuracy_drop` is lost.
+    certified_drop_ : float
+        The accuracy lost is at most this, with `confidence`; nan where nothing is certified.
     cost_ratio_ : float
-        With ``schedule="global"``: cost of the smaller network over that of the base, in
-        `budget_unit`; for latency, as it was measured.
+        Cost of the smaller network over that of the base, in `budget_unit` with
+        ``schedule="global"`` (for latency, as it was measured) and in multiplications otherwise.
+    search_results_ : list of dict
+        With a search, each size that was tried: ``stage``, ``budget``, ``cost_ratio``, and
+        ``accuracy_drop`` on the samples that choose.
+    sliceable_share_ : float
+        Share of the base's multiplications that slicing can reach.
+    scores_, support_ : dict of str to ndarray
+        By layer, the score of each ORIGINAL filter and the sorted indices of those kept.
+    ratios_, repair_error_ : dict of str to float
+        By layer, the share of filters removed, and the relative squared error of the repaired
+        layer's pre-activations on held-out calibration samples.
     classes_ : ndarray of shape (n_classes,)
     base_model_ : FrozenModel
         The network that was pruned.
@@ -138,16 +128,22 @@ default="least_squares"
 
     Notes
     -----
-    The paper (arXiv 2310.01259, algorithm 1) states the probe and that scores are normalised over
-    the layer.  The ridge penalty, the centring, the scaling and the Frobenius norm are our
-    choices, see the user guide.
+    **The promise.** With probability at least `confidence` over the draw of the calibration
+    samples, a result with ``certified_`` loses at most `max_accuracy_drop` on samples of the same
+    distribution that the base was not trained on.  Networks are tested from careful to bold, on
+    samples that chose nothing (arXiv 2110.01052).  Below about 230 such samples no point can be
+    certified: then the best by an honest estimate is kept, with a `PromiseWarning`.
+
+    **The paper** (arXiv 2310.01259, algorithm 1) states the probe and that scores are normalised
+    over the layer; penalty, centring, scaling and norm are our choices.  Its own form is
+    `DCSPruner.paper_settings`.
 
     Examples
     --------
     >>> from sklearn.datasets import load_digits
     >>> from sinfkit import DCSPruner
     >>> X, y = load_digits(return_X_y=True)
-    >>> pruner = DCSPruner(max_ratio=0.5, random_state=0).fit(X[:1000], y[:1000])
+    >>> pruner = DCSPruner(budget=0.5, random_state=0).fit(X[:1000], y[:1000])
     >>> pruner.score(X[1000:], y[1000:]) > 0.85
     True
     """
@@ -158,63 +154,90 @@ default="least_squares"
     ratios_: dict[str, float]
     repair_error_: dict[str, float]
     cost_ratio_: float
+    accuracy_drop_: float
+    certified_: bool
+    certified_drop_: float
+    search_results_: list[dict[str, Any]]
+    sliceable_share_: float
     classes_: np.ndarray
 
-    _only_from_fit = frozenset({"scores_", "support_", "repair_error_"})
+    _default_components = {"options": PruningOptions}
+    _only_from_fit = frozenset({"scores_", "support_", "repair_error_", "search_results_"})
 
     def __init__(
         self,
-        model: Any = None,
+        model: nn.Module | FrozenModel | None = None,
         *,
-        criterion: Any = "dcs",
-        schedule: str = "linear",
-        min_ratio: float = 0.1,
-        max_ratio: float | None = None,
+        criterion: str | Callable[..., Any] = "dcs_obs",
+        schedule: Literal["global", "linear", "geometric", "uniform", "iterative"] = "global",
         budget: float | None = None,
-        budget_unit: str = "macs",
-        round_to: int = 1,
+        pruning_ratios: tuple[float, float] = (0.1, 0.5),
+        repair: Literal[
+            "least_squares", "static_least_squares", "match", "mean", "none"
+        ] = "least_squares",
         max_accuracy_drop: float = 0.01,
-        validation_fraction: float = 0.2,
-        first_layer: str | None = None,
-        classes: Any = None,
-        repair: str = "least_squares",
-        penalty: float = 3.0,
-        pool_size: int = 1,
-        repair_samples: int = 4000,
-        model_classes: Any = None,
+        confidence: float = 0.9,
+        classes: Sequence[Any] | None = None,
+        options: PruningOptions | None = None,
+        model_classes: Sequence[Any] | None = None,
         batch_size: int = 256,
-        device: Any = "auto",
-        n_jobs: int | None = None,
+        device: str | torch.device = "auto",
         memory: Any = None,
-        random_state: Any = None,
+        random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
     ) -> None:
         self.model = model
         self.criterion = criterion
         self.schedule = schedule
-        self.min_ratio = min_ratio
-        self.max_ratio = max_ratio
         self.budget = budget
-        self.budget_unit = budget_unit
-        self.round_to = round_to
-        self.max_accuracy_drop = max_accuracy_drop
-        self.validation_fraction = validation_fraction
-        self.first_layer = first_layer
-        self.classes = classes
+        self.pruning_ratios = pruning_ratios
         self.repair = repair
-        self.penalty = penalty
-        self.pool_size = pool_size
-        self.repair_samples = repair_samples
+        self.max_accuracy_drop = max_accuracy_drop
+        self.confidence = confidence
+        self.classes = classes
+        self.options = options
         self.model_classes = model_classes
         self.batch_size = batch_size
         self.device = device
-        self.n_jobs = n_jobs
         self.memory = memory
         self.random_state = random_state
         self.verbose = verbose
 
+    @classmethod
+    def paper_settings(cls, model: nn.Module | FrozenModel | None = None, **params: Any) -> Any:
+        """Return a pruner with the settings of the paper (arXiv 2310.01259).
+
+        DCS of the classes (algorithm 1), and ratios that grow linearly from the first layer to the
+        last (algorithm 2; the paper sweeps 1 to 10 % and 10 to 90 %, and leaves the formula open),
+        nothing repaired.
+
+        Parameters
+        ----------
+        model : nn.Module or FrozenModel, optional
+        **params : dict
+            Other parameters, or other values of these.
+
+        Returns
+        -------
+        DCSPruner
+            Not fitted.
+
+        Examples
+        --------
+        >>> from sinfkit import DCSPruner
+        >>> DCSPruner.paper_settings()
+        DCSPruner(criterion='dcs', repair='none', schedule='linear')
+        """
+        paper = {
+            "criterion": "dcs",
+            "schedule": "linear",
+            "pruning_ratios": (0.1, 0.5),
+            "repair": "none",
+        }
+        return cls(model, **(paper | params))
+
     @all_or_nothing
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> DCSPruner:
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> DCSPruner:
         """Score the filters on calibration samples, slice the network and repair it.
 
         Parameters
@@ -222,8 +245,10 @@ default="least_squares"
         X : array-like or Tensor of shape (n_samples, channels, height, width) or (n_samples, \
 n_features)
             Calibration samples; uint8 images are divided by 255.
-        y : array-like of shape (n_samples,)
-            Their labels.
+        y : array-like of shape (n_samples,), optional
+            Their labels.  None, for a criterion that needs none (``"obs"``, ``"l1"``, ``"fpgm"``
+            ...): the base's own answers stand for them, so that every answer that changes counts
+            as lost.
         sample_weight : array-like of shape (n_samples,), optional
             How many times each sample counts, in scores, repair and held-out accuracies: 2 stands
             for the sample twice, 0 for none.  Default: once.
@@ -235,117 +260,122 @@ n_features)
         Raises
         ------
         ValueError
-            For a parameter out of range, samples, labels or weights that do not fit the model or
-            each other, or weights where the criterion knows none.
+            For a parameter out of range or without effect, samples, labels or weights that do not
+            fit the model or each other, or weights or no labels where the criterion knows none.
         TypeError
             If `model` is not a module.
+        UnsliceableError
+            If less than 5 % of the multiplications can be sliced.
         SlicingError
             If the sliced network disagrees with the masked one; the message names the layer.
-        """
-        recipe = self._recipe()
-        chooses = recipe.schedule == "iterative" and self.classes is None
-        held_out = self.validation_fraction if chooses else None
-        calibration = self._calibrate(X, y, self.classes, sample_weight, held_out)
-        recipe.check_weights(calibration.weight)
-        graph, groups = calibration.graph, calibration.groups
-        within = self._layers_from(graph, calibration.output)
-        warn_about_whole(groups, within)
-        chosen = sliceable(groups, within)
 
-        nodes = observation_nodes(graph, [layer for group in chosen for layer in group.layers])
+        Warns
+        -----
+        PromiseWarning
+            Where `max_accuracy_drop` is exceeded, or cannot be certified.
+        """
+        recipe, goal = recipe_of(self), Goal(self.max_accuracy_drop, self.confidence)
+        calibration = self._calibration(X, y, sample_weight, recipe)
+        within = self._layers_from(calibration)
+        chosen = sliceable(calibration.groups, within)
+        self.sliceable_share_ = check_sliceable(
+            calibration, chosen, within, self._component("options").allow_unsliceable, self.verbose
+        )
+        split = self._split(calibration, recipe, goal, y is not None)
+        nodes = observation_nodes(calibration.graph, [k for g in chosen for k in g.layers])
         statistics = gather(calibration, nodes, recipe.pool_size, self.memory, self.verbose)
         self._check_base(statistics.logits, calibration)
 
-        index = np.flatnonzero(calibration.y_encoded >= 0)
-        if self.verbose and len(index) < len(calibration.y_encoded):
-            ignored = len(calibration.y_encoded) - len(index)
-            print(f"DCSPruner: {ignored} samples of other classes ignored")
-        prune = self._in_rounds if recipe.schedule == "iterative" else self._at_once
-        pruned = prune(calibration, recipe, chosen, nodes, statistics, index)
-        self.model_ = pruned.model
-        self.scores_ = pruned.scores
-        self.repair_error_ = pruned.repair_error
-        self.support_ = {
-            layer: kept for layer, kept in pruned.support.items() if layer != calibration.output
-        }
+        builder = Builder(calibration, recipe, chosen, Scored({}, {}), statistics, split.fit)
+        if recipe.schedule == "iterative":
+            rounds = prune_in_rounds(builder, split, within, goal, self.verbose)
+            makers = [lambda made=pruned: made for pruned in rounds]
+            judged = walk(builder, split, goal, makers, len(rounds) - 1)
+        else:
+            classes = np.arange(len(self.classes_))
+            scored = score(calibration, chosen, statistics, split.fit, classes, recipe, self.memory)
+            builder = replace(builder, scored=scored)
+            if recipe.searches:
+                # What chose the size may repair it; what certifies may not.
+                builder.rows = np.sort(np.concatenate((split.fit, split.choose)))
+                judged = search(builder, split, goal)
+            else:
+                judged = judge(builder, builder.build(recipe.budget), split.certify, goal)
+        self._adopt(judged, calibration)
+        self._warn(judged, goal)
+        return self
+
+    def _adopt(self, judged: Judged, calibration: Calibration) -> None:
+        """Make a network the fitted one, and write down what is known of it."""
+        pruned, certificate = judged.pruned, judged.certificate
+        # A copy: what was not sliced is the frozen model's own.
+        self.model_ = copy.deepcopy(pruned.model)
+        self.scores_, self.repair_error_ = pruned.scores, pruned.repair_error
+        self.support_ = {k: v for k, v in pruned.support.items() if k != calibration.output}
         widths = {
-            name: m.weight.shape[0] for name, m in graph.named_modules() if name in self.support_
+            name: m.weight.shape[0]
+            for name, m in calibration.graph.named_modules()
+            if name in self.support_
         }
         self.ratios_ = {
             layer: 1 - len(kept) / widths[layer] for layer, kept in self.support_.items()
         }
+        self.cost_ratio_ = pruned.cost_ratio
+        self.accuracy_drop_ = judged.drop
+        self.certified_ = certificate is not None and certificate.certified
+        self.certified_drop_ = certificate.bound if self.certified_ else math.nan
+        if judged.tried:
+            self.search_results_ = judged.tried
         self._output = calibration.output
-        return self
 
-    def _at_once(
-        self,
-        calibration: Calibration,
-        recipe: Recipe,
-        chosen: list[ChannelGroup],
-        nodes: dict[str, str],
-        statistics: Statistics,
-        index: np.ndarray,
-    ) -> Pruned:
-        """Score once, slice once, repair once."""
-        graph, groups, outputs = calibration.graph, calibration.groups, calibration.table.outputs
-        batches = functools.partial(calibration.batcher, calibration.X)
-        classes = np.arange(len(calibration.table.classes))
-        scored = score(calibration, chosen, statistics, index, classes, recipe, self.memory)
-        others = {_output_group(groups): outputs}
-        widths = None
-        if recipe.schedule == "global":
-            batch = next(iter(batches(index)))
-            budgeted = budgeted_widths(graph, groups, chosen, scored, recipe, batch, others)
-            widths, self.cost_ratio_ = budgeted.widths, budgeted.cost_ratio
-        keep = choose_channels(chosen, scored.groups, recipe, widths) | others
+    def _warn(self, judged: Judged, goal: Goal) -> None:
+        """Say, once, where the promise was not kept or could not be shown."""
+        certificate, limit = judged.certificate, f"max_accuracy_drop={goal.max_accuracy_drop:g}"
+        if judged.is_base:
+            text = (
+                f"Nothing was removed: no smaller network that was tried keeps within {limit}, and "
+                "model_ is the base. More calibration samples, or a larger limit, allow a smaller "
+                "one."
+            )
+        elif not goal.met_by(judged.drop):
+            text = (
+                f"On {certificate.n_images} held-out samples the smaller network loses "
+                f"{judged.drop:.1%} of accuracy, more than {limit}."
+            )
+        elif (self.budget is None and self.schedule in ("global", "iterative")) and not (
+            self.certified_
+        ):
+            needed = None if certificate is None else certificate.images_needed
+            more = "" if needed is None else f"; about {needed} would show it"
+            n = 0 if certificate is None else certificate.n_images
+            text = (
+                f"{n} held-out samples cannot show, with confidence {goal.confidence:g}, that "
+                f"{limit} is kept{more}. The smaller network is the best by an estimate: "
+                f"{judged.drop:.1%} lost on them."
+            )
+        else:
+            return
+        warnings.warn(text, PromiseWarning, stacklevel=caller_level())
 
-        rng = np.random.default_rng(calibration.seed)
-        n_images = affordable_images(graph, calibration.example, int(self.repair_samples))
-        drawn = draw(rng, index, n_images)
-        samples = torch.cat(list(batches(drawn)))
-        small, support = extract(graph, groups, keep, samples[:64], outputs=outputs.tolist())
-        errors = repair(
-            graph,
-            small,
-            support,
-            samples,
-            method=recipe.repair,
-            batch_size=self.batch_size,
-            seed=calibration.seed,
-            sample_weight=calibration.weights(drawn),
+    def _calibration(self, X: Any, y: Any, sample_weight: Any, recipe: Recipe) -> Calibration:
+        """Everything that ``fit`` is given, checked and matched."""
+        fraction = self._component("options").validation_fraction
+        # A default network is not trained on what is held out.
+        held_out = fraction if self.classes is None and fraction else None
+        if y is None and self.model is not None:
+            if recipe.criterion.needs & {"y", "taylor", "taylor_squared"}:
+                raise ValueError(
+                    f"criterion={recipe.criterion.name!r} needs labels, but y is None. Pass y, or "
+                    "choose a criterion that needs none, such as 'obs' or 'l1'."
+                )
+        calibration = self._calibrate(
+            X, y, self.classes, sample_weight, held_out, unlabelled=y is None
         )
-        return Pruned(small, support, scored.layers, errors)
-
-    def _in_rounds(
-        self,
-        calibration: Calibration,
-        recipe: Recipe,
-        chosen: list[ChannelGroup],
-        nodes: dict[str, str],
-        statistics: Statistics,
-        index: np.ndarray,
-    ) -> Pruned:
-        """Score, slice and repair until the held-out samples say stop."""
-        graph, codes = calibration.graph, calibration.y_encoded[index]
-        rng = np.random.default_rng(calibration.seed)
-        fit, held = hold_out(codes, self.validation_fraction, rng)
-        return prune_in_rounds(
-            graph,
-            calibration.groups,
-            calibration.output,
-            calibration.table.outputs.tolist(),
-            self._layers_from(graph, calibration.output),
-            statistics,
-            (index[fit], codes[fit]),
-            (index[held], codes[held]),
-            functools.partial(calibration.batcher, calibration.X),
-            recipe,
-            n_images=affordable_images(graph, calibration.example, int(self.repair_samples)),
-            batch_size=int(self.batch_size),
-            seed=calibration.seed,
-            verbose=self.verbose,
-            weight=calibration.weight,
-        )
+        recipe.check_weights(calibration.weight)
+        n_others = int((calibration.y_encoded < 0).sum())
+        if self.verbose and n_others:
+            print(f"DCSPruner: {n_others} samples of other classes ignored")
+        return calibration
 
     def predict(self, X: Any) -> Any:
         """Predict the class of each sample.
@@ -408,48 +438,84 @@ n_features)
         """Width of `transform`, which `get_feature_names_out` asks for."""
         return int(dict(self.model_.named_modules())[self._output].weight.shape[1])
 
-    def _recipe(self, *, searched: bool = False) -> Recipe:
-        """Check this pruner's parameters, before anything costly; a budget may be `searched`."""
-        check_integer("repair_samples", self.repair_samples)
-        check_number("penalty", self.penalty, "(0, inf)")
-        check_number("validation_fraction", self.validation_fraction, "(0, 1)")
-        largest = {} if self.max_ratio is None or self.schedule != "global" else self.max_ratio
-        last = 0.5 if self.max_ratio is None or self.schedule == "global" else self.max_ratio
-        if self.schedule == "global" and self.budget is None and not searched:
-            raise ValueError("schedule='global' needs a budget.")
-        return Recipe(
-            criterion=self.criterion,
-            schedule=self.schedule,  # type: ignore[arg-type]
-            pruning_ratios=(self.min_ratio, last),
-            pool_size=self.pool_size,
-            repair=self.repair,
-            repair_samples=self.repair_samples,
-            penalty=self.penalty,
-            budget=self.budget,
-            budget_unit=self.budget_unit,  # type: ignore[arg-type]
-            max_accuracy_drop=self.max_accuracy_drop,
-            round_to=self.round_to,
-            **({"max_ratio": largest} if largest != {} else {}),  # type: ignore[arg-type]
+    def _split(self, calibration: Calibration, recipe: Recipe, goal: Goal, labelled: bool) -> Split:
+        """Which samples fit, choose and certify."""
+        index = np.flatnonzero(calibration.y_encoded >= 0)
+        # Without labels there are no classes to divide by.
+        y = calibration.y_encoded[index] if labelled else np.zeros(len(index), dtype=np.int64)
+        split = split_samples(
+            y,
+            index,
+            self._component("options").validation_fraction,
+            goal if recipe.searches or recipe.schedule == "iterative" else None,
+            calibration.seed,
+            widen=self.model is not None,
         )
+        if self.model is None and self.classes is not None:
+            # The default network was trained on all samples.
+            split = replace(split, certify=split.certify[:0])
+        return split
 
-    def _layers_from(self, graph: fx.GraphModule, output: str) -> list[str]:
+    def _layers_from(self, calibration: Calibration) -> list[str]:
         """Names of the layers from `first_layer` on, the output layer among the consumers."""
-        from .graph.cuts import layer_names
-
-        names = layer_names(graph)
-        if self.first_layer is None:
+        names, first = layer_names(calibration.graph), self._component("options").first_layer
+        if first is None:
             return names
-        if not isinstance(self.first_layer, str):
-            raise TypeError(f"first_layer must be a name, got {type(self.first_layer).__name__}.")
+        if not isinstance(first, str):
+            raise TypeError(f"first_layer must be a name, got {type(first).__name__}.")
         with naming("first_layer"):
-            return names[names.index(find_layer(graph, self.first_layer)) :]
+            return names[names.index(find_layer(calibration.graph, first)) :]
+
+    @property
+    def n_jobs(self) -> int | None:
+        """Workers that predict, see `PruningOptions`."""
+        options: PruningOptions = self._component("options")
+        return options.n_jobs
 
 
-def draw(rng: np.random.Generator, index: np.ndarray, n: int) -> np.ndarray:
-    """At most `n` of the indices, without replacement, in random order."""
-    return rng.permutation(index)[:n]
+def recipe_of(pruner: DCSPruner) -> Recipe:
+    """The recipe that a pruner's parameters make, checked; before anything costly."""
+    options = pruner._component("options")
+    if not isinstance(options, PruningOptions):
+        raise TypeError(f"options must be a PruningOptions or None, got {type(options).__name__}.")
+    check_number("max_accuracy_drop", pruner.max_accuracy_drop, "[0, 1]")
+    check_number("confidence", pruner.confidence, "(0, 1)")
+    check_number("validation_fraction", options.validation_fraction, "[0, 1)")
+    check_flag("allow_unsliceable", options.allow_unsliceable)
+    searches = pruner.budget is None
+    recipe = Recipe(
+        criterion=pruner.criterion,
+        schedule=pruner.schedule,
+        pruning_ratios=pruner.pruning_ratios,
+        budget=pruner.budget,
+        budget_unit=options.budget_unit,
+        max_ratio=(0.95 if searches else 0.9) if options.max_ratio is None else options.max_ratio,
+        round_to=options.round_to,
+        penalty=options.penalty,
+        pool_size=options.pool_size,
+        repair=pruner.repair,
+        repair_samples=options.repair_samples,
+    )
+    if options.validation_fraction == 0 and (recipe.searches or recipe.schedule == "iterative"):
+        raise ValueError("validation_fraction must be above 0 where a size is searched, got 0.")
+    _check_effects(pruner, options, recipe)
+    return recipe
 
 
-def _output_group(groups: Any) -> str:
-    """Name of the group of the output layer."""
-    return next(group.name for group in groups if group.is_output)
+def _check_effects(pruner: DCSPruner, options: PruningOptions, recipe: Recipe) -> None:
+    """Raise for a parameter that was set and has no effect with the others given."""
+    by_depth = recipe.schedule in ("linear", "geometric", "uniform")
+    budgeted, needs = recipe.schedule == "global", recipe.criterion.needs
+    for name, is_set, has_effect in (
+        ("pruning_ratios", tuple(pruner.pruning_ratios) != (0.1, 0.5), by_depth),
+        ("budget_unit", options.budget_unit != "macs", budgeted),
+        ("max_ratio", options.max_ratio is not None, budgeted),
+    ):
+        if is_set and not has_effect:
+            raise ValueError(f"{name} has no effect with schedule={recipe.schedule!r}.")
+    for name, is_set, has_effect in (
+        ("penalty", options.penalty != 3.0, bool(recipe.options)),
+        ("pool_size", options.pool_size != 1, bool(needs & {"features", "consumer_features"})),
+    ):
+        if is_set and not has_effect:
+            raise ValueError(f"{name} has no effect with criterion={recipe.criterion.name!r}.")

@@ -42,7 +42,7 @@ def classifier() -> SINFClassifier:
         return SINFClassifier(
             FrozenModel(small_cnn()),
             clusterer=SemanticClusterer(n_clusters=3),
-            pruner=DCSPruner(),
+            pruner=DCSPruner(criterion="dcs", schedule="linear"),
             route_layer="3",
             fallback="topk",
             confidence_threshold=0.5,
@@ -170,7 +170,7 @@ def mapped(n_images: int, side: int = 16, batch_size: int = 256) -> dict[str, fl
         clf = SINFClassifier(
             FrozenModel(network, mean=[0.5] * 3, std=[0.25] * 3),
             clusterer=SemanticClusterer(n_clusters=3),
-            pruner=DCSPruner(),
+            pruner=DCSPruner(criterion="dcs", schedule="linear"),
             route_layer="3",
             batch_size=batch_size,
             random_state=0,

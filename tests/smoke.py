@@ -35,9 +35,13 @@ def main() -> None:
         images, y, train_size=600, stratify=y, random_state=0
     )
     clusterer = SemanticClusterer(n_clusters=3, random_state=0).fit(X_train, y_train)
-    pruner = DCSPruner(max_ratio=0.5, random_state=0).fit(X_train, y_train)
+    pruner = DCSPruner(
+        criterion="dcs", schedule="linear", pruning_ratios=(0.1, 0.5), random_state=0
+    ).fit(X_train, y_train)
     sinf = SINFClassifier(
-        clusterer=SemanticClusterer(n_clusters=3), pruner=DCSPruner(), random_state=0
+        clusterer=SemanticClusterer(n_clusters=3),
+        pruner=DCSPruner(criterion="dcs", schedule="linear"),
+        random_state=0,
     ).fit(X_train, y_train)
 
     scores = {type(e).__name__: e.score(X_test, y_test) for e in (pruner, sinf)}

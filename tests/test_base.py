@@ -66,7 +66,9 @@ def test_progress_is_silent_unless_asked_for(capsys):
 
 def test_the_estimator_follows_its_device():
     X, y = blobs(per_class=10)
-    pruner = DCSPruner(FrozenModel(small_cnn()), device="cpu").fit(X, y)
+    pruner = DCSPruner(
+        FrozenModel(small_cnn()), criterion="dcs", schedule="linear", device="cpu"
+    ).fit(X, y)
     assert pruner.to("cpu") is pruner and pruner.device_ == torch.device("cpu")
     with pytest.raises(ValueError, match="not a torch device"):
         pruner.to("nowhere")
@@ -124,7 +126,7 @@ def test_setting_what_is_the_default_anyway_makes_no_component():
 
 
 def test_a_component_that_is_given_is_changed_and_none_brings_the_default_back():
-    pruner = DCSPruner(schedule="linear")
+    pruner = DCSPruner(criterion="dcs", schedule="linear")
     clf = SINFClassifier(pruner=pruner).set_params(pruner__budget=0.5)
     assert clf.pruner is pruner and pruner.budget == 0.5
     clf.set_params(pruner=None, pruner__budget=0.3)

@@ -16,7 +16,14 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
+from sinfkit import (
+    DCSPruner,
+    FrozenModel,
+    PruningOptions,
+    SemanticClusterer,
+    SINFClassifier,
+    train_network,
+)
 from sinfkit.classifier import _some_of_each
 from sinfkit.graph import count_macs, count_parameters
 from sinfkit.pruning import LayerTime
@@ -44,7 +51,7 @@ def fitted(frozen, data):
     return SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=3),
-        pruner=DCSPruner(),
+        pruner=DCSPruner(criterion="dcs", schedule="linear"),
         answers="cluster",
         fallback="base",
         confidence_threshold=0.6,
@@ -100,7 +107,12 @@ def test_subgraphs_have_their_clusters_outputs_and_fewer_filters(fitted, frozen)
 @pytest.mark.parametrize("criterion", ["dcs", "taylor", "l1"])
 def test_the_prefix_has_a_criterion_of_its_own(frozen, data, criterion):
     X, y, X_test, y_test = data
-    keywords = {"prefix_ratio": 0.5, "route_layer": "3", "random_state": 0, "pruner": DCSPruner()}
+    keywords = {
+        "prefix_ratio": 0.5,
+        "route_layer": "3",
+        "random_state": 0,
+        "pruner": DCSPruner(criterion="dcs", schedule="linear"),
+    }
     clf = SINFClassifier(frozen, prefix_criterion=criterion, **keywords).fit(X, y)
     convs = [m for m in clf.network_.prefix.modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convs] == [4, 8]
@@ -115,7 +127,7 @@ def test_dense_routing_reproduces_the_base(frozen, data):
     clf = SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=1),
-        pruner=DCSPruner(min_ratio=0, max_ratio=0),
+        pruner=DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0, 0)),
         prefix_ratio=0,
         router_weight=0.0,
         exit_threshold=None,
@@ -128,7 +140,7 @@ def test_dense_routing_reproduces_the_base(frozen, data):
     # more clusters, and everything on the fallback
     clf = SINFClassifier(
         frozen,
-        pruner=DCSPruner(),
+        pruner=DCSPruner(criterion="dcs", schedule="linear"),
         prefix_ratio=0,
         fallback="base",
         confidence_threshold=1.0,
@@ -250,13 +262,37 @@ def test_same_seed_same_result_and_parallel_equals_serial(frozen, data):
 def test_nested_estimators_are_checked(frozen, data):
     X, y, *_ = data
     for parameters, error, match in (
-        ({"clusterer": DCSPruner()}, TypeError, "clusterer must be a SemanticClusterer"),
+        (
+            {"clusterer": DCSPruner(criterion="dcs", schedule="linear")},
+            TypeError,
+            "clusterer must be a SemanticClusterer",
+        ),
         ({"pruner": "dcs"}, TypeError, "pruner"),
         ({"clusterer": SemanticClusterer(frozen)}, ValueError, "clusterer.model must be None"),
-        ({"pruner": DCSPruner(classes=[1])}, ValueError, "pruner.classes must be None"),
-        ({"pruner": DCSPruner(first_layer="3")}, ValueError, "first_layer must be None"),
-        ({"pruner": DCSPruner(max_ratio=2)}, ValueError, "max_ratio"),
-        ({"pruner": DCSPruner(schedule="iterative")}, ValueError, "pruner.schedule"),
+        (
+            {"pruner": DCSPruner(criterion="dcs", schedule="linear", classes=[1])},
+            ValueError,
+            "pruner.classes must be None",
+        ),
+        (
+            {
+                "pruner": DCSPruner(
+                    criterion="dcs", schedule="linear", options=PruningOptions(first_layer="3")
+                )
+            },
+            ValueError,
+            "first_layer must be None",
+        ),
+        (
+            {"pruner": DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.1, 2))},
+            ValueError,
+            "pruning_ratios",
+        ),
+        (
+            {"pruner": DCSPruner(criterion="dcs", schedule="iterative")},
+            ValueError,
+            "pruner.schedule",
+        ),
         ({"fallback": "luck"}, ValueError, "fallback"),
         ({"answers": "some"}, ValueError, "answers"),
         ({"exit_threshold": "never"}, ValueError, "exit_threshold"),
@@ -332,7 +368,7 @@ def test_untraceable_networks_are_wrapped_in_two_halves(data):
     with pytest.raises(ValueError, match="Sequential"):
         SINFClassifier(Untraceable(prefix, rest)).fit(X, y)
     clf = SINFClassifier(nn.Sequential(prefix, rest), route_layer="0", prefix_ratio=0.0)
-    clf.set_params(pruner=DCSPruner(), random_state=0).fit(X, y)
+    clf.set_params(pruner=DCSPruner(criterion="dcs", schedule="linear"), random_state=0).fit(X, y)
     assert clf.route_layer_ == "0"
     assert all(len(s.get("1.0", range(8))) == 8 for s in clf.supports_)
     np.testing.assert_allclose(clf.predict_proba(X_test).sum(1), 1, atol=1e-5)
@@ -341,7 +377,7 @@ def test_untraceable_networks_are_wrapped_in_two_halves(data):
 def test_a_drop_beyond_reach_is_told(frozen, data):
     X, y, *_ = data
     keywords = {"route_layer": "3", "max_accuracy_drop": 0.0, "random_state": 0}
-    pruner = DCSPruner(min_ratio=0.8, max_ratio=0.9, repair="none")
+    pruner = DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.8, 0.9), repair="none")
     with pytest.warns(UserWarning, match=r"loses .* more than max_accuracy_drop=0.0"):
         SINFClassifier(frozen, pruner=pruner, prefix_ratio=0.8, **keywords).fit(X, y)
     with warnings.catch_warnings():
@@ -363,7 +399,12 @@ def test_residual_and_depthwise_networks_are_routed(name, options, layer):
     clf = SINFClassifier(
         FrozenModel(network, mean=(0.5,) * 3, std=(0.25,) * 3),
         clusterer=SemanticClusterer(n_clusters=2),
-        pruner=DCSPruner(min_ratio=0.3, max_ratio=0.5, repair_samples=24),
+        pruner=DCSPruner(
+            criterion="dcs",
+            schedule="linear",
+            pruning_ratios=(0.3, 0.5),
+            options=PruningOptions(repair_samples=24),
+        ),
         route_layer=layer,
         confidence_threshold=0.0,
         random_state=0,
@@ -388,7 +429,7 @@ def test_sizes_clusters_and_route_layer_are_searched(frozen, data):
         "prefix_ratio": clf.prefix_ratio_,
         "low_rank": clf.prefix_low_rank_,
         "budget": clf.pruner_.budget,
-        "max_ratio": clf.pruner_.max_ratio,
+        "max_ratio": clf.pruner_.options.max_ratio,
         "n_clusters": clf.network_.n_clusters,
     }
     assert chosen.items() <= best.items()
@@ -404,7 +445,9 @@ def test_time_can_be_what_counts(frozen, data):
     X, y, *_ = data
     clf = SINFClassifier(
         frozen,
-        pruner=DCSPruner(schedule="global", budget_unit="latency"),
+        pruner=DCSPruner(
+            criterion="dcs", schedule="global", options=PruningOptions(budget_unit="latency")
+        ),
         max_accuracy_drop=0.05,
         batch_size=64,
         random_state=0,
@@ -439,7 +482,12 @@ def test_the_calls_of_each_cluster_are_paid_for(frozen, data, monkeypatch):
         SINFClassifier(
             frozen,
             clusterer=SemanticClusterer(n_clusters=n),
-            pruner=DCSPruner(schedule="global", budget=0.6, budget_unit="latency"),
+            pruner=DCSPruner(
+                criterion="dcs",
+                schedule="global",
+                budget=0.6,
+                options=PruningOptions(budget_unit="latency"),
+            ),
             route_layer="3",
             exit_threshold=None,
             batch_size=64,
@@ -456,15 +504,15 @@ def test_the_calls_of_each_cluster_are_paid_for(frozen, data, monkeypatch):
 def test_a_pruner_without_a_budget_has_it_searched(frozen, data):
     X, y, *_ = data
     keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}
-    clf = SINFClassifier(frozen, pruner=DCSPruner(schedule="global"), **keywords).fit(X, y)
+    clf = SINFClassifier(
+        frozen, pruner=DCSPruner(criterion="dcs", schedule="global"), **keywords
+    ).fit(X, y)
     default = SINFClassifier(frozen, **keywords).fit(X, y)
     assert clf.search_results_ == default.search_results_
-    other = DCSPruner(criterion="l1", schedule="global", max_ratio=0.6)
+    other = DCSPruner(criterion="l1", schedule="global", options=PruningOptions(max_ratio=0.6))
     clf = SINFClassifier(frozen, pruner=other, **keywords).fit(X, y)
     assert {row["max_ratio"] for row in clf.search_results_} == {0.6}
     assert clf.pruner_.criterion == "l1"
-    with pytest.raises(ValueError, match="needs a budget"):
-        DCSPruner(frozen, schedule="global").fit(X, y)
 
 
 def test_more_may_be_lost_and_less_is_left(frozen, data):
@@ -475,7 +523,9 @@ def test_more_may_be_lost_and_less_is_left(frozen, data):
         clf = SINFClassifier(frozen, max_accuracy_drop=drop, **keywords).fit(X, y)
         costs.append(min(row["relative_macs"] for row in clf.search_results_))
     assert costs[1] < costs[0]
-    given = SINFClassifier(frozen, pruner=DCSPruner(), **keywords).fit(X, y)
+    given = SINFClassifier(
+        frozen, pruner=DCSPruner(criterion="dcs", schedule="linear"), **keywords
+    ).fit(X, y)
     assert len(given.search_results_) == 1 and given.prefix_ratio_ == 0.3
     fixed = SINFClassifier(frozen, prefix_ratio=0.1, **keywords).fit(X, y)
     assert {row["prefix_ratio"] for row in fixed.search_results_} == {0.1}
@@ -484,7 +534,9 @@ def test_more_may_be_lost_and_less_is_left(frozen, data):
 def test_a_low_rank_is_tried_and_can_be_given(frozen, data):
     X, y, X_test, y_test = data
     keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}
-    whole = SINFClassifier(frozen, pruner=DCSPruner(), **keywords).fit(X, y)
+    whole = SINFClassifier(
+        frozen, pruner=DCSPruner(criterion="dcs", schedule="linear"), **keywords
+    ).fit(X, y)
     assert whole.prefix_low_rank_ == 1.0  # nothing is searched
     half = clone(whole).set_params(prefix_low_rank=0.5).fit(X, y)
     assert half.prefix_low_rank_ == half.search_results_[0]["low_rank"] == 0.5
@@ -528,7 +580,9 @@ def test_a_speed_can_be_asked_for(frozen, data):
 @pytest.mark.parametrize("criterion", ["dcs", "obs"])
 def test_prefix_and_subgraph_keep_to_a_budget_together(frozen, data, criterion):
     X, y, *_ = data
-    pruner = DCSPruner(criterion=criterion, schedule="global", budget=0.6, max_ratio=0.9)
+    pruner = DCSPruner(
+        criterion=criterion, schedule="global", budget=0.6, options=PruningOptions(max_ratio=0.9)
+    )
     clf = SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
@@ -555,7 +609,12 @@ def test_all_widths_under_a_budget_can_be_multiples(frozen, data):
     clf = SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
-        pruner=DCSPruner(schedule="global", budget=0.5, max_ratio=0.9, round_to=4),
+        pruner=DCSPruner(
+            criterion="dcs",
+            schedule="global",
+            budget=0.5,
+            options=PruningOptions(max_ratio=0.9, round_to=4),
+        ),
         route_layer="3",
         exit_threshold=None,
         random_state=0,
@@ -575,7 +634,9 @@ def test_one_budget_decides_about_both_sides_of_the_cut(frozen, data, fallback):
     clf = SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
-        pruner=DCSPruner(schedule="global", budget=0.45, max_ratio=0.9),
+        pruner=DCSPruner(
+            criterion="dcs", schedule="global", budget=0.45, options=PruningOptions(max_ratio=0.9)
+        ),
         route_layer="3",
         fallback=fallback,
         confidence_threshold=0.0,
@@ -602,7 +663,7 @@ def test_subgraphs_answer_all_classes_and_lose_less_on_the_wrong_route(frozen, d
         clf = SINFClassifier(
             frozen,
             clusterer=SemanticClusterer(n_clusters=3, max_cluster_size=2),
-            pruner=DCSPruner(),
+            pruner=DCSPruner(criterion="dcs", schedule="linear"),
             route_layer="0",
             answers=answers,
             router_weight=0.0,
@@ -631,7 +692,7 @@ def test_subgraphs_are_made_for_what_they_will_answer(frozen, data, monkeypatch,
     clf = SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
-        pruner=DCSPruner(),
+        pruner=DCSPruner(criterion="dcs", schedule="linear"),
         route_layer="0",
         answers=answers,
         random_state=0,
@@ -648,7 +709,7 @@ def test_sure_samples_leave_at_the_router_within_the_drop(frozen, data):
     X, y, X_test, y_test = data
     keywords = {
         "clusterer": SemanticClusterer(n_clusters=2),
-        "pruner": DCSPruner(),
+        "pruner": DCSPruner(criterion="dcs", schedule="linear"),
         "route_layer": "3",
         "random_state": 0,
     }
@@ -676,7 +737,7 @@ def test_a_speed_out_of_reach_is_told(frozen, data):
     clf = SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=2),
-        pruner=DCSPruner(),
+        pruner=DCSPruner(criterion="dcs", schedule="linear"),
         route_layer="3",
         target_speedup=1e6,
         random_state=0,
@@ -695,7 +756,9 @@ def test_outputs_of_readers_count_by_their_dcs_in_subgraphs_too(frozen, data):
         "random_state": 0,
     }
     plain, joined = (
-        SINFClassifier(frozen, pruner=DCSPruner(criterion=name), **keywords).fit(X, y)
+        SINFClassifier(frozen, pruner=DCSPruner(schedule="linear", criterion=name), **keywords).fit(
+            X, y
+        )
         for name in ("obs", "dcs_obs")
     )
     for one, other in zip(plain.scores_, joined.scores_, strict=True):
@@ -707,7 +770,9 @@ def test_outputs_of_readers_count_by_their_dcs_in_subgraphs_too(frozen, data):
 
 def test_ratios_that_a_budget_ignores_are_no_obstacle(frozen, data):
     X, y, *_ = data
-    pruner = DCSPruner(criterion="l1", schedule="global", budget=0.99, max_ratio=0.08)
+    pruner = DCSPruner(
+        criterion="l1", schedule="global", budget=0.99, options=PruningOptions(max_ratio=0.08)
+    )
     clusterer = SemanticClusterer(n_clusters=2)
     clf = SINFClassifier(frozen, clusterer=clusterer, pruner=pruner, random_state=0).fit(X, y)
     assert all(row["max_ratio"] == 0.08 for row in clf.search_results_)
@@ -730,7 +795,7 @@ def test_warnings_point_at_the_call_of_fit(frozen, data):
         SINFClassifier(
             frozen,
             clusterer=SemanticClusterer(n_clusters=5),
-            pruner=DCSPruner(),
+            pruner=DCSPruner(criterion="dcs", schedule="linear"),
             route_accuracy=1.0,
             random_state=0,
         ).fit(X, y)

@@ -41,7 +41,7 @@ def fitted(data):
     return SINFClassifier(
         FrozenModel(small_cnn(seed=3)),
         clusterer=SemanticClusterer(method="given", mapping={c: "abb"[c // 2] for c in range(6)}),
-        pruner=DCSPruner(min_ratio=0.4, max_ratio=0.6),
+        pruner=DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.4, 0.6)),
         route_layer="3",
         confidence_threshold=0.2,
         random_state=0,
@@ -75,7 +75,9 @@ def test_speed_and_accuracy_are_the_reports(fitted, data):
 
 
 def test_scores_are_sorted_and_relative_to_the_layers_mean(fitted, data):
-    pruner = DCSPruner(FrozenModel(small_cnn(seed=3)), random_state=0).fit(*data)
+    pruner = DCSPruner(
+        FrozenModel(small_cnn(seed=3)), criterion="dcs", schedule="linear", random_state=0
+    ).fit(*data)
     display = FilterScoreDisplay.from_estimator(pruner)
     assert list(display.scores) == list(pruner.scores_)
     for line, (layer, score) in zip(display.lines_, pruner.scores_.items(), strict=True):

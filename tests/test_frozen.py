@@ -32,7 +32,7 @@ def test_clone_and_deepcopy_give_the_same_object():
     frozen = FrozenModel(small_cnn())
     assert clone(frozen, safe=False) is frozen
     assert copy.deepcopy(frozen) is frozen and copy.copy(frozen) is frozen
-    assert clone(DCSPruner(frozen)).model is frozen
+    assert clone(DCSPruner(frozen, criterion="dcs", schedule="linear")).model is frozen
 
 
 def test_takes_a_private_copy_and_leaves_the_callers_model_alone():
@@ -191,7 +191,9 @@ def test_a_file_that_has_changed_is_not_taken_for_the_old_one(weights):
 
 def test_an_estimator_of_a_file_is_small_until_it_is_fitted_and_predicts_without_it(weights):
     X, y = blobs(n_classes=4, per_class=20)
-    pruner = DCSPruner(FrozenModel.from_file(weights, FACTORY), random_state=0)
+    pruner = DCSPruner(
+        FrozenModel.from_file(weights, FACTORY), criterion="dcs", schedule="linear", random_state=0
+    )
     assert len(pickle.dumps(pruner)) < 2000
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it is not trained

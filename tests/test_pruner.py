@@ -14,7 +14,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 
-from sinfkit import DCSPruner, FrozenModel, train_network
+from sinfkit import DCSPruner, FrozenModel, PruningOptions, train_network
 from sinfkit.graph import count_macs, count_parameters
 
 
@@ -29,7 +29,9 @@ def trained():
 
 def test_fit_gives_a_smaller_network_with_exact_counts(trained):
     frozen, X, y, X_test, y_test = trained
-    pruner = DCSPruner(frozen, min_ratio=0.25, max_ratio=0.5, random_state=0).fit(X, y)
+    pruner = DCSPruner(
+        frozen, criterion="dcs", schedule="linear", pruning_ratios=(0.25, 0.5), random_state=0
+    ).fit(X, y)
     assert list(pruner.support_) == ["0", "3", "7", "10"]
     # linear: 1/4, 1/3, 5/12, 1/2 of 8, 8, 16, 16, rounded down
     assert [len(kept) for kept in pruner.support_.values()] == [6, 6, 10, 8]
@@ -55,11 +57,11 @@ def test_fit_gives_a_smaller_network_with_exact_counts(trained):
 
 def test_optimal_brain_surgeon_for_a_subset_of_classes(trained):
     frozen, X, y, X_test, y_test = trained
-    keywords = {"min_ratio": 0.4, "max_ratio": 0.4, "classes": [1, 2, 4], "random_state": 0}
+    keywords = {"pruning_ratios": (0.4, 0.4), "classes": [1, 2, 4], "random_state": 0}
     own = np.isin(y_test, [1, 2, 4])
     errors = {}
     for criterion in ("obs", "random"):
-        pruner = DCSPruner(frozen, criterion=criterion, **keywords).fit(X, y)
+        pruner = DCSPruner(frozen, schedule="linear", criterion=criterion, **keywords).fit(X, y)
         errors[criterion] = sum(pruner.repair_error_.values())
         if criterion == "obs":
             assert pruner.score(X_test[own], y_test[own]) > 0.75
@@ -70,7 +72,9 @@ def test_optimal_brain_surgeon_for_a_subset_of_classes(trained):
 
 def test_keeping_everything_reproduces_the_base(trained):
     frozen, X, y, X_test, _ = trained
-    pruner = DCSPruner(frozen, min_ratio=0.0, max_ratio=0.0, random_state=0).fit(X, y)
+    pruner = DCSPruner(
+        frozen, criterion="dcs", schedule="linear", pruning_ratios=(0.0, 0.0), random_state=0
+    ).fit(X, y)
     with torch.inference_mode():
         expected = torch.softmax(frozen.module()(torch.as_tensor(X_test)), 1).numpy()
     np.testing.assert_allclose(pruner.predict_proba(X_test), expected, atol=1e-5)
@@ -80,7 +84,14 @@ def test_keeping_everything_reproduces_the_base(trained):
 @pytest.mark.parametrize("repair", ["none", "least_squares"])
 def test_every_criterion(trained, criterion, repair):
     frozen, X, y, X_test, y_test = trained
-    pruner = DCSPruner(frozen, criterion=criterion, repair=repair, max_ratio=0.4, random_state=0)
+    pruner = DCSPruner(
+        frozen,
+        schedule="linear",
+        pruning_ratios=(0.1, 0.4),
+        criterion=criterion,
+        repair=repair,
+        random_state=0,
+    )
     pruner.fit(X, y)
     assert set(pruner.scores_) == {"0", "3", "7", "10"}
     if repair == "least_squares":
@@ -106,21 +117,30 @@ def test_callable_criterion_gets_the_record(trained):
         seen.append((data.name, tuple(data.features.shape[:2]), data.n_classes))
         return torch.arange(data.weight.shape[0], dtype=torch.float64)
 
-    pruner = DCSPruner(frozen, criterion=smallest_index_first, random_state=0).fit(X, y)
-    assert seen[0] == ("0", (240, 8), 6)
+    pruner = DCSPruner(
+        frozen, schedule="linear", criterion=smallest_index_first, random_state=0
+    ).fit(X, y)
+    assert seen[0] == ("0", (192, 8), 6)
     for layer, kept in pruner.support_.items():
         n = len(pruner.scores_[layer])
         assert kept.tolist() == list(range(n - len(kept), n))
     for answer, match in ((torch.ones(3), "one score"), (torch.full((8,), np.nan), "NaN")):
         with pytest.raises(ValueError, match=match):
-            DCSPruner(frozen, criterion=lambda data, a=answer: a).fit(X, y)
+            DCSPruner(frozen, schedule="linear", criterion=lambda data, a=answer: a).fit(X, y)
     with pytest.raises(TypeError, match="criterion: The scores of layer '0' are no numbers"):
-        DCSPruner(frozen, criterion=lambda *data: data).fit(X, y)
+        DCSPruner(frozen, schedule="linear", criterion=lambda *data: data).fit(X, y)
 
 
 def test_subset_of_classes_keeps_only_their_outputs(trained):
     frozen, X, y, X_test, y_test = trained
-    pruner = DCSPruner(frozen, classes=[4, 1], max_ratio=0.6, random_state=0).fit(X, y)
+    pruner = DCSPruner(
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        pruning_ratios=(0.1, 0.6),
+        classes=[4, 1],
+        random_state=0,
+    ).fit(X, y)
     assert pruner.classes_.tolist() == [1, 4]
     assert pruner.predict_proba(X_test).shape == (len(X_test), 2)
     inside = np.isin(y_test, [1, 4])
@@ -129,11 +149,19 @@ def test_subset_of_classes_keeps_only_their_outputs(trained):
 
 def test_first_layer_leaves_what_comes_before_whole(trained):
     frozen, X, y, *_ = trained
-    pruner = DCSPruner(frozen, first_layer="7", random_state=0).fit(X, y)
+    pruner = DCSPruner(
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        random_state=0,
+        options=PruningOptions(first_layer="7"),
+    ).fit(X, y)
     widths = {layer: len(kept) for layer, kept in pruner.support_.items()}
     assert widths["0"] == widths["3"] == 8 and widths["7"] < 16
     with pytest.raises(ValueError, match="no layer 'head'"):
-        DCSPruner(frozen, first_layer="head").fit(X, y)
+        DCSPruner(
+            frozen, criterion="dcs", schedule="linear", options=PruningOptions(first_layer="head")
+        ).fit(X, y)
 
 
 def test_caller_model_untouched_and_failed_fit_changes_nothing(trained):
@@ -144,7 +172,7 @@ def test_caller_model_untouched_and_failed_fit_changes_nothing(trained):
     numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pruner = DCSPruner(model, random_state=0).fit(X, y)
+        pruner = DCSPruner(model, criterion="dcs", schedule="linear", random_state=0).fit(X, y)
     assert model.training and all(p.requires_grad for p in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -153,14 +181,23 @@ def test_caller_model_untouched_and_failed_fit_changes_nothing(trained):
     expected = pruner.predict_proba(X_test)
     with pytest.raises(ValueError, match="NaN"):
         pruner.fit(np.full_like(X, np.nan), y)
-    with pytest.raises(ValueError, match="max_ratio"):
-        pruner.set_params(max_ratio=1.0).fit(X, y)
+    with pytest.raises(ValueError, match="pruning_ratios"):
+        pruner.set_params(pruning_ratios=(0.1, 1.0)).fit(X, y)
     np.testing.assert_array_equal(pruner.predict_proba(X_test), expected)
 
 
 def test_same_seed_same_result(trained):
     frozen, X, y, X_test, _ = trained
-    a, b = (DCSPruner(frozen, random_state=3, repair_samples=50).fit(X, y) for _ in range(2))
+    a, b = (
+        DCSPruner(
+            frozen,
+            criterion="dcs",
+            schedule="linear",
+            random_state=3,
+            options=PruningOptions(repair_samples=50),
+        ).fit(X, y)
+        for _ in range(2)
+    )
     np.testing.assert_array_equal(a.predict_proba(X_test), b.predict_proba(X_test))
 
 
@@ -170,20 +207,26 @@ def test_same_seed_same_result(trained):
         ({"criterion": "best"}, "criterion"),
         ({"schedule": "steep"}, "schedule"),
         ({"repair": "glue"}, "repair"),
-        ({"min_ratio": -0.1}, "min_ratio"),
-        ({"max_ratio": 1.0}, "max_ratio"),
-        ({"min_ratio": 0.6, "max_ratio": 0.5}, "below"),
-        ({"schedule": "global"}, "needs a budget"),
+        ({"schedule": "linear", "pruning_ratios": (-0.1, 0.5)}, "pruning_ratios"),
+        ({"schedule": "linear", "pruning_ratios": (0.6, 0.5)}, "must not fall"),
+        ({"pruning_ratios": (0.2, 0.5)}, "pruning_ratios has no effect"),
         ({"schedule": "global", "budget": 0.0}, "budget must be"),
         ({"schedule": "global", "budget": 1.5}, "budget must be"),
         ({"schedule": "global", "budget": "half"}, "budget must be"),
-        ({"schedule": "global", "budget": 0.5, "budget_unit": "watts"}, "budget_unit"),
-        ({"budget": 0.5}, "budget has an effect"),
+        ({"schedule": "global", "budget": 0.5, "options__budget_unit": "watts"}, "budget_unit"),
+        ({"schedule": "linear", "budget": 0.5}, "budget has an effect"),
+        ({"schedule": "linear", "options__max_ratio": 0.5}, "max_ratio has no effect"),
+        ({"schedule": "linear", "options__budget_unit": "params"}, "budget_unit has no effect"),
+        ({"criterion": "l1", "options__penalty": 1.0}, "penalty has no effect"),
+        ({"criterion": "l1", "options__pool_size": 2}, "pool_size has no effect"),
+        ({"confidence": 1.0}, "confidence"),
+        ({"options__allow_unsliceable": 1}, "allow_unsliceable"),
+        ({"options__validation_fraction": 0}, "validation_fraction must be above 0"),
         ({"schedule": "iterative", "max_accuracy_drop": -0.1}, "max_accuracy_drop"),
-        ({"schedule": "iterative", "validation_fraction": 1.0}, "validation_fraction"),
-        ({"penalty": 0.0}, "penalty"),
-        ({"pool_size": 0}, "pool_size"),
-        ({"repair_samples": 0}, "repair_samples"),
+        ({"schedule": "iterative", "options__validation_fraction": 1.0}, "validation_fraction"),
+        ({"options__penalty": 0.0}, "penalty"),
+        ({"options__pool_size": 0}, "pool_size"),
+        ({"options__repair_samples": 0}, "repair_samples"),
         ({"classes": [9]}, "does not know"),
         ({"classes": []}, "empty"),
         ({"model_classes": [0, 1]}, "model_classes"),
@@ -194,15 +237,15 @@ def test_same_seed_same_result(trained):
 )
 def test_bad_parameters(trained, parameters, match):
     frozen, X, y, *_ = trained
-    pruner = DCSPruner(frozen, **parameters)
-    with pytest.raises(ValueError, match=match):
+    pruner = DCSPruner(frozen).set_params(**parameters)
+    with pytest.raises((ValueError, TypeError), match=match):
         pruner.fit(X, y)
     assert not [name for name in vars(pruner) if name.endswith("_")]
 
 
 def test_bad_data(trained):
     frozen, X, y, X_test, _ = trained
-    pruner = DCSPruner(frozen, random_state=0)
+    pruner = DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0)
     with pytest.raises(NotFittedError):
         pruner.predict(X)
     for data, labels, match in (
@@ -224,19 +267,25 @@ def test_bad_data(trained):
         with pytest.raises(ValueError, match="shape|dim|sample|features"):
             pruner.predict(data)
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
-        DCSPruner(model=lambda x: x).fit(X, y)
+        DCSPruner(criterion="dcs", schedule="linear", model=lambda x: x).fit(X, y)
     with pytest.raises(ValueError, match="2-D"):
-        DCSPruner(nn.Conv2d(1, 4, 3)).fit(X, y)
+        DCSPruner(nn.Conv2d(1, 4, 3), criterion="dcs", schedule="linear").fit(X, y)
 
 
 def test_uncertain_outputs_raise_or_warn(trained):
     frozen, X, y, *_ = trained
     with pytest.warns(UserWarning, match="seem mismatched"):
-        DCSPruner(frozen, model_classes=[1, 2, 3, 4, 5, 0], random_state=0).fit(X, y)
+        DCSPruner(
+            frozen,
+            criterion="dcs",
+            schedule="linear",
+            model_classes=[1, 2, 3, 4, 5, 0],
+            random_state=0,
+        ).fit(X, y)
     exploding = nn.Sequential(*frozen.module().children(), nn.Linear(6, 6))
     exploding[-1].weight.data.fill_(3e38)
     with pytest.raises(ValueError, match="not finite|NaN or infinity"):
-        DCSPruner(exploding).fit(X, y)
+        DCSPruner(exploding, criterion="dcs", schedule="linear").fit(X, y)
 
 
 class Residual(nn.Module):
@@ -265,9 +314,9 @@ def test_what_cannot_be_sliced_stays_whole_with_one_warning():
         model = randomise_batch_norms(Residual()).eval()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pruner = DCSPruner(model, random_state=0, schedule="uniform").fit(X, y)
-    about = [str(w.message) for w in caught if "stay whole" in str(w.message)]
-    assert len(about) == 1 and "odd" in about[0]
+        pruner = DCSPruner(model, criterion="dcs", random_state=0, schedule="uniform").fit(X, y)
+    about = [str(w.message) for w in caught if "stays whole" in str(w.message)]
+    assert len(about) == 1 and "multiplications can be sliced" in about[0]
     assert len(pruner.support_["odd"]) == 8
     np.testing.assert_array_equal(pruner.support_["stem.0"], pruner.support_["inner.3"])
     assert len(pruner.support_["stem.0"]) == 4 and len(pruner.support_["inner.0"]) == 6
@@ -277,7 +326,7 @@ def test_default_network_on_tables():
     rng = np.random.default_rng(0)
     y = np.arange(150) % 3
     X = rng.normal(size=(150, 5)) + y[:, None]
-    pruner = DCSPruner(random_state=0).fit(X, y)
+    pruner = DCSPruner(criterion="dcs", schedule="linear", random_state=0).fit(X, y)
     assert pruner.score(X, y) > 0.7
     assert pruner.transform(X).dtype == np.float64
     assert pruner.predict_proba(X).dtype == np.float64
@@ -298,10 +347,10 @@ def test_a_global_budget_is_met_exactly(trained, criterion, unit):
             frozen,
             schedule="global",
             budget=budget,
-            budget_unit=unit,
             criterion=criterion,
             random_state=0,
             device="cpu",
+            options=PruningOptions(budget_unit=unit),
         ).fit(X, y)
         ratio = count(pruner.model_) / count(frozen.module("cpu"))
         assert pruner.cost_ratio_ == pytest.approx(ratio, rel=1e-9)
@@ -317,22 +366,28 @@ def test_a_global_budget_is_met_exactly(trained, criterion, unit):
 def test_global_caps_and_classes(trained):
     frozen, X, y, *_ = trained
     pruner = DCSPruner(
-        frozen, schedule="global", budget=0.4, max_ratio=0.5, classes=[0, 3], random_state=0
+        frozen,
+        criterion="dcs",
+        schedule="global",
+        budget=0.4,
+        classes=[0, 3],
+        random_state=0,
+        options=PruningOptions(max_ratio=0.5),
     ).fit(X, y)
     assert max(pruner.ratios_.values()) <= 0.5 and pruner.cost_ratio_ <= 0.4
     pruner.set_params(budget=0.1)
     with pytest.raises(ValueError, match=r"max_ratio=0\.\d+ would do"):
         pruner.fit(X, y)
     assert pruner.cost_ratio_ <= 0.4  # what was fitted before is still there
-    pruner.set_params(schedule="linear", budget=None).fit(X, y)
-    assert not hasattr(pruner, "cost_ratio_")
+    pruner.set_params(schedule="linear", budget=None, options=None).fit(X, y)
+    assert 0.4 < pruner.cost_ratio_ < 1
 
 
 def test_a_search_over_budgets(trained):
     frozen, X, y, *_ = trained
     search = GridSearchCV(
-        DCSPruner(frozen, schedule="global", random_state=0),
-        {"budget": [0.2, 0.9], "budget_unit": ["macs", "params"]},
+        DCSPruner(frozen, criterion="dcs", schedule="global", random_state=0),
+        {"budget": [0.2, 0.9], "options__budget_unit": ["macs", "params"]},
         cv=2,
     ).fit(X, y)
     assert search.best_params_["budget"] == 0.9

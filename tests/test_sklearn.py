@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from sinfkit import (
     DCSPruner,
     FrozenModel,
+    PruningOptions,
     SemanticClusterer,
     SINFClassifier,
     resnet50,
@@ -89,14 +90,20 @@ def test_pipeline_with_a_scaler_in_front_and_features_behind(trained):
     flat = X.reshape(len(X), -1)
     front = make_pipeline(StandardScaler(with_mean=False, with_std=False), SINFClassifier(frozen))
     assert front.fit(flat, y).score(flat, y) > 0.8
-    behind = make_pipeline(DCSPruner(frozen, random_state=0), LogisticRegression(max_iter=500))
+    behind = make_pipeline(
+        DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0),
+        LogisticRegression(max_iter=500),
+    )
     assert behind.fit(X, y).score(X, y) > 0.8
 
 
 def test_pipeline_memory_hits(trained, tmp_path):
     frozen, X, y = trained
     pipeline = Pipeline(
-        [("prune", DCSPruner(frozen, random_state=0)), ("lr", LogisticRegression(max_iter=500))],
+        [
+            ("prune", DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0)),
+            ("lr", LogisticRegression(max_iter=500)),
+        ],
         memory=str(tmp_path),
     )
     first = clone(pipeline).fit(X, y)
@@ -109,23 +116,52 @@ def test_pipeline_memory_hits(trained, tmp_path):
 
 def test_own_memory_caches_statistics_and_scores(trained, tmp_path):
     frozen, X, y = trained
-    a = DCSPruner(frozen, random_state=0, memory=str(tmp_path)).fit(X, y)
+    a = DCSPruner(
+        frozen, criterion="dcs", schedule="linear", random_state=0, memory=str(tmp_path)
+    ).fit(X, y)
     n = len(list(tmp_path.rglob("output.pkl")))
     assert n == 2  # statistics and scores
-    b = DCSPruner(frozen, random_state=0, memory=str(tmp_path), max_ratio=0.7).fit(X, y)
+    b = DCSPruner(
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        pruning_ratios=(0.1, 0.7),
+        random_state=0,
+        memory=str(tmp_path),
+    ).fit(X, y)
     assert len(list(tmp_path.rglob("output.pkl"))) == n  # the same ones serve
-    plain = DCSPruner(frozen, random_state=0, max_ratio=0.7).fit(X, y)
+    plain = DCSPruner(
+        frozen, criterion="dcs", schedule="linear", pruning_ratios=(0.1, 0.7), random_state=0
+    ).fit(X, y)
     for layer, kept in plain.support_.items():
         np.testing.assert_array_equal(kept, b.support_[layer])
     assert any(len(a.support_[k]) > len(b.support_[k]) for k in a.support_)
-    DCSPruner(frozen, random_state=0, memory=str(tmp_path), criterion="fdr").fit(X, y)
-    DCSPruner(frozen, random_state=0, memory=str(tmp_path), penalty=0.1).fit(X, y)
-    DCSPruner(frozen, random_state=0, memory=str(tmp_path), classes=[0, 1]).fit(X, y)
+    DCSPruner(frozen, schedule="linear", random_state=0, memory=str(tmp_path), criterion="fdr").fit(
+        X, y
+    )
+    DCSPruner(
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        random_state=0,
+        memory=str(tmp_path),
+        options=PruningOptions(penalty=0.1),
+    ).fit(X, y)
+    DCSPruner(
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        random_state=0,
+        memory=str(tmp_path),
+        classes=[0, 1],
+    ).fit(X, y)
     assert len(list(tmp_path.rglob("output.pkl"))) == n + 3  # other scores of the same statistics
     other = np.random.default_rng(0).permutation(y)
     keywords = {"random_state": 0, "repair": "none"}
-    cached = DCSPruner(frozen, memory=str(tmp_path), **keywords).fit(X, other)
-    fresh = DCSPruner(frozen, **keywords).fit(X, other)
+    cached = DCSPruner(
+        frozen, criterion="dcs", schedule="linear", memory=str(tmp_path), **keywords
+    ).fit(X, other)
+    fresh = DCSPruner(frozen, criterion="dcs", schedule="linear", **keywords).fit(X, other)
     for layer, score in fresh.scores_.items():
         np.testing.assert_array_equal(cached.scores_[layer], score)
 
@@ -133,13 +169,20 @@ def test_own_memory_caches_statistics_and_scores(trained, tmp_path):
 def test_grid_search_over_nested_parameters(trained):
     frozen, X, y = trained
     search = GridSearchCV(
-        SINFClassifier(frozen, pruner=DCSPruner(), route_layer="3", random_state=0),
-        {"pruner__max_ratio": [0.2, 0.6], "confidence_threshold": [0.0, "auto"]},
+        SINFClassifier(
+            frozen,
+            pruner=DCSPruner(criterion="dcs", schedule="linear"),
+            route_layer="3",
+            random_state=0,
+        ),
+        {"pruner__pruning_ratios": [(0.1, 0.2), (0.1, 0.6)], "confidence_threshold": [0.0, "auto"]},
         cv=2,
     ).fit(X, y)
-    assert set(search.best_params_) == {"pruner__max_ratio", "confidence_threshold"}
+    assert set(search.best_params_) == {"pruner__pruning_ratios", "confidence_threshold"}
     assert search.best_score_ > 0.7
-    scores = cross_val_score(DCSPruner(frozen, random_state=0), X, y, cv=2)
+    scores = cross_val_score(
+        DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0), X, y, cv=2
+    )
     assert scores.mean() > 0.7
 
 
@@ -148,7 +191,7 @@ def test_joblib_round_trip_in_a_new_process(kind, trained, tmp_path):
     frozen, X, y = trained
     estimator = {
         "clusterer": SemanticClusterer(frozen, random_state=0),
-        "pruner": DCSPruner(frozen, random_state=0),
+        "pruner": DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0),
         "sinf": SINFClassifier(frozen, random_state=0),
     }[kind].fit(X, y)
     path, data, out = tmp_path / "e.joblib", tmp_path / "X.npy", tmp_path / "out.npy"
@@ -277,7 +320,7 @@ def test_one_host_copy_per_batch(fallback, trained, dispatch):
     clf = SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=2),
-        pruner=DCSPruner(),
+        pruner=DCSPruner(criterion="dcs", schedule="linear"),
         fallback=fallback,
         route_layer="3",
         confidence_threshold=0.9,
@@ -293,7 +336,9 @@ def test_one_host_copy_per_batch(fallback, trained, dispatch):
     with HostReads() as reads, config_context(assume_finite=True):
         clf.predict_cluster(x)
     assert reads.found == []
-    pruner = DCSPruner(frozen, batch_size=100, random_state=0).fit(X, y)
+    pruner = DCSPruner(
+        frozen, criterion="dcs", schedule="linear", batch_size=100, random_state=0
+    ).fit(X, y)
     with HostReads() as reads:
         pruner.transform(x)
     assert reads.found == ["_local_scalar_dense"]  # whether samples are finite, once a call
@@ -305,8 +350,10 @@ def test_bad_tensors_are_refused_under_dispatch(bad, trained, dispatch):
     x = torch.as_tensor(X).clone()
     x[7, 0, 3, 3] = bad
     for estimator in (
-        SINFClassifier(frozen, pruner=DCSPruner(), random_state=0),
-        DCSPruner(frozen),
+        SINFClassifier(
+            frozen, pruner=DCSPruner(criterion="dcs", schedule="linear"), random_state=0
+        ),
+        DCSPruner(frozen, criterion="dcs", schedule="linear"),
     ):
         fitted = estimator.fit(X, y)
         for method in ("predict", "predict_proba", "predict_cluster", "transform"):
@@ -353,7 +400,9 @@ def test_string_labels_are_numpy_under_dispatch(trained, dispatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_copy_from_a_gpu_per_batch(trained, dispatch):
     frozen, X, y = trained
-    clf = SINFClassifier(frozen, pruner=DCSPruner(), batch_size=100, random_state=0).fit(X, y)
+    clf = SINFClassifier(
+        frozen, pruner=DCSPruner(criterion="dcs", schedule="linear"), batch_size=100, random_state=0
+    ).fit(X, y)
     assert clf.device_.type == "cuda"
     x = torch.as_tensor(X, device="cuda")
     expected = clf.predict(x)  # warms up
@@ -385,15 +434,21 @@ def test_reprs_are_short_with_a_resnet50_inside():
     for model in (network, FrozenModel(network)):
         for estimator in (
             SemanticClusterer(model),
-            DCSPruner(model),
-            SINFClassifier(model, clusterer=SemanticClusterer(n_clusters=3), pruner=DCSPruner()),
+            DCSPruner(model, criterion="dcs", schedule="linear"),
+            SINFClassifier(
+                model,
+                clusterer=SemanticClusterer(n_clusters=3),
+                pruner=DCSPruner(criterion="dcs", schedule="linear"),
+            ),
         ):
             text = repr(estimator)
             assert len(text) < 200 and "23.5M parameters" in text
             html = estimator._repr_html_()
             assert len(html) < 60_000  # most of it scikit-learn's style sheet
             assert "Conv2d" not in html and "23.5M parameters" in html
-    assert repr(DCSPruner(network)).startswith("DCSPruner(model=_ResNet50(23.5M parameters))")
+    assert repr(DCSPruner(network, criterion="dcs", schedule="linear")).startswith(
+        "DCSPruner(model=_ResNet50(23.5M parameters))"
+    )
     # Lines break where scikit-learn breaks them.
     long = SINFClassifier(route_layer="3", max_accuracy_drop=0.02, validation_fraction=0.3, top_k=3)
     assert repr(long).count("\n") == 1
@@ -402,7 +457,11 @@ def test_reprs_are_short_with_a_resnet50_inside():
 def test_fitted_html_is_short(trained):
     frozen, X, y = trained
     html = (
-        SINFClassifier(frozen.module(), pruner=DCSPruner(), random_state=0).fit(X, y)._repr_html_()
+        SINFClassifier(
+            frozen.module(), pruner=DCSPruner(criterion="dcs", schedule="linear"), random_state=0
+        )
+        .fit(X, y)
+        ._repr_html_()
     )
     assert len(html) < 80_000 and "(conv" not in html and "Conv2d" not in html
 
@@ -410,7 +469,7 @@ def test_fitted_html_is_short(trained):
 def test_calibrated_frozen_and_voting(trained):
     frozen, X, y = trained
     names = np.array(["ant", "bee", "cat", "dog", "eel", "fox"])
-    pruner = DCSPruner(frozen, random_state=0)
+    pruner = DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0)
     fitted = clone(pruner).fit(X[:240], names[y[:240]])
     calibrated = CalibratedClassifierCV(FrozenEstimator(fitted))
     calibrated.fit(X[240:], names[y[240:]])
@@ -420,14 +479,19 @@ def test_calibrated_frozen_and_voting(trained):
     again = CalibratedClassifierCV(pruner, cv=2).fit(X, names[y])
     assert again.score(X, names[y]) > 0.8
     assert FrozenEstimator(fitted).fit(X, y).predict(X).tolist() == fitted.predict(X).tolist()
-    sinf = SINFClassifier(frozen, pruner=DCSPruner(), route_layer="3", random_state=0)
+    sinf = SINFClassifier(
+        frozen,
+        pruner=DCSPruner(criterion="dcs", schedule="linear"),
+        route_layer="3",
+        random_state=0,
+    )
     voting = VotingClassifier([("pruner", pruner), ("sinf", sinf)], voting="soft").fit(X, names[y])
     assert voting.score(X, names[y]) > 0.8
 
 
 def test_cross_validate_and_learning_curve(trained):
     frozen, X, y = trained
-    pruner = DCSPruner(frozen, random_state=0)
+    pruner = DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0)
     scores = cross_validate(
         pruner, X, y, cv=2, scoring=["accuracy", "neg_log_loss"], return_estimator=True
     )
@@ -444,10 +508,16 @@ def test_a_fitted_skorch_net_is_a_model(trained):
         small_cnn, criterion=torch.nn.CrossEntropyLoss, max_epochs=0, verbose=0
     ).fit(X, y.astype(np.int64))
     net.module_.load_state_dict(frozen.module().state_dict())
-    fitted = DCSPruner(FrozenModel(net), repair="none", max_ratio=0.0, min_ratio=0.0).fit(X, y)
+    fitted = DCSPruner(
+        FrozenModel(net),
+        criterion="dcs",
+        schedule="linear",
+        pruning_ratios=(0.0, 0.0),
+        repair="none",
+    ).fit(X, y)
     np.testing.assert_allclose(fitted.predict_proba(X), _softmax(net.forward(X)), atol=1e-5)
     with pytest.raises(TypeError, match="FrozenModel"):
-        DCSPruner(net).fit(X, y)
+        DCSPruner(net, criterion="dcs", schedule="linear").fit(X, y)
 
 
 def _softmax(logits):

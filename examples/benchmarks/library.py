@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sinfkit import (
     DCSPruner,
     FrozenModel,
+    PruningOptions,
     SemanticClusterer,
     SINFClassifier,
     __version__,
@@ -73,10 +74,8 @@ __all__ = [
 
 def pruner(model: Any = None, *, repair_samples: int | None = None, **settings: Any) -> DCSPruner:
     """A `DCSPruner` whose options are given beside its parameters."""
-    if "pruning_ratios" in settings:
-        settings["min_ratio"], settings["max_ratio"] = settings.pop("pruning_ratios")
     if repair_samples is not None:
-        settings["repair_samples"] = repair_samples
+        settings["options"] = PruningOptions(repair_samples=repair_samples)
     return DCSPruner(model, **settings)
 
 

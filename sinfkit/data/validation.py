@@ -279,6 +279,8 @@ def match_classes(
     n_outputs: int,
     model_classes: Sequence[Any] | None,
     classes: Sequence[Any] | None = None,
+    *,
+    complete: bool = True,
 ) -> ClassTable:
     """Match the labels of the calibration samples with the network's outputs.
 
@@ -292,6 +294,8 @@ def match_classes(
         indices; other labels are matched in sorted order if there are `n_outputs` of them.
     classes : sequence, optional
         The labels to keep; default all of the network's.
+    complete : bool, default=True
+        Whether each of them must occur in `y`.
 
     Returns
     -------
@@ -343,7 +347,7 @@ def match_classes(
     else:
         wanted = np.unique(labels)
     missing = wanted[~np.isin(wanted, present)]
-    if len(missing):
+    if complete and len(missing):
         raise ValueError(
             f"No calibration samples for class(es) {_list(missing)} in y, or none of a "
             "sample_weight above 0. Give samples of every class of the model; DCSPruner can also "

@@ -26,7 +26,8 @@ from ..graph.cost import fold_batch_norm
 from ..graph.cuts import find_cut, output_layer, split
 from ..inference.network import FALLBACKS, Normalise, SINFNetwork
 from ..inference.router import RoutePredictor
-from ..pruner import DCSPruner
+from ..pruner import DCSPruner, recipe_of
+from ..pruning.options import PruningOptions
 from ..utils.device import loaded_device, resolve_device
 from ..utils.params import check_integer, check_path
 from ..utils.pickling import versions
@@ -52,7 +53,11 @@ MAX_BYTES = 8 * 2**30
 _KINDS: dict[str, type[TorchEstimator]] = {
     kind.__name__: kind for kind in (DCSPruner, SemanticClusterer, SINFClassifier)
 }
-_NESTED = {"clusterer": SemanticClusterer, "pruner": DCSPruner}
+_NESTED: dict[str, type[Any]] = {
+    "clusterer": SemanticClusterer,
+    "pruner": DCSPruner,
+    "options": PruningOptions,
+}
 # A cache is a folder of pickles: a file must not say where a later fit looks for one.
 _NOT_STORED = ("model", "memory", *_NESTED)
 _LONGEST = 800  # characters of an error
@@ -458,7 +463,7 @@ class _Reader:
 
     def _estimator(self, kind: str, stored: Any, frozen: FrozenModel | None) -> Any:
         """An estimator with its parameters."""
-        factory = _KINDS[kind]
+        factory = {**_KINDS, **{part.__name__: part for part in _NESTED.values()}}[kind]
         known = set(factory._get_param_names()) - {"memory"}
         if not isinstance(stored, dict) or not set(stored) <= known:
             raise StorageError(f"The parameters of {kind} are not those that it has.")
@@ -478,7 +483,7 @@ class _Reader:
         estimator: Any = factory(**parameters)
         try:
             if isinstance(estimator, DCSPruner):
-                estimator._recipe()
+                recipe_of(estimator)
             elif isinstance(estimator, (SemanticClusterer, SINFClassifier)):
                 estimator._check_parameters()
         except (TypeError, ValueError) as error:

@@ -67,6 +67,18 @@ def number(what: str, value: Any) -> float:
     return float(value)
 
 
+def number_or_nan(what: str, value: Any) -> float:
+    """A number, or NaN where there is none."""
+    _require(type(value) is float and not math.isinf(value), what, "a number or NaN", value)
+    return float(value)
+
+
+def flag(what: str, value: Any) -> bool:
+    """True or False."""
+    _require(type(value) is bool, what, "true or false", value)
+    return bool(value)
+
+
 def optional_number(what: str, value: Any) -> float | None:
     """A finite number, or None."""
     return None if value is None else number(what, value)
@@ -158,6 +170,11 @@ ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
         "ratios_": floats,
         "repair_error_": floats,
         "cost_ratio_": number,
+        "accuracy_drop_": number_or_nan,
+        "certified_": flag,
+        "certified_drop_": number_or_nan,
+        "sliceable_share_": number,
+        "search_results_": rows,
     },
     "SemanticClusterer": {
         **COMMON,
@@ -184,7 +201,7 @@ ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
         "repair_errors_": list_of(floats),
     },
 }
-OPTIONAL = frozenset(("feature_names_in_", "cost_ratio_", "prefix_low_rank_"))
+OPTIONAL = frozenset(("feature_names_in_", "prefix_low_rank_", "search_results_"))
 # They are built again, or follow from the rest.
 DERIVED = frozenset("base_model_ model_ network_ clusterer_ pruner_ temperatures_".split())
 

@@ -17,7 +17,7 @@ from ..slicing.groups import ChannelGroup, slice_channels
 from .costs import CostModel, network_cost
 from .layer_times import fit_layer_times
 from .recipe import Recipe, choose_channels
-from .schedules import marginal_losses, widths_within
+from .schedules import OutOfReachError, marginal_losses, widths_within
 from .scoring import Scored
 
 __all__ = ["Budgeted", "budgeted_widths", "shared_widths", "tighten"]
@@ -121,41 +121,19 @@ def budgeted_widths(
     recipe: Recipe,
     batch: Tensor,
     others: Mapping[str, np.ndarray],
+    budget: float,
 ) -> Budgeted:
-    """Find the widths of one network under its recipe's budget.
+    """Find the widths of one network under a budget; OutOfReachError where there are none.
 
-    Parameters
-    ----------
-    graph : GraphModule
-        The base network.
-    groups : sequence of ChannelGroup
-        All of its groups.
-    chosen : sequence of ChannelGroup
-        Those that may be narrowed.
-    scored : Scored
-    recipe : Recipe
-        Of ``schedule="global"``.
-    batch : Tensor of shape (n, ...)
-        Normalised samples.  A latency is measured on all of them at once.
-    others : mapping of str to int ndarray
-        Channels kept of other groups, by group name.
-
-    Returns
-    -------
-    Budgeted
-
-    Raises
-    ------
-    ValueError
-        If the budget cannot be met.
+    `groups` are all of the network's, `chosen` those that may be narrowed, `others` the channels
+    kept of other groups, by name.  A latency is measured on the whole of `batch` (n, ...) at once.
     """
-    unit, budget = recipe.budget_unit, recipe.budget
-    assert budget is not None
+    unit = recipe.budget_unit
     times = fit_layer_times(graph, groups, chosen, batch) if unit == "latency" else None
     kept = {name: len(channels) for name, channels in others.items()}
     cost = network_cost(graph, groups, chosen, batch, unit, kept=kept, times=times)
     if unit != "latency":
-        widths = shared_widths(chosen, [scored], cost, recipe)
+        widths = shared_widths(chosen, [scored], cost, recipe, budget)
         return Budgeted(widths, cost.total(list(widths.values())) / cost.base)
 
     def measure(modelled: float) -> float:
@@ -216,7 +194,7 @@ def tighten(
         modelled = (low + high) / 2
         try:
             measured = measure(modelled)
-        except ValueError:
+        except OutOfReachError:
             low = modelled  # no network is so small
             continue
         fastest = min(fastest, measured)
@@ -225,7 +203,7 @@ def tighten(
         else:
             high = modelled
     if best is None:
-        raise ValueError(
+        raise OutOfReachError(
             f"budget={budget:g} cannot be met: the fastest network that was measured takes "
             f"{fastest:.2f} of the base's time. Choose a larger budget or max_ratio."
         )

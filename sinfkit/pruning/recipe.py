@@ -47,8 +47,6 @@ class Recipe:
     pool_size : int
     repair : str
     repair_samples : int
-    max_accuracy_drop : float
-        With ``"iterative"``.
     """
 
     criterion: Any
@@ -62,7 +60,6 @@ class Recipe:
     pool_size: int = 1
     repair: str = "least_squares"
     repair_samples: int = 4000
-    max_accuracy_drop: float = 0.01
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "criterion", get_criterion(self.criterion))
@@ -89,13 +86,17 @@ class Recipe:
         check_integer("pool_size", self.pool_size, high=MAX_POOL_SIZE)
         check_choice("repair", self.repair, REPAIRS)
         check_integer("repair_samples", self.repair_samples)
-        check_number("max_accuracy_drop", self.max_accuracy_drop, "[0, 1]")
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the criterion, of those that it knows."""
         scorer: Criterion = self.criterion
         return {"penalty": self.penalty} if "penalty" in scorer.options else {}
+
+    @property
+    def searches(self) -> bool:
+        """Whether the size is to be searched."""
+        return self.schedule == "global" and self.budget is None
 
     @property
     def measures_losses(self) -> bool:

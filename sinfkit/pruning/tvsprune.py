@@ -8,25 +8,23 @@ lowered.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ..criteria.activations import Statistics, collect
-from ..data.validation import mean
+from ..criteria.activations import collect
 from ..graph.cuts import observation_nodes
-from ..repair.sequential import repair
 from ..slicing.groups import ChannelGroup, find_groups
-from ..utils.params import caller_level
-from .recipe import Recipe, choose_channels, extract, sliceable
+from .builder import Builder, Pruned, Split, mend
+from .recipe import choose_channels, extract, sliceable
 from .schedules import n_above_mean
 from .scoring import ClassSamples, Scored, score_classes
+from .search import Goal, Witness
 
-__all__ = ["FACTORS", "Pruned", "prune_in_rounds"]
+__all__ = ["FACTORS", "prune_in_rounds"]
 
 FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, *(0.025 * n for n in range(20, 0, -1)))
 """Fractions of the mean score, in the order in which they are tried.
@@ -36,168 +34,54 @@ that differ less from filter to filter than theirs do have nothing below half of
 """
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A network that was pruned in rounds; everything refers to the ORIGINAL filters.
-
-    Attributes
-    ----------
-    model : GraphModule
-    support : dict of str to int ndarray
-        Filters kept, by layer.
-    scores : dict of str to ndarray of shape (n_filters,)
-        The last score of each filter: of a removed one, that of the round in which it went.
-    repair_error : dict of str to float
-        As `sinfkit.repair.repair` returns it, against the original network.
-    """
-
-    model: fx.GraphModule
-    support: dict[str, np.ndarray]
-    scores: dict[str, np.ndarray]
-    repair_error: dict[str, float]
-
-
 def prune_in_rounds(
-    graph: fx.GraphModule,
-    groups: Sequence[ChannelGroup],
-    output: str,
-    outputs: Sequence[int],
-    within: Iterable[str],
-    statistics: Statistics,
-    fit: tuple[np.ndarray, np.ndarray],
-    held: tuple[np.ndarray, np.ndarray],
-    batches: Callable[[np.ndarray], Iterable[Tensor]],
-    recipe: Recipe,
-    *,
-    n_images: int,
-    batch_size: int,
-    seed: int,
-    verbose: int = 0,
-    weight: np.ndarray,
-) -> Pruned:
-    """Prune a network in rounds that keep the accuracy on held-out samples.
+    builder: Builder, split: Split, within: Iterable[str], goal: Goal, verbose: int = 0
+) -> list[Pruned]:
+    """Prune in rounds while the samples that choose allow it; the network after each such round.
 
-    Parameters
-    ----------
-    graph : GraphModule
-        The base network.
-    groups : sequence of ChannelGroup
-        All of its groups.
-    output : str
-        Its output layer.
-    outputs : sequence of int
-        Outputs to keep, in the order of the classes.
-    within : iterable of str
-        Layers that may lose filters, see `sliceable`.
-    statistics : Statistics
-        Pooled activations of all samples in the base network.
-    fit, held : tuple of (int ndarray of shape (n,), int ndarray of shape (n,))
-        Indices of the samples that filters are scored and layers repaired on, or that accuracy is
-        measured on; and their classes, 0..k-1.
-    batches : callable
-        Normalised batches of the samples with the given indices.
-    recipe : Recipe
-        Of ``schedule="iterative"``: criterion, repair, `max_accuracy_drop`.
-    n_images : int
-        Samples for the repair, at most.
-    batch_size : int
-        Of the repair.
-    seed : int
-    verbose : int, default=0
-        Print a line for each round.
-    weight : ndarray of shape (n_samples,), optional
-        How many times each sample counts, by its index. Default: once.
-
-    Returns
-    -------
-    Pruned
-        After the last round whose accuracy was not below the base's, on the same held-out samples
-        and among the same outputs, by more than ``recipe.max_accuracy_drop``.
-
-    Raises
-    ------
-    ValueError
-        If a score is negative.
-
-    Warns
-    -----
-    UserWarning
-        If nothing could be removed.
+    `within` are the layers that may lose filters, see `sliceable`.
     """
-    sample = np.random.default_rng(seed).permutation(fit[0])[:n_images]
-    images = torch.cat(list(batches(sample)))
-    whole = next(group.name for group in groups if group.is_output)
-    model, support = extract(
-        graph, groups, {whole: np.asarray(outputs)}, images[:64], outputs=outputs
-    )
-    counts = weight[sample]
-    floor = _accuracy(model, batches, held, weight) - recipe.max_accuracy_drop
-    errors = repair(
-        graph,
-        model,
-        support,
-        images,
-        method="none",
-        batch_size=batch_size,
-        seed=seed,
-        sample_weight=counts,
-    )
+    calibration, recipe = builder.calibration, builder.recipe
+    choosing = Witness(builder, split.choose)
+    drawn = builder.drawn(recipe.repair_samples)
+    images = torch.cat(list(builder.batches(drawn)))
+    now = builder.whole()
     scores: dict[str, np.ndarray] = {}
+    found: list[Pruned] = []
     fresh: _Round | None = None
     refused: dict[str, int] = {}
     for factor in FACTORS:
         while True:
             if fresh is None:
-                fresh = _score(
-                    model,
-                    output,
-                    within,
-                    fit,
-                    batches,
-                    recipe,
-                    seed,
-                    None if scores else statistics,
-                    weight[fit[0]],
-                )
-                _record(scores, fresh.scored.layers, support)
+                fresh = _score(builder, split.fit, within, now.model, first=not scores)
+                builder.scored = builder.scored if scores else fresh.scored  # the base's
+                _record(scores, fresh.scored.layers, now.support)
             widths = fresh.widths(factor)
             if widths == refused or not fresh.removes(widths):
                 break
             keep = choose_channels(fresh.chosen, fresh.scored.groups, recipe, widths)
-            trial, kept = extract(model, fresh.groups, keep, images[:64])
+            trial, kept = extract(now.model, fresh.groups, keep, images[:64])
             # The base, not the round before, is what the repair aims at: errors do not add up.
-            left = {layer: support[layer][index] for layer, index in kept.items()}
-            found = repair(
-                graph,
-                trial,
-                left,
-                images,
-                method=recipe.repair,
-                batch_size=batch_size,
-                seed=seed,
-                sample_weight=counts,
-            )
-            accuracy = _accuracy(trial, batches, held, weight)
-            accepted = accuracy >= floor - 1e-9
+            left = {layer: now.support[layer][index] for layer, index in kept.items()}
+            errors = mend(calibration, trial, left, drawn, images, recipe.repair)
+            drop = choosing.drop(trial)
             if verbose:
-                n_filters = sum(len(index) for name, index in left.items() if name != output)
+                n_filters = sum(len(i) for name, i in left.items() if name != calibration.output)
                 print(
-                    f"factor {factor:.3f}: {n_filters} filters, held-out accuracy {accuracy:.4f}, "
-                    f"floor {floor:.4f}, {'kept' if accepted else 'undone'}"
+                    f"factor {factor:.3f}: {n_filters} filters, accuracy lost {drop:.4f}, "
+                    f"{'kept' if goal.met_by(drop) else 'undone'}"
                 )
-            if not accepted:
+            if not goal.met_by(drop):
                 refused = widths
                 break
-            model, support, errors, fresh, refused = trial, left, found, None, {}
-    if all(len(support[name]) == len(score) for name, score in scores.items()):
-        warnings.warn(
-            "schedule='iterative' removed nothing: already the first round costs more than "
-            f"max_accuracy_drop={recipe.max_accuracy_drop:g} on the held-out samples, or no filter "
-            "scores far below its layer's mean.",
-            UserWarning,
-            stacklevel=caller_level(),
-        )
-    return Pruned(model, support, scores, errors)
+            copies = {layer: score.copy() for layer, score in scores.items()}
+            now, fresh, refused = (
+                Pruned(trial, left, copies, errors, builder.macs_ratio(trial)),
+                None,
+                {},
+            )
+            found.append(now)
+    return found
 
 
 @dataclass(frozen=True)
@@ -225,38 +109,28 @@ class _Round:
 
 
 def _score(
-    model: fx.GraphModule,
-    output: str,
-    within: Iterable[str],
-    fit: tuple[np.ndarray, np.ndarray],
-    batches: Callable[[np.ndarray], Iterable[Tensor]],
-    recipe: Recipe,
-    seed: int,
-    statistics: Statistics | None,
-    weight: np.ndarray,
+    builder: Builder, rows: np.ndarray, within: Iterable[str], model: fx.GraphModule, first: bool
 ) -> _Round:
-    """Score the filters of the network as it is now."""
-    index, y = fit
-    groups = find_groups(model, next(iter(batches(index[:1]))), output)
+    """Score the filters of the network as it is now; before the `first` round it is the base."""
+    calibration = builder.calibration
+    groups = find_groups(model, calibration.example, calibration.output)
     chosen = sliceable(groups, within)
     layers = [layer for group in chosen for layer in group.layers]
-    if statistics is None:
-        nodes = observation_nodes(model, layers)
-        pooled = collect(model, batches(index), nodes, recipe.pool_size).pooled
+    if first:
+        index = torch.as_tensor(rows)
+        pooled = {layer: builder.statistics.pooled[layer][index] for layer in layers}
     else:
-        rows = torch.as_tensor(index)
-        pooled = {layer: statistics.pooled[layer][rows] for layer in layers}
-    n_outputs = dict(model.named_modules())[output].weight.shape[0]
+        nodes = observation_nodes(model, layers)
+        pooled = collect(model, builder.batches(rows), nodes, builder.recipe.pool_size).pooled
     samples = ClassSamples(
-        y=y,
-        outputs=list(range(n_outputs)),
+        y=calibration.y_encoded[rows],
+        outputs=list(range(len(calibration.table.classes))),
         pooled=pooled,
-        batches=lambda wanted: batches(index[wanted]),
-        weight=torch.as_tensor(weight),
-        seed=seed,
+        batches=lambda wanted: builder.batches(rows[wanted]),
+        weight=torch.as_tensor(calibration.weights(rows)),
+        seed=calibration.seed,
     )
-    scored = score_classes(model, chosen, samples, recipe)
-    return _Round(groups, chosen, scored)
+    return _Round(groups, chosen, score_classes(model, chosen, samples, builder.recipe))
 
 
 def _record(
@@ -265,16 +139,3 @@ def _record(
     """Write scores of the filters that are left where the original filters have their places."""
     for layer, score in measured.items():
         scores.setdefault(layer, score.copy())[support[layer]] = score
-
-
-def _accuracy(
-    model: fx.GraphModule,
-    batches: Callable[[np.ndarray], Iterable[Tensor]],
-    held: tuple[np.ndarray, np.ndarray],
-    weight: np.ndarray,
-) -> float:
-    """Share of right answers."""
-    index, y = held
-    with torch.inference_mode():
-        answers = torch.cat([model(x).argmax(1).cpu() for x in batches(index)])
-    return mean(answers.numpy() == y, weight[index])

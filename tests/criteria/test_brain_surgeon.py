@@ -454,9 +454,17 @@ def test_where_no_reader_is_known():
 def test_combined_criteria_in_the_pruner(criterion):
     X, y = blobs(n_classes=4)
     pruner = DCSPruner(
-        small_cnn(n_classes=4), criterion=criterion, repair="static_least_squares", random_state=0
+        small_cnn(n_classes=4),
+        schedule="linear",
+        criterion=criterion,
+        repair="static_least_squares",
+        random_state=0,
     ).fit(X, y)
     scores = pruner.scores_
     assert all(np.isfinite(s).all() and (s >= 0).all() for s in scores.values())
-    other = DCSPruner(small_cnn(n_classes=4), criterion="obs", random_state=0).fit(X, y).scores_
+    other = (
+        DCSPruner(small_cnn(n_classes=4), schedule="linear", criterion="obs", random_state=0)
+        .fit(X, y)
+        .scores_
+    )
     assert any(not np.allclose(scores[layer], other[layer]) for layer in scores)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sinfkit import DCSPruner
+from sinfkit import DCSPruner, PruningOptions
 from sinfkit.criteria import (
     CRITERIA,
     Consumer,
@@ -326,13 +326,13 @@ def test_every_criterion_prunes(name):
     X, y = blobs(per_class=12)
     pruner = DCSPruner(
         network_with_idle_filters(),
+        schedule="linear",
+        pruning_ratios=(0.25, 0.25),
         criterion=name,
-        min_ratio=0.25,
-        max_ratio=0.25,
         repair="none",
-        pool_size=2,
         random_state=0,
         device="cpu",
+        options=PruningOptions(pool_size=2),
     ).fit(X, y)
     assert {layer: len(kept) for layer, kept in pruner.support_.items()} == {
         "0": 6,
@@ -357,7 +357,7 @@ def test_what_is_collected_is_what_the_network_computes():
         return layer.map_rank
 
     look.needs = {"map_rank", "map_independence", "map_zeros", "taylor", "taylor_squared"}
-    DCSPruner(network, criterion=look, random_state=0, device="cpu").fit(X, y)
+    DCSPruner(network, schedule="linear", criterion=look, random_state=0, device="cpu").fit(X, y)
     with torch.no_grad():
         maps = network[:6](torch.from_numpy(X))  # behind the second convolution's ReLU
     found = seen["3"]

@@ -18,7 +18,14 @@ from helpers import blobs, small_cnn
 from sklearn.base import clone
 from torch import nn
 
-from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
+from sinfkit import (
+    DCSPruner,
+    FrozenModel,
+    PruningOptions,
+    SemanticClusterer,
+    SINFClassifier,
+    train_network,
+)
 from sinfkit.utils import in_pieces
 
 resource = pytest.importorskip("resource")
@@ -40,11 +47,11 @@ def estimators_on_a_network(data, width):
     frozen = FrozenModel(network)
     return {
         "SemanticClusterer": SemanticClusterer(frozen, n_clusters=2, random_state=0),
-        "DCSPruner": DCSPruner(frozen, random_state=0),
+        "DCSPruner": DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0),
         "SINFClassifier": SINFClassifier(
             frozen,
             clusterer=SemanticClusterer(n_clusters=2),
-            pruner=DCSPruner(),
+            pruner=DCSPruner(criterion="dcs", schedule="linear"),
             route_layer="3",
             random_state=0,
         ),
@@ -166,7 +173,14 @@ def test_memory_is_given_back_if_not_even_one_sample_fits():
     )
     rng = np.random.default_rng(0)
     X = rng.normal(size=(6, 1, 512, 512)).astype(np.float32)
-    estimator = DCSPruner(FrozenModel(network), batch_size=4, repair_samples=2, random_state=0)
+    estimator = DCSPruner(
+        FrozenModel(network),
+        criterion="dcs",
+        schedule="linear",
+        batch_size=4,
+        random_state=0,
+        options=PruningOptions(repair_samples=2),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         estimator.fit(X, [0, 1] * 3)
@@ -369,7 +383,7 @@ def test_a_worker_that_dies_is_told_and_changes_nothing(fitted, data):
     # Two clusters of two: the scores of a single one are computed here.
     pairs = SemanticClusterer(method="given", mapping={k: k // 2 for k in range(4)})
     parameters = {**clf.get_params(deep=False), "clusterer": pairs}
-    parameters["pruner"] = DCSPruner(criterion=Deadly())
+    parameters["pruner"] = DCSPruner(schedule="linear", criterion=Deadly())
     twin = SINFClassifier(**parameters).fit(X, y)  # in threads nothing dies
     before = dict(vars(twin))
     with joblib.parallel_config("loky", n_jobs=2), pytest.raises(Exception) as caught:

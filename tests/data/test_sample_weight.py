@@ -9,7 +9,7 @@ from helpers import blobs, small_cnn
 from sklearn import config_context
 from sklearn.model_selection import GridSearchCV, cross_validate
 
-from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
+from sinfkit import DCSPruner, FrozenModel, PruningOptions, SemanticClusterer, SINFClassifier
 from sinfkit.criteria import CRITERIA, discriminative_capability, fit_probe
 from sinfkit.data import validate_weight
 from sinfkit.graph import trace
@@ -63,7 +63,9 @@ def test_every_criterion_knows_weights_or_says_so(frozen, data):
     X, y, weight = data
     X2, y2 = repeated(*data)
     for name, criterion in CRITERIA.items():
-        pruner = DCSPruner(frozen, criterion=name, repair="none", random_state=0, device="cpu")
+        pruner = DCSPruner(
+            frozen, schedule="linear", criterion=name, repair="none", random_state=0, device="cpu"
+        )
         assert criterion.weighted == (name not in UNWEIGHTED)
         if not criterion.weighted:
             with pytest.raises(ValueError, match=f"'{name}' takes no sample_weight"):
@@ -185,7 +187,9 @@ def test_repair(method, frozen, data):
 @pytest.mark.parametrize("repair", ["none", "mean", "match", "static_least_squares"])
 def test_pruner(repair, frozen, data):
     X, y, weight = data
-    pruner = DCSPruner(frozen, repair=repair, random_state=0, device="cpu")
+    pruner = DCSPruner(
+        frozen, criterion="dcs", schedule="linear", repair=repair, random_state=0, device="cpu"
+    )
     weighted = pruner.fit(X, y, sample_weight=weight).predict_proba(X)
     twice = pruner.fit(*repeated(*data)).predict_proba(X)
     np.testing.assert_allclose(weighted, twice, atol=2e-4)
@@ -197,7 +201,7 @@ def test_weight_zero_is_no_sample_and_weight_one_is_no_weight(kind, frozen, data
     method = "transform" if kind is SemanticClusterer else "predict_proba"
     estimator = kind(frozen, random_state=0, device="cpu")
     if kind is SINFClassifier:
-        estimator.set_params(pruner=DCSPruner(), route_layer="3")
+        estimator.set_params(pruner=DCSPruner(criterion="dcs", schedule="linear"), route_layer="3")
 
     def answers(*args, **kwargs):
         return getattr(estimator.fit(*args, **kwargs), method)(X)
@@ -343,7 +347,7 @@ def test_sinf_with_given_held_out_samples(fallback, frozen, data):
     sinf = SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(method="given", mapping={"a": [0, 1], "b": [2, 3]}),
-        pruner=DCSPruner(repair="static_least_squares"),
+        pruner=DCSPruner(criterion="dcs", schedule="linear", repair="static_least_squares"),
         prefix_criterion="dcs",
         route_layer="3",
         fallback=fallback,
@@ -375,7 +379,10 @@ def test_sinf_searches_with_weights(frozen, data):
     X, y, weight = data
     fitted = SINFClassifier(frozen, random_state=0, device="cpu").fit(X, y, sample_weight=weight)
     assert fitted.score(X, y) > 0.6
-    for names in ({"pruner": DCSPruner(criterion="mmd")}, {"prefix_criterion": "mmd"}):
+    for names in (
+        {"pruner": DCSPruner(schedule="linear", criterion="mmd")},
+        {"prefix_criterion": "mmd"},
+    ):
         with pytest.raises(ValueError, match="'mmd' takes no sample_weight"):
             SINFClassifier(frozen, **names).fit(X, y, sample_weight=weight)
 
@@ -383,7 +390,9 @@ def test_sinf_searches_with_weights(frozen, data):
 def test_a_class_without_weight_is_missing(frozen, data):
     X, y, _ = data
     with pytest.raises(ValueError, match="No calibration samples for class"):
-        DCSPruner(frozen).fit(X, y, sample_weight=(y != 2).astype(float))
+        DCSPruner(frozen, criterion="dcs", schedule="linear").fit(
+            X, y, sample_weight=(y != 2).astype(float)
+        )
 
 
 def test_functions_as_criteria(frozen, data):
@@ -395,15 +404,24 @@ def test_functions_as_criteria(frozen, data):
         return layer.features.mean((0, 2))
 
     with pytest.raises(ValueError, match="'spread' takes no sample_weight"):
-        DCSPruner(frozen, criterion=spread).fit(X, y, sample_weight=weight)
+        DCSPruner(frozen, schedule="linear", criterion=spread).fit(X, y, sample_weight=weight)
     spread.needs = {"features", "y", "sample_weight"}
-    DCSPruner(frozen, criterion=spread, repair="none").fit(X, y, sample_weight=weight)
+    DCSPruner(frozen, schedule="linear", criterion=spread, repair="none").fit(
+        X, y, sample_weight=weight
+    )
     assert seen[0].tolist() == weight[weight > 0].tolist()
 
 
 def test_cached_scores_know_the_weights(frozen, data, tmp_path):
     X, y, weight = data
-    pruner = DCSPruner(frozen, repair="none", random_state=0, memory=str(tmp_path))
+    pruner = DCSPruner(
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        repair="none",
+        random_state=0,
+        memory=str(tmp_path),
+    )
     first = pruner.fit(X, y).scores_
     second = pruner.fit(X, y, sample_weight=weight + 1).scores_
     assert any(not np.array_equal(first[k], second[k]) for k in first)
@@ -414,7 +432,14 @@ def test_held_out_accuracies_are_weighted(frozen, data):
     kept = {}
     for heavy in (True, False):
         # What the network gets wrong is most of the weight, or next to none.
-        wrong = DCSPruner(frozen, repair="none", max_ratio=0, min_ratio=0).fit(X, y).predict(X) != y
+        wrong = (
+            DCSPruner(
+                frozen, criterion="dcs", schedule="linear", pruning_ratios=(0, 0), repair="none"
+            )
+            .fit(X, y)
+            .predict(X)
+            != y
+        )
         weight = np.where(wrong == heavy, 20.0, 1.0)
         pruner = DCSPruner(
             frozen,
@@ -422,8 +447,8 @@ def test_held_out_accuracies_are_weighted(frozen, data):
             schedule="iterative",
             repair="none",
             max_accuracy_drop=0.05,
-            validation_fraction=0.5,
             random_state=0,
+            options=PruningOptions(validation_fraction=0.5),
         ).fit(X, y, sample_weight=weight)
         kept[heavy] = sum(map(len, pruner.support_.values()))
     # A network that is mostly wrong has little to lose.
@@ -434,9 +459,11 @@ def test_metadata_routing(frozen, data):
     X, y, weight = data
     weight = weight.astype(float) + 1
     with config_context(enable_metadata_routing=True):
-        pruner = DCSPruner(frozen, repair="none", random_state=0)
+        pruner = DCSPruner(
+            frozen, criterion="dcs", schedule="linear", repair="none", random_state=0
+        )
         routed = pruner.set_fit_request(sample_weight=True).set_score_request(sample_weight=True)
-        search = GridSearchCV(routed, {"max_ratio": [0.2, 0.6]}, cv=2)
+        search = GridSearchCV(routed, {"pruning_ratios": [(0.1, 0.2), (0.1, 0.6)]}, cv=2)
         search.fit(X, y, sample_weight=weight)
         best = search.best_estimator_
         expected = pruner.set_params(**search.best_params_).fit(X, y, sample_weight=weight)

@@ -37,7 +37,7 @@ def test_predictions_on_a_dask_array(monkeypatch, capsys):
         SINFClassifier,
         default_network((1, 8, 8), 10, random_state=0),  # not trained: answers are compared only
         clusterer=SemanticClusterer(n_clusters=2),
-        pruner=DCSPruner(),
+        pruner=DCSPruner(criterion="dcs", schedule="linear"),
     )
     monkeypatch.setattr(script, "SINFClassifier", quick)
     run(script, monkeypatch, "--workers", 0)

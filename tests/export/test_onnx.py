@@ -41,7 +41,7 @@ def fitted(data):
     return SINFClassifier(
         FrozenModel(network, mean=[0.1], std=[1.3]),
         clusterer=SemanticClusterer(n_clusters=2),
-        pruner=DCSPruner(),
+        pruner=DCSPruner(criterion="dcs", schedule="linear"),
         fallback="base",
         confidence_threshold=0.6,
         route_layer="3",
@@ -311,7 +311,7 @@ def digits():
     clf = SINFClassifier(
         FrozenModel(network),
         clusterer=SemanticClusterer(n_clusters=2),
-        pruner=DCSPruner(max_ratio=0.3),
+        pruner=DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.1, 0.3)),
         confidence_threshold=0.7,
         route_layer="3",
         device="cpu",

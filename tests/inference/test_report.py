@@ -20,7 +20,7 @@ def fitted():
         clusterer=SemanticClusterer(
             method="given", mapping=dict.fromkeys(range(5), "a") | {5: "b"}
         ),
-        pruner=DCSPruner(min_ratio=0.5, max_ratio=0.5),
+        pruner=DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.5, 0.5)),
         route_layer="3",
         fallback="base",
         confidence_threshold=0.5,

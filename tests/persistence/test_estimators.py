@@ -23,7 +23,14 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 import sinfkit
-from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, StorageError
+from sinfkit import (
+    DCSPruner,
+    FrozenModel,
+    PruningOptions,
+    SemanticClusterer,
+    SINFClassifier,
+    StorageError,
+)
 from sinfkit.inference import SINFNetwork
 from sinfkit.persistence import SCHEMA, describe
 from sinfkit.zoo import default_network
@@ -49,12 +56,16 @@ def frozen():
 
 @pytest.fixture(scope="module")
 def classifier(data, frozen):
-    return SINFClassifier(frozen, pruner=DCSPruner(), **TWO).fit(*data)
+    return SINFClassifier(frozen, pruner=DCSPruner(criterion="dcs", schedule="linear"), **TWO).fit(
+        *data
+    )
 
 
 @pytest.fixture(scope="module")
 def pruner(data, frozen):
-    return DCSPruner(frozen, random_state=0, device="cpu").fit(*data)
+    return DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0, device="cpu").fit(
+        *data
+    )
 
 
 def saved(estimator, folder: Path) -> Path:
@@ -77,16 +88,35 @@ def forge(path: Path, change) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda frozen: DCSPruner(frozen, random_state=0, repair="none", classes=[1, 3, 4]),
-        lambda frozen: DCSPruner(frozen, random_state=0, schedule="iterative"),
-        lambda frozen: SemanticClusterer(frozen, n_clusters=3, random_state=0),
-        lambda frozen: SINFClassifier(frozen, pruner=DCSPruner(), fallback="base", **TWO),
-        lambda frozen: SINFClassifier(
-            frozen, pruner=DCSPruner(repair="none"), fallback="topk", **SLICES, **TWO
+        lambda frozen: DCSPruner(
+            frozen,
+            criterion="dcs",
+            schedule="linear",
+            random_state=0,
+            repair="none",
+            classes=[1, 3, 4],
         ),
-        lambda frozen: SINFClassifier(frozen.module(), pruner=DCSPruner(), **TWO),
+        lambda frozen: DCSPruner(frozen, criterion="dcs", random_state=0, schedule="iterative"),
+        lambda frozen: SemanticClusterer(frozen, n_clusters=3, random_state=0),
         lambda frozen: SINFClassifier(
-            frozen, pruner=DCSPruner(), route_layer="3", prefix_low_rank=0.6, **TWO
+            frozen, pruner=DCSPruner(criterion="dcs", schedule="linear"), fallback="base", **TWO
+        ),
+        lambda frozen: SINFClassifier(
+            frozen,
+            pruner=DCSPruner(criterion="dcs", schedule="linear", repair="none"),
+            fallback="topk",
+            **SLICES,
+            **TWO,
+        ),
+        lambda frozen: SINFClassifier(
+            frozen.module(), pruner=DCSPruner(criterion="dcs", schedule="linear"), **TWO
+        ),
+        lambda frozen: SINFClassifier(
+            frozen,
+            pruner=DCSPruner(criterion="dcs", schedule="linear"),
+            route_layer="3",
+            prefix_low_rank=0.6,
+            **TWO,
         ),
     ],
     ids=["classes", "iterative", "clusterer", "base", "topk", "module", "low rank"],
@@ -149,7 +179,12 @@ def test_labels_names_and_columns_come_back(data, frozen, tmp_path):
     clusterer = SemanticClusterer(method="given", mapping=mapping)
     for labels in (words[codes], words[codes].astype(object), codes.astype(np.uint16) * 100):
         parameters = {"clusterer": clusterer if labels.dtype.kind in "OU" else TWO["clusterer"]}
-        sinf = SINFClassifier(frozen, pruner=DCSPruner(), random_state=0, **parameters)
+        sinf = SINFClassifier(
+            frozen,
+            pruner=DCSPruner(criterion="dcs", schedule="linear"),
+            random_state=0,
+            **parameters,
+        )
         sinf.fit(X, labels)
         again = sinfkit.load(saved(sinf, tmp_path), factory=small_cnn)
         found, expected = again.predict(X), sinf.predict(X)
@@ -158,14 +193,16 @@ def test_labels_names_and_columns_come_back(data, frozen, tmp_path):
         np.testing.assert_array_equal(again.cluster_names_, sinf.cluster_names_)
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame(X.reshape(len(X), -1)[:, :8]).rename(columns=str)
-    pruner = DCSPruner(random_state=0).fit(table, codes)
+    pruner = DCSPruner(criterion="dcs", schedule="linear", random_state=0).fit(table, codes)
     again = sinfkit.load(saved(pruner, tmp_path))
     np.testing.assert_array_equal(again.predict(table), pruner.predict(table))
     assert list(again.feature_names_in_) == [str(i) for i in range(8)]
 
 
 def test_only_what_differs_from_the_base_is_stored(data, frozen, tmp_path):
-    sinf = SINFClassifier(frozen, pruner=DCSPruner(repair="none"), **SLICES, **TWO).fit(*data)
+    sinf = SINFClassifier(
+        frozen, pruner=DCSPruner(criterion="dcs", schedule="linear", repair="none"), **SLICES, **TWO
+    ).fit(*data)
     path = saved(sinf, tmp_path)
     network = manifest_of(path)["network"]
     assert network["prefix"] == {"stored": [], "sliced": {}, "kept": 0}
@@ -246,13 +283,15 @@ def score_by_norm(layer):
 def test_code_is_refused_when_saving(data, frozen, pruner, classifier, tmp_path):
     path = tmp_path / "stored.sinf"
     with pytest.raises(NotFittedError):
-        sinfkit.save(DCSPruner(frozen), path)
+        sinfkit.save(DCSPruner(frozen, criterion="dcs", schedule="linear"), path)
     with pytest.raises(TypeError, match="estimator must be one of DCSPruner, .* not a Subclass"):
         sinfkit.save(Subclass(frozen, random_state=0).fit(*data), path)
-    coded = DCSPruner(frozen, criterion=score_by_norm, random_state=0).fit(*data)
+    coded = DCSPruner(frozen, schedule="linear", criterion=score_by_norm, random_state=0).fit(*data)
     with pytest.raises(TypeError, match="criterion is the function or class 'score_by_norm'"):
         sinfkit.save(coded, path)
-    nested = SINFClassifier(frozen, pruner=DCSPruner(criterion=score_by_norm), **TWO).fit(*data)
+    nested = SINFClassifier(
+        frozen, pruner=DCSPruner(schedule="linear", criterion=score_by_norm), **TWO
+    ).fit(*data)
     with pytest.raises(TypeError, match="pruner.criterion is the function"):
         sinfkit.save(nested, path)
     again = sinfkit.load(saved(pruner, tmp_path), factory=small_cnn)
@@ -267,7 +306,13 @@ def test_code_is_refused_when_saving(data, frozen, pruner, classifier, tmp_path)
 
 
 def test_parameters_that_a_file_does_not_know_take_their_defaults(data, frozen, tmp_path):
-    pruner = DCSPruner(frozen, round_to=3, random_state=0).fit(*data)
+    pruner = DCSPruner(
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        random_state=0,
+        options=PruningOptions(round_to=3),
+    ).fit(*data)
     path = saved(pruner, tmp_path)
     again = sinfkit.load(path, factory=small_cnn)
     assert again.get_params()["round_to"] == 3
@@ -283,7 +328,12 @@ def test_parameters_that_a_file_does_not_know_take_their_defaults(data, frozen, 
 def test_a_fitted_estimator_among_the_parameters_is_stored_unfitted(data, frozen, tmp_path):
     clusterer = SemanticClusterer(frozen, n_clusters=2, random_state=0).fit(*data)
     clusterer.set_params(model=None)
-    sinf = SINFClassifier(frozen, clusterer=clusterer, pruner=DCSPruner(), random_state=0)
+    sinf = SINFClassifier(
+        frozen,
+        clusterer=clusterer,
+        pruner=DCSPruner(criterion="dcs", schedule="linear"),
+        random_state=0,
+    )
     again = sinfkit.load(saved(sinf.fit(*data), tmp_path), factory=small_cnn)
     assert again.clusterer.n_clusters == 2 and not hasattr(again.clusterer, "classes_")
     np.testing.assert_array_equal(again.predict(data[0]), sinf.predict(data[0]))
@@ -291,7 +341,9 @@ def test_a_fitted_estimator_among_the_parameters_is_stored_unfitted(data, frozen
 
 def test_a_cache_folder_is_not_restored(data, frozen, tmp_path):
     """A cache is a folder of pickles, which a later fit would read."""
-    pruner = DCSPruner(frozen, memory=str(tmp_path / "cache"), random_state=0).fit(*data)
+    pruner = DCSPruner(
+        frozen, criterion="dcs", schedule="linear", memory=str(tmp_path / "cache"), random_state=0
+    ).fit(*data)
     path = saved(pruner, tmp_path)
     assert sinfkit.load(path, factory=small_cnn).memory is None
     assert "memory" not in manifest_of(path)["parameters"]
@@ -353,7 +405,12 @@ def test_damage_and_other_files_have_one_error(pruner, tmp_path):
 def test_memory_is_bounded_before_it_is_taken(data, tmp_path):
     """Slices of one stored weight make a small file large, as often as there are clusters."""
     network = small_cnn(width=24)
-    sinf = SINFClassifier(network, pruner=DCSPruner(repair="none"), **SLICES, **TWO).fit(*data)
+    sinf = SINFClassifier(
+        network,
+        pruner=DCSPruner(criterion="dcs", schedule="linear", repair="none"),
+        **SLICES,
+        **TWO,
+    ).fit(*data)
     path = saved(sinf, tmp_path)
     size = path.stat().st_size
     with pytest.raises(StorageError, match="more memory than max_bytes"):
@@ -444,7 +501,11 @@ def test_joblib_files_are_no_larger_than_the_weights(kind, is_frozen, tmp_path):
     X, y = blobs(per_class=20)
     network = small_cnn(width=48)
     model = FrozenModel(network) if is_frozen else network
-    more = {"pruner": DCSPruner(), **TWO} if kind is SINFClassifier else {"random_state": 0}
+    more = (
+        {"pruner": DCSPruner(criterion="dcs", schedule="linear"), **TWO}
+        if kind is SINFClassifier
+        else {"random_state": 0}
+    )
     estimator = kind(model, **more).fit(X, y)
     path = tmp_path / "stored.joblib"
     joblib.dump(estimator, path)

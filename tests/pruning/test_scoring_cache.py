@@ -15,14 +15,29 @@ def test_the_pass_over_the_samples_is_cached_by_network_and_samples(tmp_path, mo
     collect = scoring.collect
     monkeypatch.setattr(scoring, "collect", lambda *args: passes.append(1) or collect(*args))
     frozen = FrozenModel(small_cnn())
-    first = DCSPruner(frozen, memory=str(tmp_path), random_state=0).fit(X, y)
-    again = DCSPruner(frozen, memory=str(tmp_path), max_ratio=0.7, random_state=0).fit(X, y)
+    first = DCSPruner(
+        frozen, criterion="dcs", schedule="linear", memory=str(tmp_path), random_state=0
+    ).fit(X, y)
+    again = DCSPruner(
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        pruning_ratios=(0.1, 0.7),
+        memory=str(tmp_path),
+        random_state=0,
+    ).fit(X, y)
     assert len(passes) == 1
     for layer, scores in first.scores_.items():
         np.testing.assert_array_equal(scores, again.scores_[layer])
-    DCSPruner(frozen, memory=str(tmp_path), random_state=0).fit(X[1:], y[1:])
-    DCSPruner(FrozenModel(small_cnn(seed=1)), memory=str(tmp_path)).fit(X, y)
-    DCSPruner(frozen, random_state=0).fit(X, y)  # without a cache
+    DCSPruner(frozen, criterion="dcs", schedule="linear", memory=str(tmp_path), random_state=0).fit(
+        X[1:], y[1:]
+    )
+    DCSPruner(
+        FrozenModel(small_cnn(seed=1)), criterion="dcs", schedule="linear", memory=str(tmp_path)
+    ).fit(X, y)
+    DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0).fit(
+        X, y
+    )  # without a cache
     assert len(passes) == 4
 
 
@@ -30,8 +45,12 @@ def test_other_labels_of_the_same_samples_have_other_scores(tmp_path):
     X, y = blobs(per_class=10)
     frozen = FrozenModel(small_cnn())
     memory = str(tmp_path)
-    DCSPruner(frozen, memory=memory, random_state=0).fit(X, y)
-    cached = DCSPruner(frozen, memory=memory, random_state=0).fit(X, np.roll(y, 1))
-    plain = DCSPruner(frozen, random_state=0).fit(X, np.roll(y, 1))
+    DCSPruner(frozen, criterion="dcs", schedule="linear", memory=memory, random_state=0).fit(X, y)
+    cached = DCSPruner(
+        frozen, criterion="dcs", schedule="linear", memory=memory, random_state=0
+    ).fit(X, np.roll(y, 1))
+    plain = DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0).fit(
+        X, np.roll(y, 1)
+    )
     for layer, scores in plain.scores_.items():
         np.testing.assert_allclose(cached.scores_[layer], scores, rtol=1e-6)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from sinfkit import DCSPruner, FrozenModel, train_network
-from sinfkit.data import hold_out
+from sinfkit import DCSPruner, FrozenModel, PruningOptions, train_network
 from sinfkit.graph import count_parameters
+from sinfkit.pruning import Goal, split_samples
 from sinfkit.zoo import default_network
 
 
@@ -31,10 +31,11 @@ def accuracy(model, X, y):
         return float((model(torch.as_tensor(X)).argmax(1).numpy() == y).mean())
 
 
-def rows_held_out(pruner, y):
-    """The samples that the fit held out: its split depends on the seed alone."""
+def split_of(pruner, y):
+    """Which samples did what in the fit: that depends on the seed alone."""
     seed = int(np.random.RandomState(pruner.random_state).randint(2**31 - 1))  # noqa: NPY002
-    return hold_out(y, pruner.validation_fraction, np.random.default_rng(seed))[1]
+    goal = Goal(pruner.max_accuracy_drop, pruner.confidence)
+    return split_samples(y, np.arange(len(y)), pruner.options.validation_fraction, goal, seed)
 
 
 @pytest.mark.parametrize(
@@ -48,16 +49,18 @@ def test_it_removes_filters_and_stays_above_the_floor(digits, criterion, repair)
         criterion=criterion,
         repair=repair,
         max_accuracy_drop=0.02,
-        validation_fraction=0.3,
-        repair_samples=200,
         random_state=0,
         device="cpu",
+        options=PruningOptions(validation_fraction=0.3, repair_samples=200),
     ).fit(X, y)
-    held = rows_held_out(pruner, y)
-    assert len(held) == pytest.approx(0.3 * len(y), rel=0.05)
-    base = accuracy(frozen.module("cpu"), X[held], y[held])
-    assert accuracy(pruner.model_, X[held], y[held]) >= base - 0.02 - 1e-9
-    assert pruner.score(X[held], y[held]) >= base - 0.02 - 1e-9
+    split = split_of(pruner, y)
+    for rows in (split.choose, split.certify):
+        base = accuracy(frozen.module("cpu"), X[rows], y[rows])
+        drop = base - accuracy(pruner.model_, X[rows], y[rows])
+        assert drop <= 0.02 + 1e-9
+    assert pruner.accuracy_drop_ == pytest.approx(drop)
+    if pruner.certified_:
+        assert drop <= pruner.certified_drop_ <= 0.02
     assert count_parameters(pruner.model_) < count_parameters(frozen.module())
     modules, dense = dict(pruner.model_.named_modules()), dict(frozen.module().named_modules())
     assert sum(ratio > 0 for ratio in pruner.ratios_.values()) >= 1
@@ -86,10 +89,10 @@ def test_several_rounds_go_further_than_one_and_say_so(digits, capsys):
         schedule="iterative",
         criterion="hellinger",
         max_accuracy_drop=0.05,
-        repair_samples=200,
         random_state=0,
         device="cpu",
         verbose=1,
+        options=PruningOptions(repair_samples=200),
     ).fit(X, y)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("factor")]
     kept = [int(line.split()[2]) for line in lines if line.endswith("kept")]
@@ -102,11 +105,12 @@ def test_a_subset_of_classes(digits):
     frozen, X, y = digits
     pruner = DCSPruner(
         frozen,
+        criterion="dcs",
         schedule="iterative",
         classes=[7, 2, 5],
         max_accuracy_drop=0.05,
-        repair_samples=200,
         random_state=0,
+        options=PruningOptions(repair_samples=200),
     ).fit(X, y)
     own = np.isin(y, [2, 5, 7])
     assert pruner.classes_.tolist() == [2, 5, 7]

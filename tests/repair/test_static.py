@@ -217,11 +217,20 @@ def digits():
 
 def test_beats_mean_and_none_on_digits(digits):
     X, y, X_test, y_test = digits
-    base = DCSPruner(max_ratio=0.0, min_ratio=0.0, random_state=0).fit(X, y).base_model_
+    base = (
+        DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.0, 0.0), random_state=0)
+        .fit(X, y)
+        .base_model_
+    )
     score, spread = {}, {}
     for method in ("none", "mean", "static_least_squares", "least_squares"):
         pruner = DCSPruner(
-            base, criterion="random", min_ratio=0.3, max_ratio=0.7, repair=method, random_state=0
+            base,
+            schedule="linear",
+            pruning_ratios=(0.3, 0.7),
+            criterion="random",
+            repair=method,
+            random_state=0,
         ).fit(X, y)
         score[method] = pruner.score(X_test, y_test)
         spread[method] = max(pruner.repair_error_.values())

@@ -61,13 +61,19 @@ def estimators() -> dict[str, object]:
     frozen = FrozenModel(network, mean=[0.0] * 3, std=[0.7] * 3)
     two = {"clusterer": SemanticClusterer(n_clusters=2), "random_state": 0, "device": "cpu"}
     return {
-        "pruner": DCSPruner(random_state=0, device="cpu").fit(X, y),
+        "pruner": DCSPruner(criterion="dcs", schedule="linear", random_state=0, device="cpu").fit(
+            X, y
+        ),
         "clusterer": SemanticClusterer(n_clusters=3, random_state=0, device="cpu").fit(X, y),
-        "classifier": SINFClassifier(pruner=DCSPruner(), **two).fit(X, y),
-        "low_rank": SINFClassifier(pruner=DCSPruner(), prefix_low_rank=0.5, **two).fit(X, y),
+        "classifier": SINFClassifier(
+            pruner=DCSPruner(criterion="dcs", schedule="linear"), **two
+        ).fit(X, y),
+        "low_rank": SINFClassifier(
+            pruner=DCSPruner(criterion="dcs", schedule="linear"), prefix_low_rank=0.5, **two
+        ).fit(X, y),
         "images": SINFClassifier(
             frozen,
-            pruner=DCSPruner(repair="none"),
+            pruner=DCSPruner(criterion="dcs", schedule="linear", repair="none"),
             route_layer="features.7",
             prefix_ratio=0.0,
             confidence_threshold=0.6,

@@ -88,7 +88,9 @@ def classifier(model, **parameters) -> SINFClassifier:
     return SINFClassifier(
         model,
         clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
-        pruner=parameters.pop("pruner", DCSPruner(max_ratio=0.4)),
+        pruner=parameters.pop(
+            "pruner", DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.1, 0.4))
+        ),
         route_layer="3",
         random_state=0,
         **parameters,
@@ -112,7 +114,7 @@ def test_fit_search_and_predict_on_dask(client, frozen, data):
     X, y, X_test, _ = data
     search = GridSearchCV(
         classifier(frozen),
-        {"pruner__max_ratio": [0.2, 0.5]},
+        {"pruner__pruning_ratios": [(0.1, 0.2), (0.1, 0.5)]},
         cv=ShuffleSplit(1, random_state=0),
         refit=False,
     )
@@ -189,13 +191,15 @@ def test_loky_workers_without_a_file(network, data, tmp_path):
     # In memory, with torch tensors, and the methods of all three estimators.
     X, y, X_test, _ = data
     model = FrozenModel(network)
-    local = classifier(model, pruner=DCSPruner(criterion="taylor")).fit(X, y)
-    pruner = DCSPruner(model, random_state=0, batch_size=40).fit(X, y)
+    local = classifier(model, pruner=DCSPruner(schedule="linear", criterion="taylor")).fit(X, y)
+    pruner = DCSPruner(
+        model, criterion="dcs", schedule="linear", random_state=0, batch_size=40
+    ).fit(X, y)
     clusterer = SemanticClusterer(model, random_state=0, batch_size=40).fit(X, y)
     methods = [pruner.predict_proba, pruner.transform, clusterer.predict, clusterer.transform]
     expected = [method(X_test) for method in methods]
     with parallel_config("loky", n_jobs=2):
-        taylor = DCSPruner(criterion="taylor")
+        taylor = DCSPruner(schedule="linear", criterion="taylor")
         remote = classifier(model, pruner=taylor, memory=str(tmp_path)).fit(X, y)
         for method, answer in zip(methods, expected, strict=True):
             for samples in (X_test, torch.from_numpy(X_test)):
@@ -211,7 +215,9 @@ def test_loky_workers_without_a_file(network, data, tmp_path):
 
 def test_a_single_batch_and_lists_are_answered_here(network, data, monkeypatch):
     X, y, X_test, _ = data
-    pruner = DCSPruner(FrozenModel(network), random_state=0).fit(X, y)
+    pruner = DCSPruner(
+        FrozenModel(network), criterion="dcs", schedule="linear", random_state=0
+    ).fit(X, y)
     monkeypatch.setattr("sinfkit.utils.jobs.run", lambda *_: pytest.fail("it went to a worker"))
     with parallel_config("loky", n_jobs=2):
         pruner.predict(X_test)

@@ -1,0 +1,223 @@
+"""The smallest network that keeps the promise: sizes are chosen on some samples, shown on others.
+
+Which sizes are worth building is found by bisection, on samples that choose, over networks that
+are repaired from second moments alone.  The few around the one found are built in full, from
+careful to bold, and tested in that order on samples that have chosen nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..data.validation import hold_out
+from ..promise import Certificate, certify, count_discordant, fixed_sequence, images_needed
+from .builder import Builder, Pruned, Split
+from .schedules import OutOfReachError
+
+__all__ = ["Goal", "Judged", "judge", "search", "split_samples", "walk"]
+
+SIZES = tuple(0.95 * 0.9**n for n in range(28))
+"""Budgets from careful to bold; each leaves a tenth less than the one before."""
+
+# Steps from the size that the choosing samples point to, of those that are built.  Full repair is
+# better than that of the search, hence the bolder ones.
+_FINALISTS = (-6, -3, -1, 0, 1, 2, 3, 4)
+_PLENTY = 4  # times the fewest samples that can certify: beyond these, more choose and repair
+_NEVER = 2**31
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How much accuracy may be lost, and how sure that is to be."""
+
+    max_accuracy_drop: float
+    confidence: float
+
+    @property
+    def fewest(self) -> int:
+        """Samples below which nothing can be certified, were no answer to change."""
+        if self.max_accuracy_drop <= 0:
+            return _NEVER
+        return images_needed(self.max_accuracy_drop, self.confidence) or _NEVER
+
+    def met_by(self, drop: float) -> bool:
+        """Whether a drop that was seen is within the limit; one that nobody saw (nan) is."""
+        return not drop > self.max_accuracy_drop + 1e-12
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A network, and what the samples that chose nothing say about it.
+
+    `drop` is the accuracy lost on them, nan where there are none; `certificate` is None where
+    nothing was asked of them; `tried` has one dict for each size that was looked at.
+    """
+
+    pruned: Pruned
+    drop: float = math.nan
+    certificate: Certificate | None = None
+    is_base: bool = False
+    tried: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Some samples, and what networks lose on them against the base."""
+
+    builder: Builder
+    rows: np.ndarray
+
+    @functools.cached_property
+    def base(self) -> np.ndarray:
+        """Whether the base is right on each."""
+        return self.builder.base_right(self.rows)
+
+    def counts(self, model: Any) -> tuple[int, int, int]:
+        """Samples that only the base, and only the network, has right; and all of them."""
+        weight = self.builder.calibration.weights(self.rows)
+        return count_discordant(self.base, self.builder.right(model, self.rows), weight)
+
+    def drop(self, model: Any) -> float:
+        """Accuracy lost; nan without samples."""
+        if not len(self.rows):
+            return math.nan
+        lost = self.base.astype(float) - self.builder.right(model, self.rows)
+        return float(np.average(lost, weights=self.builder.calibration.weights(self.rows)))
+
+
+def split_samples(
+    y: np.ndarray,
+    index: np.ndarray,
+    fraction: float,
+    goal: Goal | None,
+    seed: int,
+    *,
+    widen: bool = True,
+) -> Split:
+    """Divide the samples `index`, of classes `y`, class by class.
+
+    Without a goal (nothing is chosen) the share `fraction` certifies and the others fit.  With one,
+    the others are divided once more; and where `fraction` could certify nothing, but up to half of
+    the samples can, that many do (unless not to be `widen`-ed).
+    """
+    nobody = np.empty(0, dtype=np.int64)
+    if fraction == 0:
+        return Split(index, nobody, nobody)
+    rng = np.random.default_rng(seed)
+    share = fraction
+    if widen and goal is not None and goal.fewest <= len(index) / 2:
+        share = max(fraction, min(0.5, _PLENTY * goal.fewest / len(index)))
+    fit, held = hold_out(y, share, rng)
+    # A class of a single sample: then all of them fit, and none is left to certify.
+    certifying = nobody if len(fit) == len(y) else index[held]
+    if goal is None:
+        return Split(index[fit], nobody, certifying)
+    own, choose = hold_out(y[fit], fraction, rng)
+    return Split(index[fit][own], index[fit][choose], certifying)
+
+
+def judge(builder: Builder, pruned: Pruned, rows: np.ndarray, goal: Goal) -> Judged:
+    """Say what a network that was asked for loses on samples that chose nothing."""
+    if not len(rows):
+        return Judged(pruned)
+    witness = Witness(builder, rows)
+    certificate = certify(*witness.counts(pruned.model), goal.max_accuracy_drop, goal.confidence)
+    return Judged(pruned, witness.drop(pruned.model), certificate)
+
+
+def search(builder: Builder, split: Split, goal: Goal) -> Judged:
+    """Find the smallest network whose loss is certified, or else is within the limit as seen.
+
+    Where none is, the base itself, which loses nothing.
+    """
+    tried: list[dict[str, Any]] = []
+    choosing = Witness(builder, split.choose)
+
+    def within(size: int) -> bool:
+        budgeted = _reached(builder, size)
+        if budgeted is None:
+            return False
+        drop = choosing.drop(builder.sketch(SIZES[size]))
+        tried.append(_row("sketch", size, budgeted.cost_ratio, drop))
+        return goal.met_by(drop)
+
+    def network(size: int) -> Pruned:
+        pruned = builder.build(SIZES[size])
+        tried.append(_row("finalist", size, pruned.cost_ratio, choosing.drop(pruned.model)))
+        return pruned
+
+    best = boldest(within, len(SIZES))
+    around = sorted({min(max(best + step, 0), len(SIZES) - 1) for step in _FINALISTS})
+    sizes = [size for size in around if _reached(builder, size) is not None]
+    start = sum(size <= max(best, 0) for size in sizes) - 1
+    makers = [functools.partial(network, size) for size in sizes]
+    return replace(walk(builder, split, goal, makers, start), tried=tried)
+
+
+def walk(
+    builder: Builder, split: Split, goal: Goal, makers: Sequence[Callable[[], Pruned]], start: int
+) -> Judged:
+    """Test networks from careful to bold, and keep the last that is certified.
+
+    Each is made when it is asked for.  Where none is certified: from number `start` back to the
+    careful ones, the first that is within the limit on the samples that chose and on those that
+    chose nothing; in the end the base.
+    """
+    certifying = Witness(builder, split.certify)
+    limit, confidence = goal.max_accuracy_drop, goal.confidence
+    made: dict[int, Pruned] = {}
+
+    def network(i: int) -> Pruned:
+        made[i] = made[i] if i in made else makers[i]()
+        return made[i]
+
+    if len(split.certify) >= goal.fewest:
+        counts = (certifying.counts(network(i).model) for i in range(len(makers)))
+        index, certificate = fixed_sequence(counts, limit, confidence)
+        if index is not None:
+            pruned = network(index)
+            return Judged(pruned, certifying.drop(pruned.model), certificate)
+    everybody = Witness(builder, np.concatenate((split.choose, split.certify)))
+    for i in range(start, -1, -1):
+        pruned = network(i)
+        drop = certifying.drop(pruned.model)
+        if goal.met_by(drop) and goal.met_by(everybody.drop(pruned.model)):
+            own = certify(*certifying.counts(pruned.model), limit, confidence)
+            # Even where it alone would pass: it was not the first to be tested.
+            return Judged(pruned, drop, replace(own, certified=False))
+    # The same answers as the base's: nothing can be lost.
+    sure = Certificate(limit, confidence, len(split.certify), 0, 0, 0.0, True, None)
+    return Judged(builder.whole(), 0.0, sure, is_base=True)
+
+
+def boldest(within: Callable[[int], bool], n: int) -> int:
+    """Last of `n` sizes that is within the limit, by bisection; -1 where the first is not."""
+    low, high = -1, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if within(middle) else (low, middle)
+    return low
+
+
+def _reached(builder: Builder, size: int) -> Any:
+    """What a size takes, or None where there is no network so small."""
+    try:
+        return builder.budgeted(SIZES[size])
+    except OutOfReachError:
+        return None
+
+
+def _row(stage: str, size: int, cost_ratio: float, drop: float) -> dict[str, Any]:
+    """What was tried, for `search_results_`; the drop is that on the samples that choose."""
+    return {
+        "stage": stage,
+        "budget": SIZES[size],
+        "cost_ratio": cost_ratio,
+        "accuracy_drop": drop,
+    }
