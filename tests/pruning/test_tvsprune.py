@@ -48,7 +48,7 @@ def test_it_removes_filters_and_stays_above_the_floor(digits, criterion, repair)
         schedule="iterative",
         criterion=criterion,
         repair=repair,
-        max_accuracy_drop=0.02,
+        max_accuracy_drop=0.08,
         random_state=0,
         device="cpu",
         options=PruningOptions(validation_fraction=0.3, repair_samples=200),
@@ -57,10 +57,10 @@ def test_it_removes_filters_and_stays_above_the_floor(digits, criterion, repair)
     for rows in (split.choose, split.certify):
         base = accuracy(frozen.module("cpu"), X[rows], y[rows])
         drop = base - accuracy(pruner.model_, X[rows], y[rows])
-        assert drop <= 0.02 + 1e-9
+        assert drop <= 0.08 + 1e-9
     assert pruner.accuracy_drop_ == pytest.approx(drop)
     if pruner.certified_:
-        assert drop <= pruner.certified_drop_ <= 0.02
+        assert drop <= pruner.certified_drop_ <= 0.08
     assert count_parameters(pruner.model_) < count_parameters(frozen.module())
     modules, dense = dict(pruner.model_.named_modules()), dict(frozen.module().named_modules())
     assert sum(ratio > 0 for ratio in pruner.ratios_.values()) >= 1
