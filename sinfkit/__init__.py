@@ -21,7 +21,7 @@ from .errors import (
     StorageError,
 )
 from .frozen import FrozenModel
-from .inference.report import SINFReport
+from .inference.report import PruningReport, SINFReport
 from .persistence.estimators import load, save
 from .pruner import DCSPruner
 from .pruning.options import PruningOptions
@@ -39,6 +39,7 @@ __all__ = [
     "FrozenModel",
     "OutOfReachError",
     "PromiseWarning",
+    "PruningReport",
     "RouteConfusionDisplay",
     "PruningOptions",
     "SINFClassifier",

@@ -38,8 +38,9 @@ from .errors import OutOfReachError
 from .export.onnx import to_onnx
 from .graph.cuts import cut_points, find_cut
 from .inference.forms import fast_form, half_precision
+from .inference.measure import make_report
 from .inference.network import FALLBACKS, SINFNetwork
-from .inference.report import SINFReport, make_report
+from .inference.report import SINFReport, promise_of
 from .pruner import DCSPruner, recipe_of
 from .pruning.recipe import Recipe, warn_about_whole
 from .routing.builder import ANSWERS, Builder, Built, Held, Plan, Settings
@@ -820,6 +821,8 @@ n_features)
             codes,
             self.class_clusters_,
             self.cluster_names_,
+            route_layer=self.route_layer_,
+            promise=promise_of(self),
             latency_batch=min(latency_batch or self.batch_size, len(X)),
             repeats=repeats,
         )

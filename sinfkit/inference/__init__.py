@@ -1,9 +1,10 @@
 """RUN: the routed network, and what it gives beside the base."""
 
 from .forms import HalfNetwork, PackedNetwork, fast_form, half_precision
+from .measure import base_for_timing, branch_costs
 from .network import Normalise, SINFNetwork, own_classes
 from .prepacked import PrepackedConv2d, can_prepack, group_size, prepacked
-from .report import base_for_timing, branch_costs
+from .report import ClusterRow, Promise, PruningReport, SINFReport
 from .router import (
     RoutePredictor,
     choose_exit,
@@ -14,6 +15,10 @@ from .router import (
 )
 
 __all__ = [
+    "SINFReport",
+    "PruningReport",
+    "Promise",
+    "ClusterRow",
     "HalfNetwork",
     "Normalise",
     "PackedNetwork",

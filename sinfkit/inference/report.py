@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields
+from html import escape
+from math import nan
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from scipy import stats
 
-from ..data.calibration import Batcher
-from ..data.validation import Images, check_answers
-from ..graph.cost import Latency, count_macs, count_parameters, fold_batch_norm, paired_latency
-from ..graph.cuts import trace
-from ..utils.device import in_pieces
-from .forms import fast_form
-from .network import SINFNetwork
+from ..graph.cost import Latency
+from ..promise import drop_interval
 
-__all__ = ["base_for_timing", "branch_costs"]
+__all__ = ["ClusterRow", "Promise", "PruningReport", "SINFReport", "promise_of"]
+
+_NEARLY_ALL = 0.95
+_FALLBACK_WAYS = {"base": "run the base network", "topk": "run several", "top2": "run two"}
 
 
 @dataclass(frozen=True)
@@ -55,33 +53,265 @@ class ClusterRow:
 
 
 @dataclass(frozen=True)
-class SINFReport:
-    """Base network and routed network side by side.
+class Promise:
+    """What was asked of an estimator, and what its calibration images could show."""
+
+    limit: float
+    confidence: float
+    certified: bool
+    bound: float  # of the accuracy lost; nan where nothing was certified
+
+    def __str__(self) -> str:
+        text = f"asked: at most {_points(self.limit)} lost"
+        if self.certified:
+            return f"{text}; certified: {_points(self.bound)} ({self.confidence:.0%})"
+        return f"{text}; not certified (the calibration images cannot show it)"
+
+
+def promise_of(estimator: Any) -> Promise | None:
+    """What a fitted estimator says about the accuracy it may lose; None where it says nothing."""
+    if not hasattr(estimator, "certified_"):
+        return None
+    return Promise(
+        float(estimator.max_accuracy_drop),
+        float(estimator.confidence),
+        bool(estimator.certified_),
+        float(estimator.certified_drop_),
+    )
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """Base network and result side by side; ``print`` it, or let a notebook show it.
 
     Attributes
     ----------
     base_accuracy, accuracy : float
-        Of the base and of SINF.
+        Of the base and of the result.
+    lost, gained : int
+        Samples that only the base, and only the result, has right.
+    n_samples : int
+    base_macs, macs : float
+        Multiplications for one sample; of a routed network on average over the samples.
+    base_parameters, parameters : int
+        All that is held: of a routed network prefix, router, all subgraphs and fallback.
+    base_bytes, bytes : int
+        What these take, buffers included; a tensor that layers share counts once.
+    latency : Latency or None
+        Paired measurements of ``"base"`` and ``"result"``, both in the form in which they predict;
+        None where none were asked for.
+    latency_batch : int
+        Samples in the batch that was timed.
+    promise : Promise or None
+        Limit and confidence that were asked for, whether they are certified, and the bound.
+
+    See Also
+    --------
+    SINFReport : That of a routed network.
+
+    Examples
+    --------
+    >>> from sinfkit.inference import PruningReport
+    >>> sizes = dict(base_macs=1000, macs=400, base_parameters=90, parameters=40)
+    >>> sizes |= dict(base_bytes=360, bytes=160, latency=None, latency_batch=1, promise=None)
+    >>> report = PruningReport(0.98, 0.97, lost=9, gained=3, n_samples=600, **sizes)
+    >>> report.accuracy_drop, [round(end, 4) for end in report.drop_interval]
+    (0.01, [-0.0015, 0.024])
+    """
+
+    base_accuracy: float
+    accuracy: float
+    lost: int
+    gained: int
+    n_samples: int
+    base_macs: float
+    macs: float
+    base_parameters: int
+    parameters: int
+    base_bytes: int
+    bytes: int
+    latency: Latency | None
+    latency_batch: int
+    promise: Promise | None
+
+    kind: ClassVar[str] = "pruned"
+
+    @property
+    def accuracy_drop(self) -> float:
+        """Accuracy lost on these samples, as a share."""
+        return (self.lost - self.gained) / self.n_samples
+
+    @property
+    def drop_interval(self) -> tuple[float, float]:
+        """Interval of the accuracy lost that covers 95 % (`sinfkit.promise.drop_interval`)."""
+        return drop_interval(self.lost, self.gained, self.n_samples)
+
+    @property
+    def kept(self) -> bool | None:
+        """Whether no more was lost on these samples than asked for; None where nothing was."""
+        return None if self.promise is None else self.accuracy_drop <= self.promise.limit + 1e-12
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the base: median of the paired ratios; nan without times."""
+        return nan if self.latency is None else 1 / self.latency.ratio("result", "base")
+
+    @property
+    def speedup_interval(self) -> tuple[float, float]:
+        """Interval of `speedup` that covers 95 %, from the ranks of the paired ratios."""
+        if self.latency is None:
+            return nan, nan
+        ratios = np.sort(self.latency.seconds["base"] / self.latency.seconds["result"])
+        rank = max(int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1, 0)
+        return float(ratios[rank]), float(ratios[-1 - rank])
+
+    @property
+    def time_saved(self) -> float:
+        """Share of the base's time that is saved; nan without times."""
+        return 1 - 1 / self.speedup
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the overall figures, for a data frame or a CSV file."""
+        found = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("latency", "promise", "clusters", "names")
+        }
+        low, high = self.drop_interval
+        return found | {
+            "accuracy_drop": self.accuracy_drop,
+            "accuracy_drop_low": low,
+            "accuracy_drop_high": high,
+            "kept": self.kept,
+            "speedup": self.speedup,
+            "time_saved": self.time_saved,
+        }
+
+    def plot(self) -> Any:
+        """Draw accuracy (with the interval that covers 95 %), time and size beside each other.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+        """
+        from matplotlib import pyplot as plt  # slow to import, and seldom needed
+
+        names, colours = ["base", self.kind], ["0.6", "tab:blue"]
+        figure, axes = plt.subplots(1, 3, figsize=(9, 2.2), sharey=True, layout="constrained")
+        for row, share in enumerate((self.base_accuracy, self.accuracy)):
+            low, high = (100 * end for end in _share_interval(share, self.n_samples))
+            axes[0].plot([low, high], [row, row], color=colours[row], lw=2)
+            axes[0].plot(100 * share, row, "o", color=colours[row], ms=8)
+            axes[0].annotate(
+                f"{share:.1%}", (100 * share, row), (0, 8), textcoords="offset points", ha="center"
+            )
+        axes[0].set_xlabel(f"accuracy, % ({self.n_samples} samples)")
+        bars = [("size, MB", (self.base_bytes / 1e6, self.bytes / 1e6))]
+        if self.latency is not None:
+            median = self.latency.median
+            times = (1e3 * median["base"], 1e3 * median["result"])
+            bars.insert(0, (f"time, ms per batch of {self.latency_batch}", times))
+            for row, name in enumerate(("base", "result")):  # the middle half of the runs
+                ends = [1e3 * end for end in self.latency.quartiles[name]]
+                axes[1].plot(ends, [row, row], color="black", lw=1)
+        else:
+            macs = (self.base_macs / 1e6, self.macs / 1e6)
+            bars.insert(0, ("multiplications per sample, millions", macs))
+        for axis, (label, values) in zip(axes[1:], bars, strict=True):
+            drawn = axis.barh(names, values, color=colours, height=0.55)
+            axis.bar_label(drawn, fmt="{:.3g}", padding=3)
+            axis.set_xlabel(label)
+            axis.margins(x=0.25)
+        axes[0].set_yticks([0, 1], names)
+        axes[0].set_ylim(1.6, -0.6)
+        for axis in axes:
+            axis.spines[["top", "right"]].set_visible(False)
+        return figure
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Lines of the table: what, of the base, of the result, and how they compare."""
+        low, high = (100 * end for end in self.drop_interval)
+        change = f"{100 * self.accuracy_drop:.1f} [{low:.1f}, {high:.1f}] points lost"
+        if self.accuracy_drop < 0:
+            change = f"{-100 * self.accuracy_drop:.1f} [{-high:.1f}, {-low:.1f}] points gained"
+        rows = [
+            ("accuracy", f"{self.base_accuracy:.1%}", f"{self.accuracy:.1%}", change),
+            (
+                "  interval that covers 95 %",
+                _ends(_share_interval(self.base_accuracy, self.n_samples)),
+                _ends(_share_interval(self.accuracy, self.n_samples)),
+                "",
+            ),
+        ]
+        if self.latency is not None:
+            median = self.latency.median
+            low, high = self.speedup_interval
+            base, result = (f"{1e3 * median[name]:.3g}" for name in ("base", "result"))
+            compared = f"{self.speedup:.2f} [{low:.2f}, {high:.2f}] times as fast"
+            rows.append((f"ms per batch of {self.latency_batch}", base, result, compared))
+        return [*rows, *self._sizes()]
+
+    def _sizes(self) -> list[tuple[str, str, str, str]]:
+        """Rows of what both networks compute and hold."""
+        return [
+            _size("multiplications per sample", self.base_macs, self.macs),
+            _size("parameters", self.base_parameters, self.parameters),
+            _size("bytes", self.base_bytes, self.bytes),
+        ]
+
+    def remarks(self) -> list[str]:
+        """Sentences below the table: the promise, and whatever is out of the ordinary."""
+        remarks = [f"{self.n_samples} samples."]
+        if self.promise is not None:
+            low, high = (100 * end for end in self.drop_interval)
+            seen = f"seen here: {100 * self.accuracy_drop:.1f} [{low:.1f}, {high:.1f}]"
+            verdict = "kept" if self.kept else "EXCEEDED"
+            if not self.kept and low <= 100 * self.promise.limit:
+                verdict += ", within what so few samples can tell"
+            remarks.append(f"{self.promise}; {seen}: {verdict}.")
+        if self.macs >= self.base_macs:
+            remarks.append("It multiplies as often as the base or more: nothing was gained.")
+        return remarks
+
+    def __str__(self) -> str:
+        rows = [("", "base", self.kind, ""), *self.rows()]
+        wide = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [
+            f"{name:{wide[0]}}  {base:>{wide[1]}}  {found:>{wide[2]}}  {compared}".rstrip()
+            for name, base, found, compared in rows
+        ]
+        return "\n".join([*lines, "", *self.remarks()])
+
+    def _repr_html_(self) -> str:
+        body = "".join(_html_row("td", row) for row in self.rows())
+        remarks = "".join(f"<p>{escape(line)}</p>" for line in self.remarks())
+        head = _html_row("th", ("", "base", self.kind, ""))
+        return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>{remarks}"
+
+
+@dataclass(frozen=True)
+class SINFReport(PruningReport):
+    """Base network and routed network side by side; ``print`` it, or let a notebook show it.
+
+    Attributes
+    ----------
+    base_accuracy, accuracy, lost, gained, n_samples, base_macs, macs, base_parameters, parameters
+        As in `PruningReport`, which has ``base_bytes``, ``bytes``, ``latency``, ``latency_batch``
+        and ``promise`` as well.
     oracle_accuracy : float
         Of SINF if every sample were sent to its true cluster.
     route_accuracy : float
         Share of samples that the route predictor sends to the right cluster.
     base_route_accuracy : float
         Share of samples whose cluster the base's own answer implies.
-    fallback_share, exit_share : float
-        Shares of samples whose route confidence is below the threshold, and of those that leave at
-        the route predictor.
-    base_parameters, parameters : int
-        SINF's count is of everything that it holds: prefix, router, all subgraphs, fallback.
+    exit_share, alone_share, subgraph_share, fallback_share : float
+        Shares of samples that leave at the route predictor; whose cluster needs no subgraph; that
+        run one subgraph; and that take the fallback.
+    fallback : str
     active_parameters : float
-        Parameters that a sample passes, on average over the routed mix.
-    base_macs, macs : float
-        Multiplications for one sample; SINF's on average over the routed mix, fallback included.
-    latency : Latency or None
-        Paired measurements of ``"base"`` and ``"sinf"``; None where none were asked for.
-    latency_batch : int
+        Parameters that a sample passes, on average.
+    route_layer : str
     clusters : list of ClusterRow
-    n_samples : int
 
     Examples
     --------
@@ -96,271 +326,91 @@ class SINFReport:
     200
     """
 
-    base_accuracy: float
-    accuracy: float
     oracle_accuracy: float
     route_accuracy: float
     base_route_accuracy: float
-    fallback_share: float
     exit_share: float
-    base_parameters: int
-    parameters: int
+    alone_share: float
+    subgraph_share: float
+    fallback_share: float
+    fallback: str
     active_parameters: float
-    base_macs: float
-    macs: float
-    latency: Latency | None
-    latency_batch: int
+    route_layer: str
     clusters: list[ClusterRow]
-    n_samples: int
 
-    @property
-    def time_saved(self) -> float:
-        """Share of the base's time that SINF saves: 1 - median of the pairwise ratios."""
-        if self.latency is None:
-            return float("nan")
-        return 1.0 - self.latency.ratio("sinf", "base")
+    kind: ClassVar[str] = "SINF"
 
-    def to_dict(self) -> dict[str, float]:
-        """Return the overall figures, for a data frame or a CSV file."""
-        return {
-            "n_samples": self.n_samples,
-            "base_accuracy": self.base_accuracy,
-            "accuracy": self.accuracy,
-            "oracle_accuracy": self.oracle_accuracy,
-            "route_accuracy": self.route_accuracy,
-            "base_route_accuracy": self.base_route_accuracy,
-            "fallback_share": self.fallback_share,
-            "exit_share": self.exit_share,
-            "base_parameters": self.base_parameters,
-            "parameters": self.parameters,
-            "active_parameters": self.active_parameters,
-            "base_macs": self.base_macs,
-            "macs": self.macs,
-            "latency_batch": self.latency_batch,
-            "time_saved": self.time_saved,
-        }
+    def _sizes(self) -> list[tuple[str, str, str, str]]:
+        macs, held, size = super()._sizes()
+        used = _size("parameters used per sample", self.base_parameters, self.active_parameters)
+        return [macs, used, ("parameters held", *held[1:]), ("bytes held", *size[1:])]
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Lines of the table: what, of the base, of the result, and how they compare."""
+        rows = super().rows()
+        if len(self.clusters) > 1:
+            base, sinf = f"{self.base_route_accuracy:.1%}", f"{self.route_accuracy:.1%}"
+            rows.append(("cluster predicted", base, sinf, ""))
+            rows.append(
+                ("accuracy if every route were right", "", f"{self.oracle_accuracy:.1%}", "")
+            )
+        return rows
+
+    def remarks(self) -> list[str]:
+        """Sentences below the table: which way samples took, and what is out of the ordinary."""
+        ways = (
+            (self.exit_share, "leave at the router"),
+            (self.alone_share, "need no subgraph"),
+            (self.subgraph_share, "run one subgraph"),
+            (self.fallback_share, _FALLBACK_WAYS.get(self.fallback, "take the fallback")),
+        )
+        taken = ", ".join(f"{share:.1%} {way}" for share, way in ways if share > 0)
+        remarks = [*super().remarks(), f"Of all samples {taken}."]
+        if self.exit_share > _NEARLY_ALL:
+            remarks.append(
+                f"Nearly all samples leave at layer {self.route_layer!r}: for these data a linear "
+                "probe on it is enough."
+            )
+        if self.fallback_share > _NEARLY_ALL and self.fallback == "base":
+            remarks.append(
+                "Nearly all samples run the base network: nothing is saved. A larger "
+                "max_accuracy_drop, or fewer clusters, let more of them through the subgraphs."
+            )
+        if len(self.clusters) == 1:
+            remarks.append("One cluster: nothing is routed; it is one smaller network.")
+        return remarks
 
     def __str__(self) -> str:
-        return "\n".join([*_overall(self), "", *_per_cluster(self)])
+        text = super().__str__()
+        return "\n".join([text, "", *_per_cluster(self)]) if len(self.clusters) > 1 else text
 
 
-def make_report(
-    network: SINFNetwork,
-    base: nn.Module,
-    batcher: Batcher,
-    X: Images,
-    codes: np.ndarray,
-    class_clusters: np.ndarray,
-    cluster_names: np.ndarray,
-    *,
-    latency_batch: int,
-    repeats: int,
-) -> SINFReport:
-    """Measure the base and the routed network on the same samples.
+def _size(name: str, base: float, found: float) -> tuple[str, str, str, str]:
+    """A row of the table for something of which less is better."""
+    compared = f"{base / found:.2f}x fewer" if found < base else f"{found / base:.2f}x as many"
+    return name, _short(base), _short(found), compared
 
-    Parameters
-    ----------
-    network : SINFNetwork
-    base : nn.Module
-        The unpruned network, on the same device.
-    batcher : Batcher
-    X : ndarray or Tensor of shape (n_samples, ...)
-    codes : int ndarray of shape (n_samples,)
-        True classes.
-    class_clusters : int ndarray of shape (n_classes,)
-    cluster_names : ndarray of shape (n_clusters,)
-    latency_batch : int
-    repeats : int
-        Timed pairs; 0 for none.
 
-    Returns
-    -------
-    SINFReport
-    """
-    clusters = torch.as_tensor(class_clusters)
-    truth = clusters[torch.as_tensor(codes)]
-    seen = _observe(network, base, batcher, X, truth)
-    members = clusters == truth[:, None]
-    y = torch.as_tensor(codes)
-    base_right = seen.base.argmax(1) == y
-    restricted_right = seen.base.masked_fill(~members, -torch.inf).argmax(1) == y
-    subgraph_right = seen.true_logits.masked_fill(~members, -torch.inf).argmax(1) == y
-    routed_right = seen.answers.argmax(1) == y
-    route_right = seen.cluster == truth
+def _points(share: float) -> str:
+    return f"{100 * share:.1f} points"
 
-    example = batcher.load(X[:1])
-    costs = branch_costs(network, example)
-    branch_macs, branch_parameters = costs["macs"], costs["parameters"]
-    rows = []
-    for c, name in enumerate(cluster_names.tolist()):
-        own = truth == c
-        has_subgraph = network.subgraph(c) is not None
-        rows.append(
-            ClusterRow(
-                name,
-                int((clusters == c).sum()),
-                int(own.sum()),
-                _mean(base_right[own]),
-                _mean(restricted_right[own]),
-                _mean(subgraph_right[own]) if has_subgraph else float("nan"),
-                _mean(routed_right[own]),
-                _mean(route_right[own]),
-                costs["shared_macs"] + branch_macs[c],
-            )
-        )
-    share = seen.runs / len(codes)
-    latency = None
-    if repeats:
-        sample = batcher.load(X[:latency_batch])
-        if sample.ndim == 4:
-            sample = sample.contiguous(memory_format=torch.channels_last)
-        fast = fast_form(network, lambda: sample)
-        fast_base = base_for_timing(network, base, sample)
-        latency = paired_latency(
-            {"base": lambda: fast_base(sample), "sinf": lambda: fast(sample)}, repeats=repeats
-        )
-    return SINFReport(
-        base_accuracy=_mean(base_right),
-        accuracy=_mean(routed_right),
-        # The true route also rules out the other clusters' classes.
-        oracle_accuracy=_mean(seen.oracle.masked_fill(~members, 0).argmax(1) == y),
-        route_accuracy=_mean(route_right),
-        base_route_accuracy=_mean(clusters[seen.base.argmax(1)] == truth),
-        fallback_share=_mean((seen.confidence < network.threshold) & ~seen.leaves),
-        exit_share=_mean(seen.leaves),
-        base_parameters=count_parameters(base),
-        parameters=count_parameters(network),
-        active_parameters=costs["shared_parameters"] + float(share @ branch_parameters),
-        base_macs=count_macs(base, network.normalise(example))[0],
-        macs=costs["shared_macs"] + float(share @ branch_macs),
-        latency=latency,
-        latency_batch=latency_batch,
-        clusters=rows,
-        n_samples=len(codes),
+
+def _share_interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share, which covers 95 %."""
+    z = 1.959964
+    middle, spread = (
+        share + z**2 / (2 * n),
+        z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5,
     )
+    return (middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n)
 
 
-def base_for_timing(network: SINFNetwork, base: nn.Module, sample: Tensor) -> nn.Module:
-    """Bring the base into SINF's fastest form; `sample` is a batch before normalisation."""
-    # A copy: folding shares what it need not fold, and the layout is about to change.
-    folded = copy.deepcopy(fold_batch_norm(trace(base)))
-    if sample.ndim == 4:
-        folded = folded.to(memory_format=torch.channels_last)
-    fast = fast_form(folded.eval(), lambda: network.normalise(sample))
-    return nn.Sequential(network.normalise, fast).eval()
+def _ends(interval: tuple[float, float]) -> str:
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
-def branch_costs(network: SINFNetwork, example: Tensor) -> dict[str, Any]:
-    """Multiplications and parameters of the shared part and of each branch, for one sample.
-
-    Parameters
-    ----------
-    network : SINFNetwork
-    example : Tensor of shape (1, ...)
-        Not normalised.
-
-    Returns
-    -------
-    dict
-        ``shared_macs``, ``shared_parameters``: prefix and router; ``macs``, ``parameters``: arrays
-        of shape (n_clusters + 2,), one entry for each branch of `SINFNetwork.branches`: behind
-        the clusters' the base network's rest, and nothing for what leaves at the route predictor.
-    """
-    x = network.normalise(example)
-    with torch.inference_mode():
-        h = network.prefix(x)
-    n = network.n_clusters
-    macs, parameters = np.zeros(n + 2), np.zeros(n + 2)
-    for c in range(n + 1):
-        branch = network.rest if c == n else network.subgraph(c)
-        if branch is not None:
-            macs[c], parameters[c] = count_macs(branch, h)[0], count_parameters(branch)
-    return {
-        "shared_macs": count_macs(network.prefix, x)[0] + network.router.weight.numel(),
-        "shared_parameters": count_parameters(network.prefix) + count_parameters(network.router),
-        "macs": macs,
-        "parameters": parameters,
-    }
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """All answers on the report samples."""
-
-    base: Tensor
-    answers: Tensor
-    oracle: Tensor
-    true_logits: Tensor
-    cluster: Tensor
-    confidence: Tensor
-    leaves: Tensor
-    runs: np.ndarray  # runs of each branch
-
-
-def _observe(
-    network: SINFNetwork, base: nn.Module, batcher: Batcher, X: Images, truth: Tensor
-) -> _Seen:
-    """One pass: base, SINF, SINF with the true route, the true cluster's subgraph."""
-
-    def look(raw: Tensor, own: Tensor) -> tuple[Tensor, ...]:
-        x = network.normalise(raw)
-        h = network.prefix(x)
-        route = network.route_features(h)
-        own = own.to(x.device)
-        certain = torch.full_like(route.confidence, 2.0)
-        oracle = replace(route, cluster=own, confidence=certain)
-        rows, branch = network.branches(route)
-        leaves = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        leaves[rows[branch == network.n_clusters + 1]] = True
-        seen = (
-            base(x)[:, network.outputs],
-            network.process(h, route),
-            network.process(h, oracle),
-            network.branch_logits(h, own),
-            route.cluster,
-            route.confidence,
-            leaves,
-            branch,
-        )
-        return tuple(value.cpu() for value in seen)
-
-    with torch.inference_mode():
-        pieces = list(in_pieces(look, batcher.raw(X), truth))
-    *columns, branches = zip(*pieces, strict=True)
-    runs = np.bincount(torch.cat(branches).numpy(), minlength=network.n_clusters + 2)
-    base_logits, answers, forced, own_logits, cluster, confidence, left = map(torch.cat, columns)
-    check_answers(answers)
-    return _Seen(base_logits, answers, forced, own_logits, cluster, confidence, left, runs)
-
-
-def _mean(right: Tensor) -> float:
-    return float(right.double().mean()) if len(right) else float("nan")
-
-
-def _overall(r: SINFReport) -> list[str]:
-    """Lines of the first table."""
-    lines = [
-        f"{'':34}{'base':>12}{'SINF':>12}",
-        f"{'accuracy':34}{r.base_accuracy:>12.1%}{r.accuracy:>12.1%}"
-        f"   ({(r.accuracy - r.base_accuracy) * 100:+.1f} points)",
-        f"{'  if every route were right':34}{'':12}{r.oracle_accuracy:>12.1%}",
-        f"{'cluster predicted':34}{r.base_route_accuracy:>12.1%}{r.route_accuracy:>12.1%}",
-        f"{'samples on the fallback':34}{'':12}{r.fallback_share:>12.1%}",
-        f"{'samples that leave at the router':34}{'':12}{r.exit_share:>12.1%}",
-        f"{'parameters held':34}{_short(r.base_parameters):>12}{_short(r.parameters):>12}",
-        f"{'parameters used per sample':34}{_short(r.base_parameters):>12}"
-        f"{_short(r.active_parameters):>12}",
-        f"{'MACs per sample':34}{_short(r.base_macs):>12}{_short(r.macs):>12}"
-        f"   ({r.base_macs / r.macs:.2f}x fewer)",
-    ]
-    if r.latency is not None:
-        base, sinf = r.latency.median["base"], r.latency.median["sinf"]
-        batch = f"ms per batch of {r.latency_batch} (median)"
-        lines.append(
-            f"{batch:34}{base * 1e3:>12.1f}{sinf * 1e3:>12.1f}"
-            f"   ({r.time_saved:.0%} saved, {1 / (1 - r.time_saved):.2f}x)"
-        )
-    return [*lines, f"{r.n_samples} samples"]
+def _html_row(cell: str, row: tuple[str, ...]) -> str:
+    return "<tr>" + "".join(f"<{cell}>{escape(text)}</{cell}>" for text in row) + "</tr>"
 
 
 def _per_cluster(r: SINFReport) -> list[str]:

@@ -19,8 +19,8 @@ from ..errors import OutOfReachError, UnreachableShareError
 from ..graph.cost import count_macs, fold_batch_norm, paired_latency
 from ..graph.cuts import CutPoint, observation_nodes, split
 from ..inference.forms import fast_form
+from ..inference.measure import base_for_timing, branch_costs
 from ..inference.network import Normalise, Route, SINFNetwork, own_classes
-from ..inference.report import base_for_timing, branch_costs
 from ..inference.router import (
     RouteFit,
     choose_exit,

@@ -1,15 +1,18 @@
-"""The report's costs and its printed form."""
+"""The report: its figures, its costs, and what it says in words."""
 
 from __future__ import annotations
 
+import re
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from helpers import blobs, small_cnn
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
-from sinfkit.graph import count_macs, count_parameters
-from sinfkit.inference import base_for_timing, branch_costs
+from sinfkit.graph import Latency, count_macs, count_parameters
+from sinfkit.inference import Promise, PruningReport, SINFReport, base_for_timing, branch_costs
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,10 @@ def test_expected_costs_follow_the_mix(fitted, threshold, exit_threshold):
     cluster = np.where(leaves, 3, np.where(unsure, 2, route.cluster.numpy()))
     assert report.fallback_share == pytest.approx(unsure.mean())
     assert report.exit_share == pytest.approx(leaves.mean())
+    alone = ~leaves & ~unsure & (route.cluster.numpy() == 1)  # one class, no subgraph
+    assert report.alone_share == pytest.approx(alone.mean())
+    shares = report.exit_share + report.alone_share + report.subgraph_share
+    assert shares + report.fallback_share == pytest.approx(1)
     assert (exit_threshold > 1) or 0 < leaves.mean() < 1
     assert report.macs == pytest.approx(costs["shared_macs"] + costs["macs"][cluster].mean())
     shared = costs["shared_parameters"]
@@ -96,3 +103,100 @@ def test_the_table_names_every_cluster_and_marks_what_has_no_subgraph(fitted):
     assert np.isnan(report.clusters[1].subgraph) and not np.isnan(report.clusters[0].subgraph)
     assert any("ms per batch of 16" in line for line in lines)
     assert report.to_dict()["time_saved"] == report.time_saved
+    assert "samples need no subgraph" not in str(report) or report.alone_share > 0
+
+
+SIZES = {"base_macs": 1000, "macs": 400, "base_parameters": 90, "parameters": 40} | {
+    "base_bytes": 360,
+    "bytes": 160,
+    "latency": Latency({"base": np.array([2.0, 4, 6]), "result": np.array([1.0, 2, 4])}),
+    "latency_batch": 8,
+    "promise": Promise(0.01, 0.9, True, 0.008),
+}
+ROUTED = {
+    "oracle_accuracy": 0.97,
+    "route_accuracy": 0.9,
+    "base_route_accuracy": 0.95,
+    "exit_share": 0.1,
+    "alone_share": 0.0,
+    "subgraph_share": 0.7,
+    "fallback_share": 0.2,
+    "fallback": "base",
+    "active_parameters": 30.0,
+    "route_layer": "features.7",
+    "clusters": [],
+}
+
+
+def pruned(lost=6, gained=2, **changed):
+    n, right = 1000, 900
+    accuracy = (right - lost + gained) / n
+    return PruningReport(right / n, accuracy, lost, gained, n, **(SIZES | changed))
+
+
+def routed(**changed):
+    return SINFReport(0.95, 0.945, 6, 1, 1000, **SIZES, **(ROUTED | changed))
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "promise", "verdict"),
+    [
+        (6, 2, Promise(0.01, 0.9, True, 0.008), "certified: 0.8 points .*: kept"),
+        (6, 2, Promise(0.01, 0.9, False, 0.02), "not certified .*: kept"),
+        (60, 2, Promise(0.01, 0.9, True, 0.008), r"5.8 \[.*\]: EXCEEDED\.$"),
+        (13, 2, Promise(0.01, 0.9, True, 0.008), "EXCEEDED, within what so few samples can tell"),
+    ],
+)
+def test_the_promise_is_held_against_the_samples(lost, gained, promise, verdict):
+    report = pruned(lost, gained, promise=promise)
+    (line,) = [line for line in str(report).splitlines() if line.startswith("asked: at most 1.0")]
+    assert re.search(verdict, line)
+    assert report.kept == ("kept" in verdict)
+    low, high = report.drop_interval
+    assert low < report.accuracy_drop == (lost - gained) / 1000 < high
+
+
+def test_what_does_not_apply_is_left_out():
+    text = str(pruned(promise=None, latency=None))
+    for word in ("asked", "ms per", "router", "cluster", "subgraph", "nan"):
+        assert word not in text
+    assert pruned(promise=None).kept is None
+    text = str(routed(fallback_share=0.0, subgraph_share=0.9))
+    assert "10.0% leave at the router, 90.0% run one subgraph." in text
+    assert "base network" not in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"exit_share": 0.97}, "leave at layer 'features.7': .* linear probe"),
+        ({"fallback_share": 0.97}, "run the base network: nothing is saved"),
+        ({"clusters": [None]}, "One cluster: nothing is routed"),
+    ],
+)
+def test_degenerate_results_are_told_in_words(changed, words):
+    assert re.search(words, " ".join(routed(**changed).remarks()))
+    assert not re.search(words, " ".join(routed().remarks()))
+    assert "nothing was gained" in str(pruned(macs=1000))
+
+
+def test_times_are_compared_in_pairs():
+    report = pruned()
+    assert report.speedup == 2.0 and report.time_saved == 0.5
+    low, high = report.speedup_interval
+    assert (low, high) == (1.5, 2.0)
+    assert "2.00 [1.50, 2.00] times as fast" in str(report)
+    assert np.isnan(pruned(latency=None).speedup)
+
+
+@pytest.mark.parametrize("latency", [SIZES["latency"], None])
+def test_it_is_shown_in_a_notebook_and_as_one_picture(latency):
+    report = pruned(latency=latency)
+    page = report._repr_html_()
+    assert page.count("<tr>") == page.count("</tr>") == len(report.rows()) + 1
+    assert "&" not in page.replace("&lt;", "").replace("&amp;", "")
+    figure = report.plot()
+    labels = " ".join(axis.get_xlabel() for axis in figure.axes)
+    assert "accuracy" in labels and "size" in labels
+    assert ("time" in labels) == (latency is not None)
+    plt.close(figure)
