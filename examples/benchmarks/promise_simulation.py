@@ -10,7 +10,7 @@ plateau   results whose loss rises to exactly the limit and stays: the hardest c
 exits     thresholds of an early exit, at quantiles of the choosing images
 networks  twelve networks, not sorted by loss; those beaten on the choosing images are left out
 
-    python promise_simulation.py --draws 10000
+    python -m benchmarks promise --draws 10000
 
 "raw" is the boldest whose raw mean on the same images meets the limit; "best", on all images.
 """
@@ -24,6 +24,7 @@ from scipy import stats
 
 from sinfkit.promise import p_value
 
+RESULTS = Path(__file__).parent / "results"
 SIZES = (100, 200, 300, 500, 1000, 2000, 5000)
 RATES = (0.01, 0.03, 0.08)
 FAMILIES = ("single", "plateau", "exits", "networks")
@@ -124,7 +125,7 @@ def main(arguments=None):
     parser.add_argument("--limit", type=float, default=0.01)
     parser.add_argument("--confidence", type=float, default=0.9)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "promise_simulation.csv")
     options, rows = parser.parse_args(arguments), []
     for n in options.sizes:
         certifies = Certifies(n, options.limit, options.confidence)
@@ -137,6 +138,7 @@ def main(arguments=None):
             shown = (f"{v:.4f}" if isinstance(v, float) else v for v in row.values())
             print("".join(f"{value!s:>13}" for value in shown), flush=True)
             rows.append(row)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
