@@ -308,8 +308,7 @@ n_features)
     def _adopt(self, judged: Judged, calibration: Calibration) -> None:
         """Make a network the fitted one, and write down what is known of it."""
         pruned, certificate = judged.pruned, judged.certificate
-        # A copy: what was not sliced is the frozen model's own.
-        self.model_ = copy.deepcopy(pruned.model)
+        self.model_ = _of_its_own(pruned.model)
         self.scores_, self.repair_error_ = pruned.scores, pruned.repair_error
         self.support_ = {k: v for k, v in pruned.support.items() if k != calibration.output}
         widths = {
@@ -471,6 +470,15 @@ n_features)
         """Workers that predict, see `PruningOptions`."""
         options: PruningOptions = self._component("options")
         return options.n_jobs
+
+
+def _of_its_own(model: fx.GraphModule) -> fx.GraphModule:
+    """A copy that shares no weights with the base, and loads where sinfkit is not installed."""
+    model = copy.deepcopy(model)
+    # How it was traced is of no use any more, and names a class of sinfkit.
+    model.__dict__.pop("_tracer_cls", None)
+    model.graph._tracer_cls = None
+    return model
 
 
 def recipe_of(pruner: DCSPruner) -> Recipe:

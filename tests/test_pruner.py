@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -120,7 +122,7 @@ def test_callable_criterion_gets_the_record(trained):
     pruner = DCSPruner(
         frozen, schedule="linear", criterion=smallest_index_first, random_state=0
     ).fit(X, y)
-    assert seen[0] == ("0", (192, 8), 6)
+    assert seen[0] == ("0", (193, 8), 6)
     for layer, kept in pruner.support_.items():
         n = len(pruner.scores_[layer])
         assert kept.tolist() == list(range(n - len(kept), n))
@@ -392,3 +394,100 @@ def test_a_search_over_budgets(trained):
     ).fit(X, y)
     assert search.best_params_["budget"] == 0.9
     assert clone(search.best_estimator_).budget == 0.9
+
+
+def test_the_papers_settings_are_those_of_its_description(trained):
+    """Algorithms 1 and 2: DCS, ratios that grow with depth, no retraining and nothing repaired."""
+    frozen, X, y, *_ = trained
+    paper = DCSPruner.paper_settings(frozen, random_state=0)
+    assert (paper.criterion, paper.schedule, paper.repair) == ("dcs", "linear", "none")
+    # r_M between 1 and 10 %, r_L between 10 and 90 %.
+    first, last = paper.pruning_ratios
+    assert 0.01 <= first <= 0.1 <= last <= 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        paper.fit(X, y)
+    ratios = list(paper.ratios_.values())
+    widths = [8, 8, 16, 16]
+    # r_l = r_M + (r_L - r_M) (l - M) / (L - M); floor(r_l C_l) filters go.
+    asked = [first + (last - first) * k / 3 for k in range(4)]
+    assert ratios == pytest.approx(
+        [np.floor(r * n + 1e-9) / n for r, n in zip(asked, widths, strict=True)]
+    )
+    for layer, scores in paper.scores_.items():
+        assert scores.min() >= 0 and scores.sum() == pytest.approx(1)  # normalised over the layer
+        kept = paper.support_[layer]
+        gone = np.setdiff1d(np.arange(len(scores)), kept)
+        assert not len(gone) or scores[gone].max() <= scores[kept].min()
+    # The weights are the base's own.
+    module = dict(frozen.module("cpu").named_modules())
+    first_layer = next(iter(paper.support_))
+    torch.testing.assert_close(
+        dict(paper.model_.named_modules())[first_layer].weight,
+        module[first_layer].weight[paper.support_[first_layer]],
+    )
+    other = DCSPruner.paper_settings(pruning_ratios=(0.05, 0.9), repair="match")
+    assert other.pruning_ratios == (0.05, 0.9) and other.repair == "match"
+
+
+def test_what_is_trained_further_leaves_the_base_alone(trained):
+    frozen, X, y, X_test, _ = trained
+    pruner = DCSPruner(frozen, schedule="linear", pruning_ratios=(0.0, 0.3), random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = pruner.fit(X, y).model_
+    own = {p.data_ptr() for p in (*model.parameters(), *model.buffers())}
+    base = frozen.module("cpu")
+    assert not own & {p.data_ptr() for p in (*base.parameters(), *base.buffers())}
+    digest, expected = frozen.digest, base(torch.as_tensor(X_test[:4]))
+    model.train().requires_grad_(True)
+    step = torch.optim.SGD(model.parameters(), lr=1.0)
+    nn.functional.cross_entropy(model(torch.as_tensor(X)), torch.as_tensor(y)).backward()
+    step.step()
+    torch.testing.assert_close(base(torch.as_tensor(X_test[:4])), expected)
+    assert frozen.digest == digest
+
+
+def test_the_smaller_network_loads_where_sinfkit_is_not_installed(trained, tmp_path):
+    frozen, X, y, X_test, _ = trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = DCSPruner(frozen, budget=0.6, random_state=0, device="cpu").fit(X, y)
+    torch.save(pruner.model_, tmp_path / "model.pt")
+    np.save(tmp_path / "X.npy", X_test[:8])
+    code = (
+        "import sys, numpy as np, torch\n"
+        "sys.modules['sinfkit'] = None\n"  # whoever imports it gets an ImportError
+        "model = torch.load('model.pt', weights_only=False)\n"
+        "x = torch.as_tensor(np.load('X.npy'))\n"
+        "np.save('out.npy', torch.softmax(model(x), 1).detach().numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    expected = pruner.predict_proba(X_test[:8])
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
+
+
+class Normed(nn.Module):
+    """A network whose stream nothing can be sliced from."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8)
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.stem(x))).mean((2, 3)))
+
+
+def test_a_network_that_stays_whole_is_refused_unless_told_otherwise():
+    X, y = blobs(per_class=20)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Normed().eval()
+    with pytest.raises(ValueError, match=r"0% of the multiplications can be sliced; .*whole"):
+        DCSPruner(network, budget=0.5, random_state=0).fit(X, y)
+    allowed = DCSPruner(network, random_state=0).set_params(options__allow_unsliceable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert allowed.fit(X, y).cost_ratio_ == 1.0
+    assert allowed.sliceable_share_ == 0.0

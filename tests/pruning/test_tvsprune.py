@@ -125,7 +125,7 @@ def test_nothing_to_remove_warns_and_reproduces_the_base(digits):
         return torch.ones(len(data.weight))
 
     pruner = DCSPruner(frozen, schedule="iterative", criterion=alike, random_state=0, device="cpu")
-    with pytest.warns(UserWarning, match="removed nothing"):
+    with pytest.warns(UserWarning, match="Nothing was removed"):
         pruner.fit(X, y)
     assert set(pruner.ratios_.values()) == {0.0}
     assert set(pruner.repair_error_.values()) == {0.0}
