@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from sinfkit.inference import Normalise, RoutePredictor, SINFNetwork, own_classes
+from sinfkit.repair import RepairSettings, repair
+from sinfkit.slicing import Sliced
 
 
 def randomise_batch_norms(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -22,6 +24,22 @@ def randomise_batch_norms(network: nn.Module, seed: int = 0) -> nn.Module:
             ):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
     return network
+
+
+def repaired(
+    dense: fx.GraphModule,
+    sliced: nn.Module,
+    support: dict[str, np.ndarray],
+    X: Tensor,
+    *,
+    X_sliced: Tensor | None = None,
+    sample_weight: np.ndarray | None = None,
+    **settings: object,
+) -> dict[str, float]:
+    """Repair with the settings given, in place; return the errors."""
+    whole = Sliced(sliced, support, {})
+    kind = RepairSettings(**settings)
+    return repair(dense, whole, X, kind, X_sliced=X_sliced, sample_weight=sample_weight)
 
 
 def small_cnn(n_classes: int = 6, width: int = 8, seed: int = 0) -> nn.Module:

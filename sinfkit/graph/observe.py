@@ -173,7 +173,7 @@ def _named(gm: fx.GraphModule, name: str) -> fx.Node:
     raise ValueError(f"The graph has no node {name!r}.")
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
+def _consumers(node: fx.Node) -> list[fx.Node]:
     """Nodes that use a node's values, not only its shape."""
     return [user for user in node.users if not is_shape_query(user)]
 
@@ -182,10 +182,10 @@ def _activation_of(gm: fx.GraphModule, layer: fx.Node) -> fx.Node:
     """The node whose value is the activation of a layer that another node calls."""
     place = ahead = layer
     while True:
-        readers = _readers(ahead)
-        if len(readers) != 1 or readers[0].all_input_nodes.count(ahead) != 1:
+        consumers = _consumers(ahead)
+        if len(consumers) != 1 or consumers[0].all_input_nodes.count(ahead) != 1:
             return place
-        before, ahead = ahead, readers[0]
+        before, ahead = ahead, consumers[0]
         if is_identity(gm, ahead):  # looked through, never stopped at
             continue
         if is_addition(ahead):

@@ -93,7 +93,7 @@ def shared_widths(
 def _losses(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.float64]:
     """Comparable losses of one group, one entry for all channels that have to go together."""
     losses = _each(group, scored, recipe)
-    together = recipe.round_to // math.gcd(recipe.round_to, group.n_groups)
+    together = recipe.round_to // math.gcd(recipe.round_to, group.n_runs)
     # A layer whose own width is no multiple has no widths to round to.
     return losses if len(losses) % together else losses.reshape(-1, together).sum(1)
 
@@ -107,8 +107,8 @@ def _each(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.flo
             scores = scored.layers[group.name]
             # A group whose readers are unknown was ranked by L1 norm, in shares that add up to 1.
             if abs(scores.sum() - 1) > 1e-9:
-                return marginal_losses(scores, group.n_groups, cumulative=True)
-        return marginal_losses(scored.groups[group.name], group.n_groups)
+                return marginal_losses(scores, group.n_runs, cumulative=True)
+        return marginal_losses(scored.groups[group.name], group.n_runs)
     except ValueError as error:
         raise ValueError(f"Layer {group.name!r}: {error}.") from error
 

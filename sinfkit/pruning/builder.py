@@ -14,8 +14,10 @@ from ..criteria.activations import Statistics
 from ..data.calibration import Calibration
 from ..graph.cost import count_macs
 from ..repair.moments import Moments, gather_moments
-from ..repair.sequential import affordable_images, repair
+from ..repair.sequential import RepairSettings, affordable_images, repair
 from ..repair.static import static_least_squares
+from ..repair.walk import graph_of
+from ..slicing.channels import Sliced
 from ..slicing.groups import ChannelGroup
 from ..utils.device import in_pieces
 from .budget import Budgeted, budgeted_widths
@@ -46,9 +48,8 @@ class Pruned:
 
     Attributes
     ----------
-    model : GraphModule
-    support : dict of str to ndarray
-        Filters kept, by layer.
+    sliced : Sliced
+        The network, repaired, and what it kept.
     scores : dict of str to ndarray of shape (n_filters,)
     repair_error : dict of str to float
         As `sinfkit.repair.repair` returns it.
@@ -56,11 +57,20 @@ class Pruned:
         Cost over that of the base.
     """
 
-    model: fx.GraphModule
-    support: dict[str, np.ndarray]
+    sliced: Sliced
     scores: dict[str, np.ndarray]
     repair_error: dict[str, float]
     cost_ratio: float
+
+    @property
+    def model(self) -> fx.GraphModule:
+        """The network itself."""
+        return graph_of(self.sliced)
+
+    @property
+    def support(self) -> dict[str, np.ndarray]:
+        """Filters kept, by layer."""
+        return self.sliced.support
 
 
 @dataclass
@@ -125,12 +135,12 @@ class Builder:
         graph, drawn = self.calibration.graph, self.drawn(self.recipe.repair_samples)
         samples = torch.cat(list(self.batches(drawn)))
         outputs = self.calibration.table.outputs.tolist()
-        small, support = extract(
+        sliced = extract(
             graph, self.calibration.groups, {**keep, **self.others}, samples[:64], outputs
         )
-        errors = mend(self.calibration, small, support, drawn, samples, method)
-        cost_ratio = self.macs_ratio(small) if cost_ratio is None else cost_ratio
-        return Pruned(small, support, self.scored.layers, errors, cost_ratio)
+        errors = mend(self.calibration, sliced, drawn, samples, method)
+        cost_ratio = self.macs_ratio(graph_of(sliced)) if cost_ratio is None else cost_ratio
+        return Pruned(sliced, self.scored.layers, errors, cost_ratio)
 
     def macs_ratio(self, model: fx.GraphModule) -> float:
         """Multiplications of a network over those of the base."""
@@ -151,10 +161,10 @@ class Builder:
             self.chosen, self.scored.groups, self.recipe, self.budgeted(budget).widths
         )
         groups, outputs = self.calibration.groups, self.calibration.table.outputs.tolist()
-        small, support = extract(graph, groups, {**keep, **self.others}, example, outputs)
+        sliced = extract(graph, groups, {**keep, **self.others}, example, outputs)
         if self.recipe.repair != "none":
-            static_least_squares(graph, small, support, self._moments, example)
-        return small
+            static_least_squares(graph, sliced, self._moments)
+        return graph_of(sliced)
 
     @functools.cached_property
     def _moments(self) -> dict[str, Moments]:
@@ -187,8 +197,7 @@ class Builder:
 
 def mend(
     calibration: Calibration,
-    small: fx.GraphModule,
-    support: Mapping[str, np.ndarray],
+    sliced: Sliced,
     rows: np.ndarray,
     samples: Tensor,
     method: str,
@@ -196,11 +205,8 @@ def mend(
     """Repair a sliced network, in place, on the samples `rows`."""
     return repair(
         calibration.graph,
-        small,
-        support,
+        sliced,
         samples,
-        method=method,
-        batch_size=calibration.batcher.batch_size,
-        seed=calibration.seed,
+        RepairSettings(method, batch_size=calibration.batcher.batch_size, seed=calibration.seed),
         sample_weight=calibration.weights(rows),
     )

@@ -143,9 +143,9 @@ def _fit(cells: np.ndarray) -> LayerTime:
 
 def _every_other(group: ChannelGroup) -> np.ndarray:
     """Half of a group's channels, the same in each run."""
-    run = group.n_channels // group.n_groups
+    run = group.n_channels // group.n_runs
     local = np.arange(0, run, 2)
-    return (np.arange(group.n_groups)[:, None] * run + local).ravel()
+    return (np.arange(group.n_runs)[:, None] * run + local).ravel()
 
 
 def _sizes(module: nn.Module) -> dict[str, int]:

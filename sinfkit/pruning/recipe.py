@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor, fx
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ..criteria.activations import MAX_POOL_SIZE
 from ..criteria.registry import Criterion, get_criterion
 from ..repair.sequential import REPAIRS
-from ..slicing.groups import ChannelGroup, check_sliced, slice_channels
+from ..slicing.groups import ChannelGroup, Sliced, check_sliced, slice_channels
 from ..utils.params import caller_level, check_choice, check_integer, check_number
 from .costs import UNITS
 from .schedules import SCHEDULES, n_removed, removal_ratios, select_top
@@ -135,7 +135,7 @@ def sliceable(
     return [
         group
         for group in groups
-        if not (group.is_output or group.n_channels < 2 or group.whole)
+        if not (group.is_output or group.n_channels < 2 or group.reason_unsliceable)
         and (allowed is None or allowed.issuperset((*group.layers, *group.consumers)))
     ]
 
@@ -144,9 +144,9 @@ def warn_about_whole(groups: Sequence[ChannelGroup], within: Iterable[str] | Non
     """Name, in one warning, the layers that stay whole because they cannot be sliced."""
     allowed = None if within is None else set(within)
     reasons = [
-        f"{group.name} ({group.whole})"
+        f"{group.name} ({group.reason_unsliceable})"
         for group in groups
-        if group.whole
+        if group.reason_unsliceable
         and not group.is_output
         and (allowed is None or allowed.intersection(group.layers))
     ]
@@ -170,7 +170,7 @@ def choose_channels(
     name.  Widths say how many stay where the schedule is not a function of depth.
     """
     if widths is not None:
-        return {g.name: select_top(scores[g.name], widths[g.name], g.n_groups) for g in groups}
+        return {g.name: select_top(scores[g.name], widths[g.name], g.n_runs) for g in groups}
     if recipe.schedule not in SCHEDULES:
         raise ValueError(
             f"schedule={recipe.schedule!r} cannot be used here; choose one of {tuple(SCHEDULES)}."
@@ -178,11 +178,11 @@ def choose_channels(
     ratios = removal_ratios(len(groups), recipe.schedule, *recipe.pruning_ratios)
     keep = {}
     for group, ratio in zip(groups, ratios, strict=True):
-        n_kept = group.n_channels - n_removed(float(ratio), group.n_channels, group.n_groups)
+        n_kept = group.n_channels - n_removed(float(ratio), group.n_channels, group.n_runs)
         # Upwards: more than the ratio asks for never goes.
-        multiple = math.lcm(recipe.round_to, group.n_groups)
+        multiple = math.lcm(recipe.round_to, group.n_runs)
         n_kept = min(-(-n_kept // multiple) * multiple, group.n_channels)
-        keep[group.name] = select_top(scores[group.name], n_kept, group.n_groups)
+        keep[group.name] = select_top(scores[group.name], n_kept, group.n_runs)
     return keep
 
 
@@ -192,13 +192,12 @@ def extract(
     keep: Mapping[str, np.ndarray],
     samples: Tensor,
     outputs: Sequence[int] | None = None,
-) -> tuple[fx.GraphModule, dict[str, np.ndarray]]:
+) -> Sliced:
     """Slice a copy of the network, and check it against the masked one on real samples.
 
     `groups` are all of the network's; `keep` has channels by group name, those of the output
-    layer's group being `outputs`.  Returns the small network and, by layer, the channels kept.
+    layer's group being `outputs`.  Raises SlicingError where they differ.
     """
     sliced = slice_channels(graph, samples[:1], keep, groups=groups)
     check_sliced(graph, sliced, samples, keep_outputs=outputs)
-    # A graph goes in, so a graph comes out.
-    return cast(fx.GraphModule, sliced.model), sliced.support
+    return sliced

@@ -103,7 +103,7 @@ def score_classes(
         consumers = _consumers(graph, groups, samples)
         losses = {
             group.name: costs_in_order(
-                consumers[group.name], removal_order(by_group[group.name], group.n_groups)
+                consumers[group.name], removal_order(by_group[group.name], group.n_runs)
             )
             for group in groups
             if consumers[group.name]
@@ -138,7 +138,7 @@ def _records(
 ) -> Callable[[str], LayerData]:
     """What makes the record of a layer, once all that needs a pass has been collected."""
     collected = _collected(graph, groups, nodes, samples, needs)
-    n_groups = {layer: group.n_groups for group in groups for layer in group.layers}
+    n_groups = {layer: group.n_runs for group in groups for layer in group.layers}
     modules = dict(graph.named_modules())
     norms, gains = batch_norm_behind(graph), norm_gains(graph)
     generator = torch.Generator().manual_seed(samples.seed)

@@ -54,10 +54,14 @@ def what_stays_whole(calibration: Calibration, within: Iterable[str], share: flo
     total, by_layer = count_macs(calibration.graph, calibration.example)
     allowed, reasons = set(within), defaultdict(float)
     for group in calibration.groups:
-        if group.is_output or not group.whole or not allowed.intersection(group.layers):
+        if (
+            group.is_output
+            or not group.reason_unsliceable
+            or not allowed.intersection(group.layers)
+        ):
             continue
         for layer in group.layers:
-            reasons[group.whole] += by_layer.get(layer, 0) / max(total, 1)
+            reasons[group.reason_unsliceable] += by_layer.get(layer, 0) / max(total, 1)
     text = f"{share:.0%} of the multiplications can be sliced"
     if reasons:
         largest = sorted(reasons.items(), key=lambda item: -item[1])[:_REASONS]

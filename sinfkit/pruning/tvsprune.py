@@ -17,6 +17,7 @@ from torch import fx
 
 from ..criteria.activations import collect
 from ..graph.cuts import observation_nodes
+from ..repair.walk import graph_of
 from ..slicing.groups import ChannelGroup, find_groups
 from .builder import Builder, Pruned, Split, mend
 from .recipe import choose_channels, extract, sliceable
@@ -60,10 +61,10 @@ def prune_in_rounds(
             if widths == refused or not fresh.removes(widths):
                 break
             keep = choose_channels(fresh.chosen, fresh.scored.groups, recipe, widths)
-            trial, kept = extract(now.model, fresh.groups, keep, images[:64])
             # The base, not the round before, is what the repair aims at: errors do not add up.
-            left = {layer: now.support[layer][index] for layer, index in kept.items()}
-            errors = mend(calibration, trial, left, drawn, images, recipe.repair)
+            sliced = extract(now.model, fresh.groups, keep, images[:64]).after(now.sliced)
+            errors = mend(calibration, sliced, drawn, images, recipe.repair)
+            trial, left = graph_of(sliced), sliced.support
             drop = choosing.drop(trial)
             if verbose:
                 n_filters = sum(len(i) for name, i in left.items() if name != calibration.output)
@@ -76,7 +77,7 @@ def prune_in_rounds(
                 break
             copies = {layer: score.copy() for layer, score in scores.items()}
             now, fresh, refused = (
-                Pruned(trial, left, copies, errors, builder.macs_ratio(trial)),
+                Pruned(sliced, copies, errors, builder.macs_ratio(trial)),
                 None,
                 {},
             )
@@ -97,7 +98,7 @@ class _Round:
         widths = {}
         for group in self.chosen:
             try:
-                n = n_above_mean(self.scored.groups[group.name], factor, group.n_groups)
+                n = n_above_mean(self.scored.groups[group.name], factor, group.n_runs)
             except ValueError as error:
                 raise ValueError(f"Layer {group.name!r}: {error}.") from error
             widths[group.name] = n

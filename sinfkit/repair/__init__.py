@@ -1,11 +1,10 @@
 """REPAIR: closed-form corrections of a sliced network, without labels or gradients."""
 
 from ..errors import UnreachableShareError
-from .inputs import kept_inputs
 from .low_rank import NARROW, WIDE, factorize, factorized, insert_factors
 from .moments import MAX_INPUTS, Moments, gather_moments
 from .ridge import fit_ridge
-from .sequential import REPAIRS, affordable_images, repair
+from .sequential import REPAIRS, RepairSettings, affordable_images, repair
 from .static import ALPHA, shrunk_layers, static_least_squares
 from .walk import Lockstep
 
@@ -16,6 +15,7 @@ __all__ = [
     "Moments",
     "NARROW",
     "REPAIRS",
+    "RepairSettings",
     "UnreachableShareError",
     "WIDE",
     "affordable_images",
@@ -24,7 +24,6 @@ __all__ = [
     "fit_ridge",
     "gather_moments",
     "insert_factors",
-    "kept_inputs",
     "repair",
     "shrunk_layers",
     "static_least_squares",

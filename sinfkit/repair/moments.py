@@ -41,12 +41,15 @@ class Moments:
         Of what the layer's own weights make of the inputs.
     noise : float
         Variance that rounding alone can give an input.
+    n_axes : int
+        Axes of the layer's input.
     """
 
     mean: Tensor
     covariance: Tensor
     variance: Tensor
     noise: float = 0.0
+    n_axes: int = 2
 
 
 def gather_moments(
@@ -123,6 +126,7 @@ def gather_moments(
             rows = sample_patches(value, layer, where).flatten(0, 1)
             weight = None if here is None else here.to(rows).repeat_interleave(where.shape[1])
             sums[name].add(rows, n_blocks(layer), weight)
+            sums[name].n_axes = value.ndim
 
     watched = with_capture(graph, {source: source for source in wanted}, add)
     with torch.inference_mode():
@@ -160,17 +164,7 @@ def n_blocks(layer: nn.Module) -> int:
 def damped_cholesky(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """Factor a covariance with `damping` on its diagonal, or more where that is too little.
 
-    Parameters
-    ----------
-    gram : Tensor of shape (n, n)
-    damping : float
-
-    Returns
-    -------
-    factor : Tensor of shape (n, n)
-        Lower triangle.
-    damping : float
-        What was added.
+    Returns the lower triangle, and what was added.
     """
     tiny = torch.finfo(gram.dtype).tiny ** 0.5
     for _ in range(10):
@@ -188,6 +182,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self._n: int | float = 0
+        self.n_axes = 2
         self._shift, self._sum, self._products = (torch.zeros(()) for _ in range(3))
 
     def add(self, rows: Tensor, n_blocks: int, weight: Tensor | None = None) -> None:
@@ -213,7 +208,7 @@ class _Sums:
         noise = float((10 * self._eps) ** 2 * shift.square().mean())
         weight = double(layer.weight.detach()).flatten(1).unflatten(0, (len(mean), -1))
         variance = ((weight @ covariance) * weight).sum(2).clamp_min(0.0)
-        return Moments(mean + shift[:, 0], covariance, variance, noise)
+        return Moments(mean + shift[:, 0], covariance, variance, noise, self.n_axes)
 
 
 def _n_positions(layer: nn.Conv2d | nn.Linear, value: Tensor) -> int:

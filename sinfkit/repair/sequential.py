@@ -26,20 +26,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..slicing.channels import Sliced
 from ..utils.params import caller_level
 from .moments import gather_moments
 from .ridge import double, fit_ridge
 from .static import shrunk_layers, static_least_squares
-from .walk import Lockstep, Site, find_site, sample, sample_patches
+from .walk import Lockstep, Site, find_site, graph_of, sample, sample_patches
 
-__all__ = ["REPAIRS", "affordable_images", "repair"]
+__all__ = ["REPAIRS", "RepairSettings", "affordable_images", "repair"]
 
 REPAIRS = ("none", "mean", "match", "least_squares", "static_least_squares")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -51,58 +53,77 @@ _RATIOS = (1 / 3, 3.0)  # to which "match" clips what it multiplies a channel wi
 _CONSTANT = 1e-12  # a variance below this much of the mean square is rounding
 
 
+@dataclass(frozen=True)
+class RepairSettings:
+    """How `repair` corrects a network.
+
+    Attributes
+    ----------
+    method : {"none", "mean", "match", "least_squares", "static_least_squares"}, \
+default="least_squares"
+        The correction. ``"none"`` only measures.
+    max_rows : int or None, default=None
+        Least squares: positions per layer entering the regression, spread evenly over the images,
+        at least one per image. None: 20,000, or five of each image if that is more.
+    alphas : sequence of float
+        Least squares: ridge penalties to choose from, relative to the mean squared (centred) input;
+        chosen per layer by the error on one fifth of the images, from the middle one outwards.
+        Keeping the old weights is always a candidate. Default: 1e-4, 1e-3, ..., 100. The static
+        form has one of its own.
+    batch_size : int, default=256
+        Images per forward pass. The result does not depend on it beyond rounding.
+    seed : int, default=0
+        Of the positions and of the held-out images.
+    """
+
+    method: str = "least_squares"
+    max_rows: int | None = None
+    alphas: Sequence[float] = ALPHAS
+    batch_size: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in REPAIRS:
+            raise ValueError(f"method must be one of {', '.join(REPAIRS)}; got {self.method!r}.")
+        if not self.alphas or min(self.alphas) <= 0:
+            raise ValueError(f"alphas must be positive numbers, at least one; got {self.alphas!r}.")
+        for name, value in (("max_rows", self.max_rows), ("batch_size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value!r}.")
+
+    def rows_of(self, n_images: int) -> int:
+        """Positions per layer."""
+        return max(_MIN_ROWS, 5 * n_images) if self.max_rows is None else self.max_rows
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def repair(
     dense: fx.GraphModule,
-    sliced: fx.GraphModule,
-    support: Mapping[str, np.ndarray],
+    sliced: Sliced,
     X: Tensor,
+    settings: RepairSettings = RepairSettings(),  # noqa: B008 (frozen)
     *,
-    method: str = "least_squares",
     X_sliced: Tensor | None = None,
-    max_rows: int | None = None,
-    alphas: Sequence[float] = ALPHAS,
-    batch_size: int = 256,
-    seed: int = 0,
     sample_weight: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Correct the layers of a sliced network against the dense one, in place.
-
-    Both networks are run side by side over `X`, node by node. A layer (``Conv2d`` or ``Linear``)
-    whose input no longer equals the dense one is corrected before its output is computed.
 
     Parameters
     ----------
     dense : torch.fx.GraphModule
         The network before slicing, traced, in evaluation mode. Not changed.
-    sliced : torch.fx.GraphModule
-        The same graph with filters removed. Corrected in place, but only by giving its modules
-        new parameters and buffers: tensors shared with other networks are never written to.
-    support : mapping of str to ndarray of int
-        Layer name to the kept output channels, as indices of the dense layer, in the order in
-        which the sliced layer has them. Layers that are not listed kept all of theirs.
+    sliced : Sliced
+        The same graph with filters removed. Its model is corrected in place, but only by giving its
+        modules new parameters and buffers: tensors shared with other networks are never written
+        to. It may be half of a network, if `dense` is that half.
     X : Tensor of shape (n_images, ...)
         Calibration input of `dense`, normalised and on its device. Labels are not needed.
         Activations of all images are held for one or two layers at a time, in both networks.
-    method : {"none", "mean", "match", "least_squares", "static_least_squares"}, \
-default="least_squares"
-        The correction. ``"none"`` only measures.
+    settings : RepairSettings
     X_sliced : Tensor of shape (n_images, ...), default=None
-        Input of `sliced` where it differs from `X`, for the same images (a sliced prefix in
-        front). None: `X`. The static form does not look at it.
-    max_rows : int, optional
-        Least squares: positions per layer entering the regression, spread evenly over the
-        images, at least one per image. Default: 20,000, or five of each image if that is more.
-    alphas : sequence of float
-        Least squares: ridge penalties to choose from, relative to the mean squared (centred)
-        input; chosen per layer by the error on one fifth of the images, from the middle one
-        outwards. Keeping the old weights is always a candidate. Default: 1e-4, 1e-3, ..., 100. The
-        static form has one of its own.
-    batch_size : int, default=256
-        Images per forward pass. The result does not depend on it beyond rounding.
-    seed : int, default=0
-        Of the positions and of the held-out images.
+        Input of the sliced network where it differs from `X`, for the same images (a sliced prefix
+        in front). None: `X`. The static form does not look at it.
     sample_weight : ndarray of shape (n_images,), optional
         How many times each image counts, larger than 0. Default: once.
 
@@ -137,32 +158,19 @@ default="least_squares"
 
     Examples
     --------
-    >>> import numpy as np, torch
-    >>> from torch import fx, nn
+    >>> import torch
+    >>> from torch import nn
+    >>> from sinfkit.graph import trace
     >>> from sinfkit.repair import repair
-    >>> a, b = nn.Linear(4, 3), nn.Linear(3, 2)
-    >>> c, d = nn.Linear(4, 2), nn.Linear(2, 2)
-    >>> with torch.no_grad():
-    ...     a.weight[2] = a.weight[0] + a.weight[1]   # the third unit is redundant: remove it
-    ...     a.bias[2] = 0.0
-    ...     _ = c.weight.copy_(a.weight[:2]), c.bias.copy_(a.bias[:2])
-    ...     _ = d.weight.copy_(b.weight[:, :2]), d.bias.copy_(b.bias)
-    >>> dense = fx.symbolic_trace(nn.Sequential(a, b).eval())
-    >>> sliced = fx.symbolic_trace(nn.Sequential(c, d).eval())
-    >>> X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
-    >>> errors = repair(dense, sliced, {"0": np.array([0, 1]), "1": np.array([0, 1])}, X)
-    >>> bool((dense(X) - sliced(X)).abs().max() < 1e-3)
+    >>> from sinfkit.slicing import slice_channels
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval().requires_grad_(False)
+    >>> net[0].weight[2] = net[0].weight[0] + net[0].weight[1]  # redundant: remove it
+    >>> dense, X = trace(net), torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    >>> sliced = slice_channels(dense, X[:1], {"0": [0, 1]})
+    >>> errors = repair(dense, sliced, X)
+    >>> bool((dense(X) - sliced.model(X)).abs().max() < 1e-3)
     True
     """
-    if method not in REPAIRS:
-        raise ValueError(f"method must be one of {', '.join(REPAIRS)}; got {method!r}.")
-    if not alphas or min(alphas) <= 0:
-        raise ValueError(f"alphas must be positive numbers, at least one; got {alphas!r}.")
-    if max_rows is None:
-        max_rows = max(_MIN_ROWS, 5 * len(X))
-    for name, value in (("max_rows", max_rows), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value!r}.")
     X_sliced = X if X_sliced is None else X_sliced
     if len(X) == 0 or len(X) != len(X_sliced):
         raise ValueError(
@@ -175,19 +183,42 @@ default="least_squares"
             f"{sample_weight.shape}."
         )
     weight = None if sample_weight is None else torch.as_tensor(sample_weight)
-    if method == "static_least_squares":
-        moments = gather_moments(
-            dense,
-            shrunk_layers(dense, sliced),
-            X.split(batch_size),
-            n_images=len(X),
-            max_rows=max_rows,
-            seed=seed,
-            sample_weight=weight,
-        )
-        return static_least_squares(dense, sliced, support, moments, X)
-    walk = Lockstep(dense, sliced, X, X_sliced, batch_size)
-    rows = _Rows(len(X), max_rows, seed, weight)
+    if settings.method == "static_least_squares":
+        return _from_moments(dense, sliced, X, settings, weight)
+    return _side_by_side(dense, sliced, X, X_sliced, settings, weight)
+
+
+def _from_moments(
+    dense: fx.GraphModule,
+    sliced: Sliced,
+    X: Tensor,
+    settings: RepairSettings,
+    weight: Tensor | None,
+) -> dict[str, float]:
+    """Refit from the moments of the dense network; the sliced one is not run."""
+    moments = gather_moments(
+        dense,
+        shrunk_layers(dense, graph_of(sliced)),
+        X.split(settings.batch_size),
+        n_images=len(X),
+        max_rows=settings.rows_of(len(X)),
+        seed=settings.seed,
+        sample_weight=weight,
+    )
+    return static_least_squares(dense, sliced, moments)
+
+
+def _side_by_side(
+    dense: fx.GraphModule,
+    sliced: Sliced,
+    X: Tensor,
+    X_sliced: Tensor,
+    settings: RepairSettings,
+    weight: Tensor | None,
+) -> dict[str, float]:
+    """Run both networks node by node, correcting layers whose input is no longer the dense one."""
+    walk = Lockstep(dense, graph_of(sliced), X, X_sliced, settings.batch_size)
+    rows = _Rows(len(X), settings.rows_of(len(X)), settings.seed, weight)
     errors: dict[str, float] = {}
     skipped: list[str] = []
     for node in walk.nodes:
@@ -196,29 +227,16 @@ default="least_squares"
         if layer is None:
             walk.run(node)
             continue
-        site = find_site(walk, node, layer, support.get(name))
+        site = find_site(walk, node, layer, sliced.support.get(name))
         if walk.inputs_agree(node) and (site.other is None or walk.agree(site.other)):
             walk.run(node)
             errors[name] = 0.0
         elif not walk.called_once(node):
             walk.run(node)
             skipped.append(name)
-        elif layer is walk.module(node, "dense"):
-            raise ValueError(
-                f"The layer {name!r} is one module in both networks, so a repair would change the "
-                "dense one as well. Trace the sliced network from a copy."
-            )
         else:
-            if method == "least_squares":
-                errors[name] = _least_squares(site, rows, alphas)
-            else:
-                errors[name] = _match_moments(site, method, weight)
-            if not math.isfinite(errors[name]):
-                raise ValueError(
-                    f"The inputs or outputs of the layer {name!r} are not finite numbers. Look for "
-                    "NaN or infinity in X and in the networks' weights."
-                )
-    if skipped and method != "none":
+            errors[name] = _corrected(site, settings, rows, weight)
+    if skipped and settings.method != "none":
         warnings.warn(
             f"Layers that are used more than once stay as they were sliced: "
             f"{', '.join(dict.fromkeys(skipped))}.",
@@ -228,21 +246,30 @@ default="least_squares"
     return errors
 
 
+def _corrected(site: Site, settings: RepairSettings, rows: _Rows, weight: Tensor | None) -> float:
+    """Pass a layer and correct it; return what is left of its error."""
+    name = str(site.node.target)
+    if site.layer is site.walk.module(site.node, "dense"):
+        raise ValueError(
+            f"The layer {name!r} is one module in both networks, so a repair would change the "
+            "dense one as well. Trace the sliced network from a copy."
+        )
+    if settings.method == "least_squares":
+        error = _least_squares(site, rows, settings.alphas)
+    else:
+        error = _match_moments(site, settings.method, weight)
+    if not math.isfinite(error):
+        raise ValueError(
+            f"The inputs or outputs of the layer {name!r} are not finite numbers. Look for NaN or "
+            "infinity in X and in the networks' weights."
+        )
+    return error
+
+
 def affordable_images(graph: fx.GraphModule, example: Tensor, wanted: int) -> int:
-    """How many images a repair may take: one layer's values of all of them stay below 2 GiB.
+    """How many of the wanted images a repair may take, at least 64.
 
-    Parameters
-    ----------
-    graph : GraphModule
-        The dense network.
-    example : Tensor of shape (1, ...)
-        One input of it.
-    wanted : int
-
-    Returns
-    -------
-    int
-        At most `wanted`, and not below 64 for memory's sake.
+    One layer's values of all of them stay below 2 GiB. `example`: one input, of shape (1, ...).
     """
     values = _Sizes(graph)
     with torch.inference_mode():

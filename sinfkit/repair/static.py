@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 
 from ..graph.cuts import batch_norm_behind
 from ..graph.nodes import called_layer
+from ..slicing.channels import Sliced, width
 from ..utils.params import caller_level
-from .inputs import Inputs, kept_inputs
 from .moments import Moments, damped_cholesky, measurable, n_blocks
 from .ridge import double
-from .walk import Layer, checked_support, install, twins
+from .walk import Layer, checked_support, graph_of, install, twins
 
 __all__ = ["ALPHA", "shrunk_layers", "static_least_squares"]
 
@@ -35,10 +35,8 @@ _WELL_SOLVED = 1e-3  # relative residual up to which single precision is taken t
 @torch.no_grad()
 def static_least_squares(
     dense: fx.GraphModule,
-    sliced: fx.GraphModule,
-    support: Mapping[str, np.ndarray],
+    sliced: Sliced,
     moments: Mapping[str, Moments],
-    example: Tensor,
     *,
     alpha: float = ALPHA,
 ) -> dict[str, float]:
@@ -48,17 +46,12 @@ def static_least_squares(
     ----------
     dense : GraphModule
         The network before slicing, from `trace`, in evaluation mode. Not changed.
-    sliced : GraphModule
-        The same graph with filters removed, with weights as they were sliced. Changed only by
-        giving its modules new parameters and buffers: tensors shared with other networks are
-        never written to.
-    support : mapping of str to ndarray of int
-        Layer name to the kept output channels, as indices of the dense layer, in the order in
-        which the sliced layer has them. Layers that are not listed kept all of theirs.
+    sliced : Sliced
+        The same graph with filters removed, with weights as they were sliced. Its model is changed
+        only by giving its modules new parameters and buffers: tensors shared with other networks
+        are never written to.
     moments : mapping of str to Moments
         From `sinfkit.repair.gather_moments` of `dense`; for any number of calls.
-    example : Tensor of shape (n, ...)
-        An input of both networks. Only its shape is looked at.
     alpha : float, default=0.01
         Ridge penalty, relative to the mean variance of the kept inputs. With thousands of images
         anything from 1e-4 to 0.03 does as well; with a hundred, less than 0.01 fits noise.
@@ -111,27 +104,27 @@ def static_least_squares(
     >>> dense, X = trace(net), torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     >>> moments = gather_moments(dense, ["1"], [X], n_images=100)
     >>> small = slice_channels(dense, X[:1], {"0": [0, 1]})
-    >>> lost = static_least_squares(dense, small.model, small.support, moments, X, alpha=1e-6)
+    >>> lost = static_least_squares(dense, small, moments, alpha=1e-6)
     >>> bool((dense(X) - small.model(X)).abs().max() < 1e-3), round(lost["1"], 3)
     (True, 0.0)
     """
-    twins(dense, sliced)
+    graph, support = graph_of(sliced), sliced.support
+    twins(dense, graph)
     if not alpha > 0:
         raise ValueError(f"alpha must be a positive number; got {alpha!r}.")
-    inputs = kept_inputs(dense, sliced, support, example.shape)
-    once = measurable(sliced)
-    norms = batch_norm_behind(sliced)
+    once = measurable(graph)
+    norms = batch_norm_behind(graph)
     errors: dict[str, float] = {}
     skipped: list[str] = []
-    for node in sliced.graph.nodes:
-        layer, old = called_layer(sliced, node), called_layer(dense, node)
+    for node in graph.graph.nodes:
+        layer, old = called_layer(graph, node), called_layer(dense, node)
         name = str(node.target)
         if layer is None or old is None:
             continue
         kept = checked_support(name, support.get(name), old, layer)
         if layer.weight[0].numel() == old.weight[0].numel():
             errors[name] = 0.0
-        elif name not in inputs or name not in once or name not in moments:
+        elif name not in once or name not in moments:
             skipped.append(name)
         elif layer is old:
             raise ValueError(
@@ -139,9 +132,10 @@ def static_least_squares(
                 "dense one as well. Trace the sliced network from a copy."
             )
         else:
-            norm = _per_channel(sliced, norms.get(name), layer, inputs[name])
+            inputs = np.delete(np.arange(width(old, "in")), sliced.removed_inputs[name])
+            norm = _per_channel(graph, norms.get(name), moments[name].n_axes)
             weight, shift, error = _refit(
-                old, layer, kept, inputs[name].kept, moments[name], _gain(norm, layer), alpha
+                old, layer, kept, inputs, moments[name], _gain(norm, layer), alpha
             )
             if not np.isfinite(error):
                 raise ValueError(
@@ -233,14 +227,14 @@ def _solve(
 
 
 def _per_channel(
-    sliced: fx.GraphModule, name: str | None, layer: Layer, inputs: Inputs
+    sliced: fx.GraphModule, name: str | None, n_axes: int
 ) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
     """The batch-norm behind a layer, if it only scales and shifts its channels."""
     norm = None if name is None else sliced.get_submodule(name)
     calls = [n for n in sliced.graph.nodes if n.op == "call_module" and n.target == name]
     if not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or len(calls) != 1:
         return None
-    per_feature = isinstance(norm, nn.BatchNorm2d) or inputs.n_axes == 2
+    per_feature = isinstance(norm, nn.BatchNorm2d) or n_axes == 2
     return norm if per_feature and norm.running_var is not None else None
 
 

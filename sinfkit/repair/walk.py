@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..graph.nodes import called_module, is_addition, is_identity, is_layer, is_shape_query
+from ..slicing.channels import Sliced
 from .ridge import double
 
 __all__ = ["Lockstep"]
@@ -29,32 +30,11 @@ class _Value:
 
 
 class Lockstep:
-    """A walk over two networks that have the same graph.
+    """A walk over two networks that have the same graph; only weights and widths differ.
 
-    Each node of `nodes` is to be passed in order: by `run`, or by `advance` for the dense network
-    and then for the sliced one.
-
-    Parameters
-    ----------
-    dense, sliced : GraphModule
-        From `trace`, with the same nodes; only weights and widths differ.
-    X, X_sliced : Tensor of shape (n_images, ...)
-        Their inputs; the same object if they do not differ.
-    batch_size : int
-        Images per chunk.
-
-    Attributes
-    ----------
-    sliced : GraphModule
-    nodes : list of fx.Node
-        Nodes of the sliced network, without its output.
-    images : list of slice
-        The images of each chunk.
-
-    Raises
-    ------
-    ValueError
-        If the graphs have different nodes, several inputs, or modules in training mode.
+    Each node of `nodes`, those of the sliced network without its output, is to be passed in order:
+    by `run`, or by `advance` for the dense network and then for the sliced one. Values are held in
+    chunks of images (`images`).
     """
 
     def __init__(
@@ -127,16 +107,9 @@ class Lockstep:
                 pass
 
     def advance(self, node: fx.Node, side: Side) -> Iterator[tuple[int, Any]]:
-        """Compute a node in one network.
+        """Compute a node in one network; yield the chunk's number and value.
 
         Inputs that are not used again are dropped chunk by chunk, those of `side` only.
-
-        Yields
-        ------
-        chunk : int
-            Which of `images`.
-        value : Tensor or any other
-            What the node computed for them.
         """
         chunks = getattr(self._values.setdefault(node, _Value()), side)
         own = self._own(node, side)
@@ -184,6 +157,16 @@ class Lockstep:
         return True
 
 
+def graph_of(sliced: Sliced) -> fx.GraphModule:
+    """The graph of a sliced network."""
+    if not isinstance(sliced.model, fx.GraphModule):
+        raise TypeError(
+            f"sliced.model must be a torch.fx.GraphModule, got {type(sliced.model).__name__}: "
+            "slice a traced network."
+        )
+    return sliced.model
+
+
 def twins(dense: fx.GraphModule, sliced: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     """From each node of the sliced network to that of the dense one."""
     nodes = [list(gm.graph.nodes) for gm in (dense, sliced)]
@@ -229,20 +212,9 @@ _TINY = 1e-3  # batch-norm scales that are not divided by, relative to the layer
 class Site:
     """A layer of the sliced network, and what its output runs into.
 
-    Attributes
-    ----------
-    walk : Lockstep
-    node : fx.Node
-        That calls the layer.
-    layer : Conv2d or Linear
-    kept : Tensor of shape (n_channels,)
-        The dense layer's channels that it still has.
-    norm : BatchNorm1d, BatchNorm2d or None
-        The batch-norm that alone reads its output.
-    other : fx.Node or None
-        The value that its output is added to, if that is known by now.
-    gain : Tensor of shape (n_channels,)
-        What the batch-norm multiplies each channel with, float64.
+    `kept`: the dense layer's channels that it still has; `norm`: the batch-norm that alone consumes
+    it, `gain` what that multiplies each channel with; `other`: the value that it is added to, where
+    that is known by now.
     """
 
     walk: Lockstep
@@ -275,19 +247,11 @@ class Site:
         return values.to(like).reshape(shape)
 
     def targets(self, dense: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        """What the layer should give, from what the dense layer gave.
+        """What the dense layer gave at the kept channels (own), and what this one should give.
 
-        Parameters
-        ----------
-        dense : Tensor of shape (n, n_dense_channels, height, width) or (n, ..., n_dense_channels)
-        chunk : int
-
-        Returns
-        -------
-        own, target : Tensor
-            The dense output at the kept channels; and the same plus what makes up for the error of
-            the value that it will be added to. Where the batch-norm's gain is next to nothing,
-            that would take a huge correction: there `install` corrects only the mean of the sum.
+        The target makes up for the error of the value that it will be added to. Where the
+        batch-norm's gain is next to nothing, that would take a huge correction: there `install`
+        corrects only the mean of the sum.
         """
         own = dense.index_select(self.axis, self.kept)
         if self.other is None:
@@ -304,19 +268,9 @@ class Site:
         return own, own + gap * self.along_channels(inverse, gap)
 
     def install(self, weight: Tensor, shift: Tensor) -> bool:
-        """Give the layer a new weight and shift its output; both as new tensors.
+        """Give the layer a new weight and shift its output, one number per channel; as new tensors.
 
-        Parameters
-        ----------
-        weight : Tensor
-            As the layer's weight.
-        shift : Tensor of shape (n_channels,)
-            To be added to its output.
-
-        Returns
-        -------
-        bool
-            Whether the layer's own output is shifted; else a batch-norm's running mean is.
+        Returns whether the layer's own output is shifted; else a batch-norm's running mean is.
         """
         norm = self.norm
         if norm is not None and norm.bias is not None and self.other is not None:
@@ -326,41 +280,24 @@ class Site:
 
 
 def find_site(walk: Lockstep, node: fx.Node, layer: Layer, kept: np.ndarray | None) -> Site:
-    """Look at what follows a layer.
+    """Look at what follows the layer that a node calls, which the walk is about to pass.
 
-    Parameters
-    ----------
-    walk : Lockstep
-        About to pass `node`.
-    node : fx.Node
-    layer : Conv2d or Linear
-        The layer that it calls.
-    kept : ndarray of int or None
-        The dense layer's channels that it still has; None for all.
-
-    Returns
-    -------
-    Site
-
-    Raises
-    ------
-    ValueError
-        If `kept` does not fit the two layers.
+    `kept`: the dense layer's channels that it still has; None for all.
     """
     dense = walk.module(node, "dense")
     assert isinstance(dense, (nn.Conv2d, nn.Linear))
     kept = checked_support(str(node.target), kept, dense, layer)
-    place, reader = node, _only_reader(node)
+    place, consumer = node, _only_consumer(node)
     norm = None
-    if reader is not None:
-        norm = _foldable_norm(walk, node, reader)
+    if consumer is not None:
+        norm = _foldable_norm(walk, node, consumer)
         if norm is not None:
-            place, reader = reader, _only_reader(reader)
-    while reader is not None and is_identity(walk.sliced, reader):
-        place, reader = reader, _only_reader(reader)
+            place, consumer = consumer, _only_consumer(consumer)
+    while consumer is not None and is_identity(walk.sliced, consumer):
+        place, consumer = consumer, _only_consumer(consumer)
     other = None
-    if reader is not None and is_addition(reader) and not reader.kwargs:
-        other = next((source for source in reader.all_input_nodes if source is not place), place)
+    if consumer is not None and is_addition(consumer) and not consumer.kwargs:
+        other = next((source for source in consumer.all_input_nodes if source is not place), place)
         while is_identity(walk.sliced, other):
             other = other.all_input_nodes[0]
         other = other if walk.known(other) else None
@@ -382,19 +319,8 @@ def checked_support(name: str, kept: np.ndarray | None, dense: Layer, sliced: La
 def install(layer: Layer, norm: _Norm | None, weight: Tensor, shift: Tensor) -> bool:
     """Give a layer a new weight and shift its output, with tensors of their own.
 
-    Parameters
-    ----------
-    layer : Conv2d or Linear
-    norm : BatchNorm1d, BatchNorm2d or None
-        The batch-norm that alone reads its output, channel by channel.
-    weight : Tensor
-        As the layer's weight.
-    shift : Tensor of shape (n_channels,)
-
-    Returns
-    -------
-    bool
-        Whether the layer's own output is shifted; else the batch-norm's running mean is.
+    Returns whether the layer's own output is shifted (one number per channel); else the running
+    mean of the batch-norm that alone consumes it is.
     """
     layer.weight = _parameter(weight, layer.weight)
     if layer.bias is None and norm is not None:
@@ -406,10 +332,10 @@ def install(layer: Layer, norm: _Norm | None, weight: Tensor, shift: Tensor) -> 
     return True
 
 
-def _foldable_norm(walk: Lockstep, node: fx.Node, reader: fx.Node) -> _Norm | None:
+def _foldable_norm(walk: Lockstep, node: fx.Node, consumer: fx.Node) -> _Norm | None:
     """The batch-norm that a node calls, if it only scales and shifts a layer's channels."""
-    norm = walk.module(reader, "sliced")
-    if not isinstance(norm, _Norm) or norm.running_var is None or not walk.called_once(reader):
+    norm = walk.module(consumer, "sliced")
+    if not isinstance(norm, _Norm) or norm.running_var is None or not walk.called_once(consumer):
         return None
     inputs = walk.value(node.all_input_nodes[0], "sliced", 0)
     per_feature = isinstance(norm, nn.BatchNorm2d) or inputs.ndim == 2
@@ -417,20 +343,9 @@ def _foldable_norm(walk: Lockstep, node: fx.Node, reader: fx.Node) -> _Norm | No
 
 
 def sample(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
-    """Take a layer's outputs at some positions.
+    """Take a layer's outputs at some positions: of shape (n, n_drawn, n_channels).
 
-    Parameters
-    ----------
-    values : Tensor of shape (n_maps, n_channels, height, width) or (n, ..., n_channels)
-        Output of a convolution or of a linear layer. Each of the n images has one or more maps,
-        one after the other.
-    layer : Conv2d or Linear
-    where : Tensor of int, of shape (n, n_drawn)
-        Positions in each image, counted through its maps, rows and columns.
-
-    Returns
-    -------
-    Tensor of shape (n, n_drawn, n_channels)
+    `where`, of shape (n, n_drawn), counts through the maps, rows and columns of each of n images.
     """
     if isinstance(layer, nn.Conv2d):
         maps, rows, columns = _places(where, len(values), values.shape[2], values.shape[3])
@@ -440,20 +355,10 @@ def sample(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
 
 
 def sample_patches(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
-    """Take what a layer multiplies with its weights, at some positions of its output.
+    """Take what a layer multiplies with its weights, at some positions of its OUTPUT (`sample`).
 
-    Parameters
-    ----------
-    values : Tensor of shape (n_maps, n_inputs, height, width) or (n, ..., n_inputs)
-        Input of the layer.
-    layer : Conv2d or Linear
-    where : Tensor of int, of shape (n, n_drawn)
-        As for `sample`: positions of the OUTPUT.
-
-    Returns
-    -------
-    Tensor of shape (n, n_drawn, n_inputs * kernel height * kernel width)
-        In the order of the weights. Only what is sampled is copied.
+    Of shape (n, n_drawn, n_inputs x kernel cells), in the order of the weights. Only what is
+    sampled is copied.
     """
     if isinstance(layer, nn.Linear):
         return sample(values, layer, where)
@@ -498,10 +403,10 @@ def _places(where: Tensor, n_maps: int, height: int, width: int) -> tuple[Tensor
     return first + where // plane, where % plane // width, where % width
 
 
-def _only_reader(node: fx.Node) -> fx.Node | None:
+def _only_consumer(node: fx.Node) -> fx.Node | None:
     """The only node that uses the values of another, not just its shape."""
-    readers = [user for user in node.users if not is_shape_query(user)]
-    return readers[0] if len(readers) == 1 else None
+    consumers = [user for user in node.users if not is_shape_query(user)]
+    return consumers[0] if len(consumers) == 1 else None
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -18,7 +18,8 @@ from ..inference.network import SINFNetwork
 from ..inference.router import fuse
 from ..pruning.recipe import extract
 from ..pruning.scoring import Scored
-from ..repair.sequential import repair
+from ..repair.sequential import RepairSettings, repair
+from ..repair.walk import graph_of
 from ..utils.device import in_pieces
 from ..utils.jobs import Rows
 from ..utils.pickling import Packed, pack
@@ -69,18 +70,12 @@ def slice_prefix(
     dense = split(graph, cut)[0]
     if not keep:
         return dense
-    small, support = extract(graph, calibration.groups, keep, samples[:64])
-    prefix = split(small, cut)[0]
-    repair(
-        dense,
-        prefix,
-        support,
-        samples,
-        method=method,
-        batch_size=calibration.batcher.batch_size,
-        seed=calibration.seed,
-        sample_weight=weight,
+    sliced = extract(graph, calibration.groups, keep, samples[:64])
+    prefix = split(graph_of(sliced), cut)[0]
+    settings = RepairSettings(
+        method, batch_size=calibration.batcher.batch_size, seed=calibration.seed
     )
+    repair(dense, replace(sliced, model=prefix), samples, settings, sample_weight=weight)
     return prefix
 
 
@@ -172,8 +167,8 @@ def build_subgraph(
     """
     graph, batcher = calibration.graph, calibration.batcher
     check = torch.cat(list(batcher(rows, sample[:64])))
-    small, support = extract(graph, calibration.groups, keep, check, outputs.tolist())
-    (dense, dense_rest), rest = split(graph, cut), split(small, cut)[1]
+    small = extract(graph, calibration.groups, keep, check, outputs.tolist())
+    (dense, dense_rest), rest = split(graph, cut), split(graph_of(small), cut)[1]
     sliced = None if prefix is None else prefix.on(batcher.device)
     h_dense, h_sliced = [], []
     with torch.inference_mode():
@@ -183,17 +178,14 @@ def build_subgraph(
                 h_sliced.append(sliced(x))
     error = repair(
         dense_rest,
-        rest,
-        support,
+        replace(small, model=rest),
         torch.cat(h_dense),
+        RepairSettings(method, batch_size=batcher.batch_size, seed=calibration.seed),
         X_sliced=torch.cat(h_sliced) if h_sliced else None,
-        method=method,
-        batch_size=calibration.batcher.batch_size,
-        seed=calibration.seed,
         sample_weight=calibration.weights(sample),
     )
     behind = set(layer_names(rest))
-    kept = {k: v for k, v in support.items() if k in behind and k != calibration.output}
+    kept = {k: v for k, v in small.support.items() if k in behind and k != calibration.output}
     return Subgraph(rest, scored.layers, kept, error)
 
 

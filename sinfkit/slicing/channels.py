@@ -46,25 +46,25 @@ class ChannelGroup:
         or multiplied, or pass through a depthwise convolution.
     n_channels : int
         Number of channels, which is the output width of each of `layers`.
-    n_groups : int
+    n_runs : int
         1, or more where a grouped convolution gives or takes the channels. Then the same local
-        indices must leave each of `n_groups` equal runs of channels, so that the number removed is
+        indices must leave each of `n_runs` equal runs of channels, so that the number removed is
         a multiple of it.
     consumers : tuple of str
         Layers that read the channels, in order of execution, depthwise convolutions included.
     is_output : bool
         Whether these are the network's outputs.
-    whole : str
+    reason_unsliceable : str
         Why the group cannot be sliced; empty where it can.
     """
 
     name: str
     layers: tuple[str, ...]
     n_channels: int
-    n_groups: int = 1
+    n_runs: int = 1
     consumers: tuple[str, ...] = ()
     is_output: bool = False
-    whole: str = ""
+    reason_unsliceable: str = ""
     _members: tuple[Member, ...] = field(default=(), repr=False, compare=False)
 
 
@@ -94,6 +94,34 @@ class Sliced:
     norm_support: dict[str, np.ndarray] = field(default_factory=dict)
     outputs: np.ndarray | None = None
 
+    def after(self, earlier: Sliced) -> Sliced:
+        """The same in terms of what `earlier` was sliced from; this was from ``earlier.model``."""
+        removed = {}
+        for name in earlier.removed_inputs.keys() | self.removed_inputs.keys():
+            none = np.zeros(0, dtype=np.int64)
+            before, now = (part.removed_inputs.get(name, none) for part in (earlier, self))
+            n_left = width(self.model.get_submodule(name), "in")
+            left = np.delete(np.arange(n_left + len(before) + len(now)), before)
+            removed[name] = np.union1d(before, left[now])
+        outputs = earlier.outputs
+        if self.outputs is not None:
+            outputs = self.outputs if outputs is None else outputs[self.outputs]
+        return Sliced(
+            self.model,
+            _composed(earlier.support, self.support),
+            removed,
+            _composed(earlier.norm_support, self.norm_support),
+            outputs,
+        )
+
+
+def _composed(
+    earlier: Mapping[str, np.ndarray], later: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Kept channels of kept channels, by module."""
+    both = {name: kept[later[name]] for name, kept in earlier.items() if name in later}
+    return {**earlier, **later, **both}
+
 
 def assemble(
     alone: ChannelGroup,
@@ -101,22 +129,10 @@ def assemble(
     modules: Mapping[str, nn.Module],
     obstacles: list[str],
 ) -> ChannelGroup:
-    """Complete a group by its members, and see whether its channels fit into each of them.
+    """Complete a group, one layer with its channels, by all its members.
 
-    Parameters
-    ----------
-    alone : ChannelGroup
-        One layer with its channels.
-    members : sequence of Member
-        All the modules that its channels run through.
-    modules : mapping of str to Module
-        Those of the network, in order of execution.
-    obstacles : list of str
-        What is known already to keep the group whole.
-
-    Returns
-    -------
-    ChannelGroup
+    Sees whether they fit into each of the modules, which come in order of execution.
+    `obstacles` are reasons known already why it cannot be sliced.
     """
     n, layers, consumers, runs = alone.n_channels, {alone.name}, set(), [alone.n_channels]
     for member in members:
@@ -145,9 +161,9 @@ def assemble(
         alone,
         name=in_order[0],
         layers=in_order,
-        n_groups=n // run,
+        n_runs=n // run,
         consumers=tuple(name for name in modules if name in consumers),
-        whole=obstacles[0] if obstacles else "",
+        reason_unsliceable=obstacles[0] if obstacles else "",
         _members=tuple(members),
     )
 
@@ -178,16 +194,16 @@ def checked_indices(group: ChannelGroup, indices: Any) -> np.ndarray:
         kept = np.sort(kept)
     if np.array_equal(kept, np.arange(n)):
         return kept
-    if group.whole:
-        raise ValueError(f"{what} must name all {n} channels: {group.whole}.")
+    if group.reason_unsliceable:
+        raise ValueError(f"{what} must name all {n} channels: {group.reason_unsliceable}.")
     if group.consumers and (np.diff(kept) < 0).any():
         raise ValueError(f"{what} must be sorted: {group.consumers[0]!r} reads these outputs.")
-    run = n // group.n_groups
-    alive = np.zeros((group.n_groups, run), dtype=bool)
+    run = n // group.n_runs
+    alive = np.zeros((group.n_runs, run), dtype=bool)
     alive[kept // run, kept % run] = True
     if (alive != alive[0]).any():
         raise ValueError(
-            f"{what} must keep the same local indices in each of the {group.n_groups} runs of "
+            f"{what} must keep the same local indices in each of the {group.n_runs} runs of "
             f"{run} channels: a grouped convolution gives or takes them."
         )
     return kept
@@ -231,17 +247,9 @@ def take_out(
 
 
 def narrow(module: nn.Module, outputs: np.ndarray | None, inputs: np.ndarray | None) -> None:
-    """Keep only the given output and input channels of a module, in place.
+    """Keep only some outputs, in the order given, and inputs, sorted, of a module; None: all.
 
     Tensors are replaced, never written into, so that modules that share them see no change.
-
-    Parameters
-    ----------
-    module : Conv2d, Linear, batch-norm or PReLU
-    outputs : ndarray of int64, or None
-        Output channels to keep, in the order in which they shall stand. None: all.
-    inputs : ndarray of int64, or None
-        Input channels to keep, sorted; the same of every group of a convolution. None: all.
     """
     if inputs is not None:
         if isinstance(module, nn.Conv2d):

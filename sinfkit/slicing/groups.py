@@ -107,10 +107,12 @@ def find_groups(model: nn.Module, example: Tensor, output_layer: str) -> list[Ch
             is_output = output_layer in group.layers
             if group.is_output and not is_output:
                 why = "its channels reach the network's output past the output layer"
-                group = replace(group, whole=group.whole or why)
+                group = replace(group, reason_unsliceable=group.reason_unsliceable or why)
             groups.append(replace(group, is_output=is_output))
-    reasons = try_groups(model, [group for group in groups if not group.whole], example)
-    return [replace(group, whole=reasons.get(group.name, group.whole)) for group in groups]
+    able = [group for group in groups if not group.reason_unsliceable]
+    reasons = {group.name: group.reason_unsliceable for group in groups}
+    reasons |= try_groups(model, able, example)
+    return [replace(group, reason_unsliceable=reasons[group.name]) for group in groups]
 
 
 def slice_channels(
@@ -303,9 +305,11 @@ def _read_group(trace: _Trace, layer: str) -> ChannelGroup:
     root = trace.modules[layer]
     alone = ChannelGroup(layer, (layer,), width(root, "out"))
     if trace.graph is None:
-        return replace(alone, whole=trace.failure)
+        return replace(alone, reason_unsliceable=trace.failure)
     if root not in trace.graph.module2node:
-        return replace(alone, whole="no gradient comes back to it from the network's output")
+        return replace(
+            alone, reason_unsliceable="no gradient comes back to it from the network's output"
+        )
     places, broken_off = _follow(trace.graph, root, trace.widest)
     obstacles: list[str] = []
     members: list[Member] = []

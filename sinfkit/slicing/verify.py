@@ -62,11 +62,11 @@ def try_groups(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor
 
 def _half(group: ChannelGroup, rng: np.random.Generator) -> np.ndarray:
     """Choose half of the channels, the same in each run; outputs in mixed order."""
-    run = group.n_channels // group.n_groups
+    run = group.n_channels // group.n_runs
     local = rng.permutation(run)[: (run + 1) // 2]
     if not group.is_output or group.consumers:
         local = np.sort(local)
-    return (np.arange(group.n_groups)[:, None] * run + local).ravel()
+    return (np.arange(group.n_runs)[:, None] * run + local).ravel()
 
 
 def _trial(model: nn.Module, tried: list[tuple[ChannelGroup, np.ndarray]], x: Tensor) -> str:
@@ -160,17 +160,7 @@ def check_sliced(
 
 
 class Comparison:
-    """A masked and a sliced network, both private copies in eval mode.
-
-    Parameters
-    ----------
-    dense : nn.Module
-        The original network.
-    small : nn.Module
-        The sliced one.
-    removed_inputs : mapping of str to ndarray of int64
-        Layer -> input channels that it lost.
-    """
+    """A masked and a sliced network, both private copies in eval mode."""
 
     def __init__(
         self, dense: nn.Module, small: nn.Module, removed_inputs: Mapping[str, np.ndarray]
@@ -191,18 +181,9 @@ class Comparison:
         layer.register_forward_pre_hook(zero)
 
     def of_outputs(self, X: Tensor, kept: np.ndarray | None) -> float:
-        """Compute max|difference| / max|masked| over the images; nan where one is not finite.
+        """Compute max|difference| / max|masked| over all images; nan where one is not finite.
 
-        Parameters
-        ----------
-        X : Tensor of shape (n, ...)
-        kept : ndarray of int64, or None
-            Columns of the masked network's output that the sliced one gives. None: all.
-
-        Returns
-        -------
-        float
-            The largest value over chunks of images.
+        `kept` are the outputs that the sliced network gives; None: all.
         """
         values = []
         with exact_inference(X):
@@ -216,21 +197,7 @@ class Comparison:
     def first_difference(
         self, x: Tensor, supports: Mapping[str, np.ndarray], tol: float
     ) -> tuple[str, str]:
-        """Find the first module whose kept channels differ.
-
-        Parameters
-        ----------
-        x : Tensor of shape (n, ...)
-        supports : mapping of str to ndarray of int64
-            Module -> original output channels that its sliced counterpart should give, in order.
-        tol : float
-            Allowed max|difference| / max|masked|.
-
-        Returns
-        -------
-        name, how : str
-            The module, in order of execution, and what is wrong. Both empty where none differs.
-        """
+        """Find the first module whose kept channels (`supports`) differ; say how, or nothing."""
         with exact_inference(x):
             reference = _record(self.masked, supports, x)
             output = _record(self.small, supports, x)

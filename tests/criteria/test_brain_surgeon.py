@@ -364,7 +364,7 @@ def test_least_squares_wins_back_more_than_after_other_choices():
     for name, score in scores.items():
         kept = select_kept(score.numpy().astype(float), 1 / 3)
         sliced = slice_channels(graph, x[:1], {"0": kept}, groups=groups)
-        error[name] = repair(graph, sliced.model, sliced.support, x)["2"]
+        error[name] = repair(graph, sliced, x)["2"]
     assert error["obs"] < 0.5 * min(error["l1"], error["random"])
 
 

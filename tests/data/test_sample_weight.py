@@ -14,7 +14,7 @@ from sinfkit.criteria import CRITERIA, discriminative_capability, fit_probe
 from sinfkit.data import validate_weight
 from sinfkit.graph import trace
 from sinfkit.inference import choose_exit, choose_threshold, fit_route_predictor
-from sinfkit.repair import fit_ridge, gather_moments, repair
+from sinfkit.repair import RepairSettings, fit_ridge, gather_moments, repair
 from sinfkit.routing import (
     ROUTER_WEIGHTS,
     HeldOut,
@@ -160,16 +160,8 @@ def test_repair(method, frozen, data):
     def repaired(x, weight):
         small = slice_channels(dense, x[:1], keep)
         # One penalty: which images are held out to choose it is up to chance.
-        errors = repair(
-            dense,
-            small.model,
-            small.support,
-            x,
-            method=method,
-            alphas=[1e-2],
-            batch_size=16,
-            sample_weight=weight,
-        )
+        kind = RepairSettings(method, alphas=[1e-2], batch_size=16)
+        errors = repair(dense, small, x, kind, sample_weight=weight)
         return small.model, errors
 
     found, errors = repaired(x, weight.astype(float))

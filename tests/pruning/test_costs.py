@@ -72,12 +72,12 @@ def test_predicted_cost_is_that_of_the_sliced_network(network, unit):
         if n_outputs == output.n_channels:
             assert round(cost.total(cost.widths), 3) == count(graph)
         for _ in range(3):
-            widths = [g.n_groups * rng.integers(1, g.n_channels // g.n_groups + 1) for g in chosen]
+            widths = [g.n_runs * rng.integers(1, g.n_channels // g.n_runs + 1) for g in chosen]
             keep = {
                 g.name: np.concatenate(
                     [
-                        run * (g.n_channels // g.n_groups) + np.arange(n // g.n_groups)
-                        for run in range(g.n_groups)
+                        run * (g.n_channels // g.n_runs) + np.arange(n // g.n_runs)
+                        for run in range(g.n_runs)
                     ]
                 )
                 for g, n in zip(chosen, widths, strict=True)
@@ -85,7 +85,7 @@ def test_predicted_cost_is_that_of_the_sliced_network(network, unit):
             keep[output.name] = np.arange(n_outputs)
             sliced = slice_channels(graph, example, keep, groups=groups).model
             assert round(cost.total(widths), 3) == count(sliced)
-            steps = np.array([g.n_groups for g in chosen])
+            steps = np.array([g.n_runs for g in chosen])
             for i, saving in enumerate(cost.savings(widths, steps)):
                 fewer = np.array(widths) - steps * (np.arange(len(chosen)) == i)
                 assert saving == pytest.approx(cost.total(widths) - cost.total(fewer))
@@ -96,9 +96,9 @@ def test_groups_that_are_not_chosen_keep_what_they_are_said_to_keep(network):
     chosen = sliceable(groups)
     everything = network_cost(graph, groups, chosen, example)
     first = chosen[0]
-    rest = network_cost(graph, groups, chosen[1:], example, kept={first.name: first.n_groups})
+    rest = network_cost(graph, groups, chosen[1:], example, kept={first.name: first.n_runs})
     widths = [group.n_channels for group in chosen[1:]]
-    assert rest.total(widths) == pytest.approx(everything.total([first.n_groups, *widths]))
+    assert rest.total(widths) == pytest.approx(everything.total([first.n_runs, *widths]))
     assert rest.base == everything.base
 
 
@@ -109,7 +109,7 @@ def test_times_take_the_place_of_macs(network):
     times = {name: LayerTime(0.0, 0.0, float(n)) for name, n in macs.items()}
     timed = network_cost(graph, groups, chosen, example, "latency", times=times)
     counted = network_cost(graph, groups, chosen, example)
-    widths = [group.n_groups for group in chosen]
+    widths = [group.n_runs for group in chosen]
     assert timed.total(widths) == pytest.approx(counted.total(widths))
     for unit in ("latency", "energy"):
         with pytest.raises(ValueError, match="budget_unit"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from sinfkit import DCSPruner
 from sinfkit.graph import trace
 from sinfkit.repair import (
     Moments,
+    RepairSettings,
     gather_moments,
-    kept_inputs,
     repair,
     shrunk_layers,
     static_least_squares,
@@ -33,10 +34,10 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def cut(model: nn.Module, keep: dict[str, list[int]], X: Tensor) -> tuple:
-    """The dense network, the sliced one and its support."""
+    """The dense network, the sliced one and its graph."""
     dense = trace(model.eval().requires_grad_(False))
     sliced = slice_channels(dense, X[:2], keep)
-    return dense, sliced.model, sliced.support
+    return dense, sliced, sliced.model
 
 
 def every_row(dense, sliced, X: Tensor, batch: int = 7) -> dict[str, Moments]:
@@ -68,9 +69,9 @@ def by_hand(H, W, b, k, alpha):
 def test_one_layer_by_hand(alpha):
     model = two_linear()
     X = torch.randn(40, 5, generator=generator()).double() + 1
-    dense, sliced, support = cut(model, {"0": [0, 2, 3]}, X)
+    dense, small, sliced = cut(model, {"0": [0, 2, 3]}, X)
     found = every_row(dense, sliced, X)
-    errors = static_least_squares(dense, sliced, support, found, X, alpha=alpha)
+    errors = static_least_squares(dense, small, found, alpha=alpha)
     hidden = model[:2](X).numpy()
     W, b, lost = by_hand(hidden, model[2].weight.numpy(), model[2].bias.numpy(), [0, 2, 3], alpha)
     new = sliced.get_submodule("2")
@@ -90,10 +91,10 @@ def test_convolution_by_hand(norm):
     model = randomise_batch_norms(nn.Sequential(*layers)).double()
     X = torch.randn(6, 2, 7, 7, dtype=torch.float64)
     keep = {"0": [1, 2, 5]} | ({"2": [0, 3]} if norm else {})
-    dense, sliced, support = cut(model, keep, X)
-    errors = static_least_squares(dense, sliced, support, every_row(dense, sliced, X), X, alpha=0.1)
+    dense, small, sliced = cut(model, keep, X)
+    errors = static_least_squares(dense, small, every_row(dense, sliced, X), alpha=0.1)
     rows = nn.functional.unfold(model[:2](X), 3, padding=1).transpose(1, 2).flatten(0, 1).numpy()
-    kept = support["2"]
+    kept = small.support["2"]
     weight = model[2].weight.flatten(1).numpy()[kept]
     bias = np.zeros(len(kept)) if norm else model[2].bias.numpy()[kept]
     k = np.flatnonzero(np.isin(np.arange(54) // 9, [1, 2, 5]))
@@ -116,10 +117,10 @@ def test_first_refitted_layer_agrees_with_the_sequential_form():
     model = small_cnn().double()
     X = torch.as_tensor(blobs(per_class=4)[0]).double()
     keep = {"0": [0, 3, 4, 7], "3": [1, 2, 6]}
-    dense, sliced, support = cut(model, keep, X)
+    dense, small, sliced = cut(model, keep, X)
     twin = copy.deepcopy(sliced)
-    static_least_squares(dense, sliced, support, every_row(dense, sliced, X), X, alpha=0.03)
-    repair(dense, twin, support, X, max_rows=10**7, alphas=[0.03])
+    static_least_squares(dense, small, every_row(dense, sliced, X), alpha=0.03)
+    repair(dense, replace(small, model=twin), X, RepairSettings(max_rows=10**7, alphas=[0.03]))
     for name in ("3.weight", "3.bias"):
         ours, theirs = (m.state_dict()[name] for m in (sliced, twin))
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
@@ -152,9 +153,9 @@ def test_exact_where_the_removed_are_combinations_of_the_kept(seed, n_kept):
     with torch.no_grad():
         model[0].weight[n_kept:] = mixing @ model[0].weight[:n_kept]
     X = torch.randn(80, 4, generator=generator(seed + 1)).double()
-    dense, sliced, support = cut(model, {"0": list(range(n_kept))}, X)
+    dense, small, sliced = cut(model, {"0": list(range(n_kept))}, X)
     found = every_row(dense, sliced, X)
-    errors = static_least_squares(dense, sliced, support, found, X, alpha=1e-12)
+    errors = static_least_squares(dense, small, found, alpha=1e-12)
     assert errors["2"] < 1e-6
     torch.testing.assert_close(sliced(X), dense(X), rtol=1e-3, atol=1e-3)
 
@@ -170,7 +171,7 @@ def test_errors_are_shares_and_grow_with_what_is_removed(seed, alpha, data):
     previous = 0.0
     for n in range(8, 0, -1):
         small = slice_channels(dense, X[:1], {"0": sorted(order[:n])})
-        lost = static_least_squares(dense, small.model, small.support, found, X, alpha=alpha)["2"]
+        lost = static_least_squares(dense, small, found, alpha=alpha)["2"]
         assert 0.0 <= lost <= 1.0
         if alpha == 1e-6:  # a stronger penalty depends on the inputs that are left
             assert lost >= previous - 1e-6
@@ -186,9 +187,9 @@ def test_single_precision_is_near_double_and_falls_back_to_it(monkeypatch):
         dtype = torch.float64 if kind == "double" else torch.float32
         if kind == "fallback":
             monkeypatch.setattr(static, "_WELL_SOLVED", 0.0)
-        dense, sliced, support = cut(copy.deepcopy(model).to(dtype), keep, X.to(dtype))
+        dense, small, sliced = cut(copy.deepcopy(model).to(dtype), keep, X.to(dtype))
         found = every_row(dense, sliced, X.to(dtype))
-        static_least_squares(dense, sliced, support, found, X)
+        static_least_squares(dense, small, found)
         assert sliced.get_submodule("2").weight.dtype == dtype
         outputs[kind] = sliced(X.to(dtype)).double()
     torch.testing.assert_close(outputs["single"], outputs["double"], rtol=1e-3, atol=1e-3)
@@ -200,8 +201,8 @@ def test_constant_and_dead_inputs():
     with torch.no_grad():
         model[0].weight.zero_()
     X = torch.randn(30, 4, generator=generator()).double()
-    dense, sliced, support = cut(model, {"0": [1, 4]}, X)
-    errors = static_least_squares(dense, sliced, support, every_row(dense, sliced, X), X)
+    dense, small, sliced = cut(model, {"0": [1, 4]}, X)
+    errors = static_least_squares(dense, small, every_row(dense, sliced, X))
     torch.testing.assert_close(sliced(X), dense(X))  # constants go into the bias
     assert errors["2"] < 1e-6
 
@@ -269,7 +270,7 @@ def branches():
     return model, nn.functional.interpolate(coarse, size=(6, 6), mode="bilinear")
 
 
-def test_inputs_are_followed_to_their_readers(branches):
+def test_inputs_are_followed_to_their_consumers(branches):
     model, X = branches
     keep = {
         "left": [1, 3],
@@ -277,15 +278,13 @@ def test_inputs_are_followed_to_their_readers(branches):
         "joined": [0, 1, 3, 4, 5, 7],
         "grouped": [0, 2, 4, 6],
     }
-    dense, sliced, support = cut(model, keep, X)
-    inputs = kept_inputs(dense, sliced, support, X.shape)
-    found = {name: at.kept.tolist() for name, at in inputs.items()}
-    both = [1, 3, 4, 6, 9]
-    assert found["left"] == found["right"] == [0, 1]
-    assert found["joined"] == found["added"] == both
-    assert found["depthwise"] == found["grouped"] == [0, 1, 3, 4, 5, 7]
-    assert found["gate"] == [0, 2, 4, 6]
-    assert found["head"] == [i * 4 + j for i in (0, 2, 4, 6) for j in range(4)]
+    removed = cut(model, keep, X)[1].removed_inputs
+    others = {name: index.tolist() for name, index in removed.items()}
+    both = [0, 2, 5, 7, 8]
+    assert others["joined"] == others["added"] == both
+    assert others["depthwise"] == others["grouped"] == [2, 6]
+    assert others["gate"] == [1, 3, 5, 7]
+    assert others["head"] == [i * 4 + j for i in (1, 3, 5, 7) for j in range(4)]
 
 
 def test_refits_whatever_reads_what_is_missing(branches):
@@ -296,11 +295,12 @@ def test_refits_whatever_reads_what_is_missing(branches):
         "joined": [0, 1, 3, 4, 5, 7],
         "grouped": [0, 2, 4, 6],
     }
-    dense, unrepaired, support = cut(model, keep, X)
+    dense, unrepaired, _ = cut(model, keep, X)
     left = {}
     for method in ("none", "mean", "static_least_squares"):
-        sliced = copy.deepcopy(unrepaired)
-        errors = repair(dense, sliced, support, X, method=method, max_rows=10**6)
+        small = replace(unrepaired, model=copy.deepcopy(unrepaired.model))
+        sliced = small.model
+        errors = repair(dense, small, X, RepairSettings(method, max_rows=10**6))
         left[method] = float((dense(X) - sliced(X)).square().mean())
         assert all(np.isfinite(e) and 0 <= e for e in errors.values())
     assert left["static_least_squares"] < min(left["none"], left["mean"])
@@ -340,10 +340,10 @@ def test_layers_without_moments_stay_with_a_warning(monkeypatch):
     X = torch.randn(20, 4)
     monkeypatch.setattr(moments, "MAX_INPUTS", 4)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 2))
-    dense, sliced, support = cut(model, {"0": [0, 1], "2": [0, 2]}, X)
+    dense, small, sliced = cut(model, {"0": [0, 1], "2": [0, 2]}, X)
     before = sliced.get_submodule("2").weight
     with pytest.warns(UserWarning, match="stay as they were sliced: 2"):
-        errors = repair(dense, sliced, support, X, method="static_least_squares")
+        errors = repair(dense, small, X, RepairSettings("static_least_squares"))
     assert sliced.get_submodule("2").weight is before
     assert list(errors) == ["0", "4"] and errors["4"] > 0
     shared = trace(Twice().eval())
@@ -359,7 +359,7 @@ def test_result_is_trainable_and_shares_nothing_new():
     with torch.inference_mode():
         small = slice_channels(dense, X[:1], {"0": [0, 1, 2]}, groups=groups)
         found = gather_moments(dense, ["3"], [X * 1.0], n_images=len(X))
-        static_least_squares(dense, small.model, small.support, found, X)
+        static_least_squares(dense, small, found)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     small.model(X).sum().backward()
@@ -369,17 +369,17 @@ def test_result_is_trainable_and_shares_nothing_new():
 def test_errors_say_what_is_wrong():
     model = two_linear()
     X = torch.randn(20, 5, generator=generator()).double()
-    dense, sliced, support = cut(model, {"0": [0, 2]}, X)
+    dense, small, sliced = cut(model, {"0": [0, 2]}, X)
     found = every_row(dense, sliced, X)
     with pytest.raises(ValueError, match="alpha must be a positive number"):
-        static_least_squares(dense, sliced, support, found, X, alpha=0)
+        static_least_squares(dense, small, found, alpha=0)
     with pytest.raises(ValueError, match="support of '0' must be 2 channels"):
-        static_least_squares(dense, sliced, {"0": np.arange(3)}, found, X)
+        static_least_squares(dense, replace(small, support={"0": np.arange(3)}), found)
     with pytest.raises(ValueError, match="different graphs"):
-        static_least_squares(trace(model[:2]), sliced, support, found, X)
+        static_least_squares(trace(model[:2]), small, found)
     X[3] = torch.nan
     broken = every_row(dense, sliced, X)
     with pytest.raises(ValueError, match="not finite"):
-        static_least_squares(dense, sliced, support, broken, X)
+        static_least_squares(dense, small, broken)
     with pytest.raises(ValueError, match="training mode"):
-        static_least_squares(dense.train(), sliced, support, found, X)
+        static_least_squares(dense.train(), small, found)

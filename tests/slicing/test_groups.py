@@ -219,10 +219,10 @@ def choose(groups: list[ChannelGroup], seed: int, outputs: bool = True) -> dict[
     rng = np.random.default_rng(seed)
     keep = {}
     for group in groups:
-        if not group.whole and (outputs or not group.is_output):
-            run = group.n_channels // group.n_groups
+        if not group.reason_unsliceable and (outputs or not group.is_output):
+            run = group.n_channels // group.n_runs
             local = rng.permutation(run)[: rng.integers(1, run + 1)]
-            keep[group.name] = (np.arange(group.n_groups)[:, None] * run + local).ravel()
+            keep[group.name] = (np.arange(group.n_runs)[:, None] * run + local).ravel()
     return keep
 
 
@@ -240,7 +240,7 @@ few = settings(max_examples=20, deadline=None)
 def test_sliced_equals_masked_with_exact_counts(case, seed):
     network, x, output = case.make()
     groups = find_groups(network, x, output)
-    assert [group.whole for group in groups] == [""] * len(groups)
+    assert [group.reason_unsliceable for group in groups] == [""] * len(groups)
     layers = [layer for group in groups for layer in group.layers]
     assert sorted(layers) == sorted(layer_names(trace(network)))
     assert [group.name for group in groups if group.is_output] == [groups[-1].name]
@@ -333,12 +333,16 @@ def test_a_wrong_kept_index_is_noticed_and_named(case, seed):
     network, x, output = case.make()
     groups = find_groups(network, x, output)
     rng = np.random.default_rng(seed)
-    able = [group for group in groups if group.n_channels > group.n_groups and not group.whole]
+    able = [
+        group
+        for group in groups
+        if group.n_channels > group.n_runs and not group.reason_unsliceable
+    ]
     assume(able)
     group = rng.choice(able)
     layer = group.layers[rng.integers(len(group.layers))]
-    run = group.n_channels // group.n_groups
-    kept = (np.arange(group.n_groups)[:, None] * run + np.arange(1, run)).ravel()
+    run = group.n_channels // group.n_runs
+    kept = (np.arange(group.n_runs)[:, None] * run + np.arange(1, run)).ravel()
     sliced = slice_channels(network, x, {group.name: kept}, groups=groups)
 
     # The layer keeps filter 0 in place of the first that it should keep.
@@ -390,12 +394,12 @@ def test_torchvision_networks(name, n_groups):
     x = images(2, 3, 32, 32)
     groups = find_groups(network, x, output_layer(network, 10))
     assert len(groups) == n_groups
-    assert not any(group.whole for group in groups)
+    assert not any(group.reason_unsliceable for group in groups)
     keep = {}
     for group in groups:
-        run = group.n_channels // group.n_groups
+        run = group.n_channels // group.n_runs
         local = np.arange(0, run, 2) if not group.is_output else np.array([7, 2, 3])
-        keep[group.name] = (np.arange(group.n_groups)[:, None] * run + local).ravel()
+        keep[group.name] = (np.arange(group.n_runs)[:, None] * run + local).ravel()
     sliced = slice_channels(network, x, keep, groups=groups)
     assert check_sliced(network, sliced, x, keep_outputs=[7, 2, 3]) <= 1e-4
     count = sum(p.numel() for p in network.parameters())
@@ -415,7 +419,7 @@ def test_groups_of_a_residual_network():
     )
     inner = groups["layer3.1.conv1"]
     assert (inner.layers, inner.consumers) == (("layer3.1.conv1",), ("layer3.1.conv2",))
-    assert (inner.n_channels, inner.n_groups) == (256, 1)
+    assert (inner.n_channels, inner.n_runs) == (256, 1)
     assert [name for name, group in groups.items() if group.is_output] == ["fc"]
 
 
@@ -433,9 +437,9 @@ def test_groups_with_depthwise_and_grouped_convolutions():
     depthwise = groups["1.0.0"]
     assert depthwise.layers == ("1.0.0", "1.1.0")
     assert depthwise.consumers == ("1.1.0", "1.2.0")
-    assert groups["2.0.0"].n_groups == 4  # it feeds the convolution of 4 groups
-    assert groups["2.1.0"].n_groups == 4  # 12 channels from 4 groups into 2
-    assert groups["2.2.0"].n_groups == 2
+    assert groups["2.0.0"].n_runs == 4  # it feeds the convolution of 4 groups
+    assert groups["2.1.0"].n_runs == 4  # 12 channels from 4 groups into 2
+    assert groups["2.2.0"].n_runs == 2
 
 
 def test_our_traversal_agrees_with_torch_pruning():
@@ -556,7 +560,7 @@ def test_what_cannot_be_sliced_stays_whole_and_says_why(name):
     network, x = build(make), images(3, 3, 4, 4)
     groups = find_groups(network, x, "out")
     whole = next(group for group in groups if "a" in group.layers)
-    assert whole.whole and reason in whole.whole
+    assert whole.reason_unsliceable and reason in whole.reason_unsliceable
     others = choose(groups, seed=0)
     assert others["out"].size  # the rest of the network can still be sliced
     assert check_sliced(network, slice_channels(network, x, others, groups=groups), x) <= 1e-4
@@ -617,7 +621,7 @@ def test_unusual_but_sliceable(name):
         network = build(SLICED[name])
     x = images(3, 3, 4, 4)
     groups = find_groups(network, x, "out")
-    assert not any(group.whole for group in groups)
+    assert not any(group.reason_unsliceable for group in groups)
     keep = choose(groups, seed=3)
     assert len(keep["a"]) < groups[0].n_channels
     sliced = slice_channels(network, x, keep, groups=groups)
@@ -643,16 +647,16 @@ def test_inside_an_opaque_module_nothing_is_sliced():
     x = images(2, 3, 4, 4)
     groups = {group.name: group for group in find_groups(graph, x, "out")}
     for name in ("a", "n.0.first", "n.0.second"):
-        assert "'n.0', which torch.fx cannot look into" in groups[name].whole
-    assert not groups["b"].whole
+        assert "'n.0', which torch.fx cannot look into" in groups[name].reason_unsliceable
+    assert not groups["b"].reason_unsliceable
     # Where nobody needs a graph, the same layers can be sliced.
-    assert not any(group.whole for group in find_groups(network, x, "out"))
+    assert not any(group.reason_unsliceable for group in find_groups(network, x, "out"))
 
 
 def test_when_torch_pruning_gives_up_all_stays_whole():
     network = torchvision_network("shufflenet_v2_x0_5")
     groups = find_groups(network, images(1, 3, 64, 64), "fc")
-    assert all("torch-pruning cannot follow" in group.whole for group in groups)
+    assert all("torch-pruning cannot follow" in group.reason_unsliceable for group in groups)
 
 
 def test_channels_that_leave_past_the_output_layer():
@@ -664,7 +668,7 @@ def test_channels_that_leave_past_the_output_layer():
         )
     )
     groups = {group.name: group for group in find_groups(network, images(2, 3), "out")}
-    assert groups["a"].whole and not groups["a"].is_output
+    assert groups["a"].reason_unsliceable and not groups["a"].is_output
 
 
 # Arguments and errors ----------------------------------------------------------------------------
@@ -735,7 +739,11 @@ def test_outputs_that_are_read_again_keep_their_order():
     )
     x = images(4, 3)
     (group,) = find_groups(network, x, "out")
-    assert (group.layers, group.consumers, group.whole) == (("out", "again"), ("again",), "")
+    assert (group.layers, group.consumers, group.reason_unsliceable) == (
+        ("out", "again"),
+        ("again",),
+        "",
+    )
     assert check_sliced(network, slice_channels(network, x, {"out": [0, 3]}), x) <= 1e-4
     with pytest.raises(ValueError, match="must be sorted: 'again' reads"):
         slice_channels(network, x, {"out": [3, 0]})
@@ -804,7 +812,7 @@ def test_other_precisions(grouped, dtype):
     network, x, _ = grouped
     network, x = network.to(dtype), x.to(dtype)
     groups = find_groups(network, x, "2.2")
-    assert not any(group.whole for group in groups)
+    assert not any(group.reason_unsliceable for group in groups)
     sliced = slice_channels(network, x, choose(groups, seed=1), groups=groups)
     assert all(p.dtype == dtype for p in sliced.model.parameters())
     difference = check_sliced(network, sliced, x)
@@ -863,7 +871,7 @@ def test_on_a_gpu_whatever_the_precision_of_its_products(grouped):
     network, x, _ = grouped
     network, x = network.cuda(), x.cuda()
     groups = find_groups(network, x, "2.2")
-    assert not any(group.whole for group in groups)
+    assert not any(group.reason_unsliceable for group in groups)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
