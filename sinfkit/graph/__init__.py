@@ -17,6 +17,7 @@ from .cuts import (
     split,
     with_capture,
 )
+from .fidelity import check_traced
 from .tracing import trace
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Latency",
     "batch_norm_behind",
     "channel_axis",
+    "check_traced",
     "copy_sharing_weights",
     "count_macs",
     "count_parameters",

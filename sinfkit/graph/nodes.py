@@ -73,6 +73,24 @@ def n_channels(layer: nn.Module) -> int:
     raise TypeError(f"expected a Conv2d or Linear layer, got {type(layer).__name__}")
 
 
+def is_switched(module: nn.Module) -> bool:
+    """Whether a module is bare code that depends on the mode, such as stochastic depth."""
+    if any(True for _ in module.children()) or module._parameters or module._buffers:
+        return False
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and "training" in code.co_names
+
+
+def _returns_its_argument(module: nn.Module) -> bool:
+    """Whether a module gives back what it is given."""
+    x = torch.ones(1, 1, 1, 1)
+    try:
+        with torch.no_grad():
+            return module(x) is x
+    except Exception:
+        return False
+
+
 def holds_layers(module: nn.Module) -> bool:
     """Whether a convolution or linear map of any kind lies in a module or is it."""
     return any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in module.modules())
@@ -129,7 +147,9 @@ def is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
     module = called_module(gm, node)
     if module is None:
         return _function_name(node) in _IDENTITIES
-    return isinstance(module, nn.Identity) or _from_file(module, "dropout")
+    if isinstance(module, nn.Identity) or _from_file(module, "dropout"):
+        return True
+    return is_switched(module) and _returns_its_argument(module)
 
 
 def is_arithmetic(node: fx.Node) -> bool:

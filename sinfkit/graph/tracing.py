@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import dis
 import inspect
-import operator
 import warnings
-from collections.abc import Callable
-from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..utils.params import caller_level
+from .fidelity import close
 from .nodes import called_module, holds_layers, is_identity, is_layer, is_shape_query, out_of_place
+from .plain import made_plain
+from .recording import Recorder, Replayer, UntraceableError
 
 __all__ = ["trace"]
 
@@ -49,14 +49,17 @@ def copy_sharing_weights(module: Module) -> Module:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """Turn a model into a graph of its operations.
 
     Parameters
     ----------
     model : nn.Module
-        Takes one tensor (further arguments of ``forward`` keep their defaults) and returns one.
-        Left as it is.
+        Takes one tensor (further arguments of ``forward`` keep their defaults) and returns one, or
+        an object with the field ``logits``.  Left as it is.
+    example : Tensor of shape (n, ...), optional
+        An input that it accepts, of which the first row is used.  With it, code that looks at
+        shapes and types can be followed, and what was recorded is compared with the model.
 
     Returns
     -------
@@ -81,9 +84,14 @@ def trace(model: nn.Module) -> fx.GraphModule:
 
     Notes
     -----
+    Layers that compute what a plain one does (padding, activation or a computed weight inside,
+    hooks) become plain ones with their names, and dropout in functions becomes modules, so that
+    training mode brings it back.
+
     An operation that overwrites its argument (``nn.ReLU(inplace=True)``, ``x += y``) is replaced
     by the one that does not, and whatever reads the argument later reads the result instead, as
-    it would have done.  Writing into a *view* (a slice, a chunk) is not recognised.
+    it would have done.  A module that writes into a *view* (a slice, a chunk) that is read later
+    stays whole, given an `example`; without one this is not recognised.
     An ``assert`` about the input, for instance its shape, is taken to hold and left out.
 
     Examples
@@ -95,8 +103,34 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a scripted or traced module; give the module it was made from.")
+    opaque: frozenset[str] = frozenset()
+    while True:
+        gm, writers = _traced(model, example, opaque)
+        # What a module writes into a view is lost in the graph, unless it stays one node.
+        if example is None or not writers - opaque or _agree(gm, model, example):
+            break
+        opaque |= writers - {""}
+        if "" in writers and not opaque:
+            break
+    found = opaque_modules(gm)
+    if found:
+        warnings.warn(
+            f"Layers inside {', '.join(found)} stay whole: torch.fx cannot look into "
+            f"{'these modules' if len(found) > 1 else 'this module'}.",
+            UserWarning,
+            stacklevel=caller_level(),
+        )
+    return gm
+
+
+def _traced(
+    model: nn.Module, example: Tensor | None, opaque: frozenset[str]
+) -> tuple[fx.GraphModule, set[str]]:
+    """A model's graph, and which of its modules write into tensors."""
     root = copy_sharing_weights(model).eval()
-    graph = _record(root)
+    graph, writers = _record(root, example, opaque)
     result = graph.find_nodes(op="output")[0].args[0]
     if not isinstance(result, fx.Node):
         raise ValueError(
@@ -104,19 +138,21 @@ def trace(model: nn.Module) -> fx.GraphModule:
             f"{type(result).__name__} of several or of none. Wrap the model in a module that picks "
             "the logits."
         )
-    gm = fx.GraphModule(root, graph)
+    made_plain(root, graph)
+    gm = fx.GraphModule(root.eval(), graph)
     _make_functional(gm)
     gm.graph.eliminate_dead_code()
-    gm = fx.GraphModule(gm, _renumbered(gm.graph), class_name=type(model).__name__).eval()
-    opaque = opaque_modules(gm)
-    if opaque:
-        warnings.warn(
-            f"Layers inside {', '.join(opaque)} stay whole: torch.fx cannot look into "
-            f"{'these modules' if len(opaque) > 1 else 'this module'}.",
-            UserWarning,
-            stacklevel=caller_level(),
-        )
-    return gm
+    return fx.GraphModule(
+        gm, _renumbered(gm.graph), class_name=type(model).__name__
+    ).eval(), writers
+
+
+def _agree(gm: fx.GraphModule, model: nn.Module, example: Tensor) -> bool:
+    """Whether a graph computes what the model does, for one row of noise and one of the example."""
+    twin = copy_sharing_weights(model).eval()
+    with torch.no_grad():
+        x = torch.cat([example[:1], torch.rand_like(example[:1])])
+        return close(gm(x.clone()), twin(x.clone()))
 
 
 def opaque_modules(gm: fx.GraphModule) -> list[str]:
@@ -144,134 +180,24 @@ def opaque_modules(gm: fx.GraphModule) -> list[str]:
 
 def new_graph() -> fx.Graph:
     """An empty graph whose module can be pickled, whatever functions it calls."""
-    return fx.Graph(tracer_cls=_Replayer)
+    return fx.Graph(tracer_cls=Replayer)
 
 
-class _Untraceable(Exception):
-    """Tracing failed inside the named submodule."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-
-class _Proxy(fx.Proxy):
-    """A proxy that records ``x += y`` as what it is; torch.fx takes it for ``x = x + y``."""
-
-    def _record(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
-        """Record the call of an in-place operator."""
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._record(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._record(operator.isub, other)
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._record(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._record(operator.itruediv, other)
-
-
-class _Tracer(fx.Tracer):
-    """A tracer that gives the root one argument and says where it failed."""
-
-    def __init__(self, opaque: frozenset[str] = frozenset()) -> None:
-        super().__init__()
-        self.opaque = opaque
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_args_for_root(
-        self,
-        root_fn: Callable[..., Any],
-        is_module: bool,
-        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
-    ) -> tuple[Any, list[Any]]:
-        """One placeholder; torch.fx would make one of every optional argument, too."""
-        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            module_qualified_name in self.opaque
-            or isinstance(m, (nn.Conv2d, nn.Linear))
-            or super().is_leaf_module(m, module_qualified_name)
-        )
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """Let asserted conditions pass; others would be control flow, which is refused."""
-        frame = inspect.currentframe()
-        while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch.fx.proxy"):
-            frame = frame.f_back
-        passing = None if frame is None else _asserted(frame)
-        return super().to_bool(obj) if passing is None else passing
-
-    def call_module(
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except _Untraceable:
-            raise
-        except Exception as error:
-            name = self.path_of_module(m)
-            if self.is_leaf_module(m, name):  # then it is the caller who did something odd
-                raise
-            raise _Untraceable(name) from error
-
-
-def _asserted(frame: FrameType) -> bool | None:
-    """The value that lets the condition pass that a frame is just testing in an ``assert``."""
-    # Depending on Python's version the condition is tested by the jump or just before it.
-    skipped = ("CACHE", "COMPARE_OP", "NOT_TAKEN", "TO_BOOL")
-    code = [i for i in dis.get_instructions(frame.f_code) if i.opname not in skipped]
-    at = next(n for n, i in enumerate(code) if i.offset >= frame.f_lasti)
-    test = code[at]
-    if not test.opname.endswith(("IF_TRUE", "IF_FALSE")):
-        return None
-    jumps = test.opname.endswith("IF_TRUE")
-    if _raises_assertion(code[at + 1]):
-        return jumps
-    target = next(i for i in code if i.offset >= test.argval)
-    return not jumps if _raises_assertion(target) else None
-
-
-def _raises_assertion(instruction: dis.Instruction) -> bool:
-    """Whether an ``assert`` that fails goes on with an instruction."""
-    return instruction.opname == "LOAD_ASSERTION_ERROR" or instruction.argrepr == "AssertionError"
-
-
-class _Replayer(_Tracer):
-    """A tracer for code that torch.fx itself has written, as unpickling needs it.
-
-    Whatever function such code calls was one node of the graph and has to become one again.  The
-    tracer of torch.fx knows this of torch's own functions only and would look into the others.
-    """
-
-    def trace(
-        self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
-    ) -> fx.Graph:
-        kind: Any = type(root)
-        called = tuple(filter(inspect.isfunction, kind.forward.__globals__.values()))
-        fx.Tracer.__init__(self, autowrap_functions=called)
-        return super().trace(root, concrete_args)
-
-
-def _record(root: nn.Module) -> fx.Graph:
+def _record(
+    root: nn.Module, example: Tensor | None, opaque: frozenset[str]
+) -> tuple[fx.Graph, set[str]]:
     """Record a module's graph; what cannot be traced becomes one node."""
-    tracer = _Replayer if isinstance(root, fx.GraphModule) else _Tracer
-    opaque: frozenset[str] = frozenset()
+    if isinstance(root, fx.GraphModule) and root.graph._tracer_cls is Replayer:
+        return Replayer().trace(root), set()
+    batches = []
+    if example is not None:
+        row = example.detach()[:1]
+        batches = [row.expand(n, *row.shape[1:]) for n in (2, 3)]
     while True:
+        recorder = Recorder(opaque, [x.clone() for x in batches])
         try:
-            return tracer(opaque).trace(root)
-        except _Untraceable as failure:
+            return recorder.trace(root), recorder.writers
+        except UntraceableError as failure:
             opaque |= {failure.name}
         except Exception as error:
             raise ValueError(

@@ -658,31 +658,13 @@ def test_untraceable_network_says_what_to_do_and_that_works() -> None:
         output_layer(gm, 2)
 
 
-def test_computed_weights_stay_whole() -> None:
-    class Standardised(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-            return F.conv2d(x, weight, self.bias)
-
-    network = nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
-        Standardised(4, 4, 1),
-        nn.Flatten(),
-        nn.Linear(100, 2),
-    ).eval()
-    with pytest.warns(UserWarning, match="Layers inside 0, 1 stay whole"):
-        gm = trace(network)
-    assert layer_names(gm) == ["3"]
-    assert torch.equal(run(gm, images()), run(network, images()))
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_weight_norm_by_hook_stays_whole() -> None:
+def test_weight_norm_by_hook_becomes_a_plain_layer() -> None:
     network = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     expected = network(x)  # leaves a computed weight behind, which cannot be copied
-    with pytest.warns(UserWarning, match="Layers inside 0 stay whole"):
-        gm = trace(network)
+    gm = trace(network)
+    assert layer_names(gm) == ["0", "2"]
     assert torch.equal(gm(x), expected)
 
 

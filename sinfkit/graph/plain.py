@@ -1,0 +1,270 @@
+"""Layers that compute the same as a plain one become plain ones, on a traced network.
+
+A convolution that pads itself or standardises its weights, a batch-norm with an activation inside,
+a weight under a parametrisation or a call of ``F.linear`` all show as a call of torch's function
+with weights that do not depend on the samples. Each becomes a plain module with these weights.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from .recording import EVAL
+
+__all__ = ["made_plain"]
+
+_CONVOLUTION = "input weight bias stride padding dilation groups".split()
+_SIGNATURES: dict[Any, list[str]] = {
+    F.conv1d: _CONVOLUTION,
+    F.conv2d: _CONVOLUTION,
+    F.conv3d: _CONVOLUTION,
+    F.linear: "input weight bias".split(),
+    F.batch_norm: "input running_mean running_var weight bias training momentum eps".split(),
+    F.layer_norm: "input normalized_shape weight bias eps".split(),
+    F.group_norm: "input num_groups weight bias eps".split(),
+    F.dropout: "input p training inplace".split(),
+    F.dropout1d: "input p training inplace".split(),
+    F.dropout2d: "input p training inplace".split(),
+    F.dropout3d: "input p training inplace".split(),
+    F.alpha_dropout: "input p training inplace".split(),
+    F.feature_alpha_dropout: "input p training inplace".split(),
+    torch.dropout: "input p train".split(),
+}
+_SIGNATURES |= {
+    torch.batch_norm: "input weight bias running_mean running_var training momentum eps _".split(),
+    torch.layer_norm: "input normalized_shape weight bias eps _".split(),
+    torch.group_norm: "input num_groups weight bias eps _".split(),
+}
+_CONVOLUTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
+_DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+    torch.dropout: nn.Dropout,
+}
+_BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_HOMES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.batchnorm._BatchNorm)
+_HOMES += (nn.LayerNorm, nn.GroupNorm)
+_RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout")
+
+
+def made_plain(root: nn.Module, graph: fx.Graph) -> None:
+    """Replace calls of torch's functions with constant weights by plain modules.
+
+    `root`, a private copy, gets the modules; they take the name, and share the parameters, of the
+    module whose place they take.
+    """
+    constants = _Constants(root, graph)
+    taken = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    made: dict[Any, str] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _SIGNATURES:
+            continue
+        arguments = _by_name(node)
+        source = arguments.get("input")
+        if not isinstance(source, fx.Node) or constants.is_constant(source):
+            continue
+        module = _plain(node.target, arguments, constants)
+        if module is None:
+            continue
+        key = (_home(node, arguments), *map(_identity, (node.target, *arguments.items())))
+        if key not in made or isinstance(module, tuple(_DROPOUTS.values())):
+            made[key] = _install(root, module, key[0], taken)
+        with graph.inserting_before(node):
+            call = graph.call_module(made[key], (source,))
+        call.meta = node.meta
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and constants.is_constant(node):
+            graph.erase_node(node)
+    for node in graph.nodes:  # what else asked whether the network is in training
+        node.args = fx.node.map_aggregate(node.args, lambda a: False if a is EVAL else a)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: False if a is EVAL else a)
+
+
+class _Constants:
+    """Values of a graph that do not depend on its input."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self._root = root
+        self._values: dict[fx.Node, Any] = {}
+        self._known: set[fx.Node] = set()
+        for node in graph.nodes:
+            name = str(getattr(node.target, "__name__", node.target))
+            inputs = node.all_input_nodes
+            computed = node.op == "call_module" or (
+                node.op in ("call_function", "call_method") and inputs
+            )
+            if "told" in node.meta:  # the type of the input, say
+                self._known.add(node)
+                self._values[node] = node.meta["told"]
+            elif node.op == "get_attr" or (
+                computed and self._known.issuperset(inputs) and not name.startswith(_RANDOM)
+            ):
+                self._known.add(node)
+
+    def is_constant(self, value: Any) -> bool:
+        """Whether an argument is no node, or one with a known value."""
+        found: list[fx.Node] = []
+        fx.node.map_arg(value, found.append)
+        return self._known.issuperset(found)
+
+    def value(self, argument: Any) -> Any:
+        """An argument with values in place of nodes."""
+        return fx.node.map_arg(argument, self._of)
+
+    def _of(self, node: fx.Node) -> Any:
+        if node not in self._values:
+            if node.op == "get_attr":
+                self._values[node] = operator.attrgetter(str(node.target))(self._root)
+            else:
+                run = fx.Interpreter(self._root, garbage_collect_values=False, graph=_only(node))
+                args, kwargs = self.value((node.args, node.kwargs))
+                args, kwargs = fx.node.map_aggregate(
+                    (args, kwargs), lambda a: False if a is EVAL else a
+                )
+                with torch.no_grad():
+                    self._values[node] = getattr(run, node.op)(node.target, args, kwargs)
+        return self._values[node]
+
+
+def _only(node: fx.Node) -> fx.Graph:
+    """Any graph: the interpreter is asked for single nodes only."""
+    return node.graph
+
+
+def _by_name(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call that a signature names."""
+    names = _SIGNATURES[node.target]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _plain(function: Any, arguments: dict[str, Any], constants: _Constants) -> nn.Module | None:
+    """The module that computes what a call does; None where there is none."""
+    rest = {name: value for name, value in arguments.items() if name != "input"}
+    if function in _DROPOUTS:
+        switched = rest.get("training", rest.get("train")) is EVAL
+        p = rest.get("p", 0.5)
+        return _DROPOUTS[function](p) if switched and isinstance(p, float | int) else None
+    if not constants.is_constant(rest):
+        return None
+    rest = constants.value(rest)
+    weight, bias = rest.get("weight"), rest.get("bias")
+    module: Any
+    if function in _CONVOLUTIONS:
+        if not isinstance(weight, Tensor):
+            return None
+        groups = rest.get("groups", 1)
+        module = _CONVOLUTIONS[function](
+            weight.shape[1] * groups,
+            len(weight),
+            tuple(weight.shape[2:]),
+            stride=_tuple(rest.get("stride", 1)),
+            padding=_tuple(rest.get("padding", 0)),
+            dilation=_tuple(rest.get("dilation", 1)),
+            groups=groups,
+            bias=bias is not None,
+            device="meta",
+        )
+    elif function is F.linear:
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            return None
+        module = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+    elif function in (F.batch_norm, torch.batch_norm):
+        mean, axes = rest["running_mean"], arguments["input"].meta.get("n_axes")
+        if (
+            rest.get("training", False) not in (False, 0)
+            or mean is None
+            or axes not in _BATCH_NORMS
+        ):
+            return None
+        module = _BATCH_NORMS[axes](
+            len(mean), eps=rest.get("eps", 1e-5), affine=weight is not None, device="meta"
+        )
+        if weight is not None and bias is None:
+            bias = torch.zeros_like(weight)
+        module.running_mean, module.running_var = mean, rest["running_var"]
+        module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=mean.device)
+    elif function in (F.layer_norm, torch.layer_norm):
+        module = nn.LayerNorm(
+            rest["normalized_shape"],
+            rest.get("eps", 1e-5),
+            elementwise_affine=weight is not None,
+            bias=bias is not None,
+            device="meta",
+        )
+    else:
+        if weight is None:
+            return None
+        module = nn.GroupNorm(rest["num_groups"], len(weight), rest.get("eps", 1e-5), device="meta")
+        bias = torch.zeros_like(weight) if bias is None else bias
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            setattr(module, name, _parameter(value))
+    return module.eval()
+
+
+def _tuple(value: Any) -> Any:
+    """A list as a tuple."""
+    return tuple(value) if isinstance(value, list | torch.Size) else value
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    """The parameter itself, or a new one with a computed value."""
+    if isinstance(value, nn.Parameter):
+        return value
+    return nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def _identity(value: Any) -> Any:
+    """What tells one argument from another."""
+    if isinstance(value, tuple):
+        return tuple(map(_identity, value))
+    return value.name if isinstance(value, fx.Node) else repr(value)
+
+
+def _home(node: fx.Node, arguments: dict[str, Any]) -> str:
+    """Name of the module whose parameter a call uses, or else of that whose code makes it."""
+    weight = arguments.get("weight")
+    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+        path, _, leaf = str(weight.target).rpartition(".")
+        if leaf == "weight" and path:
+            return path
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _install(root: nn.Module, module: nn.Module, home: str, taken: set[str]) -> str:
+    """Put a module where the one is that it replaces, or under the one that calls it."""
+    old = root.get_submodule(home)
+    if home and home not in taken and isinstance(old, _HOMES):
+        for name, child in old.named_children():
+            if name != "parametrizations" and not hasattr(module, name):
+                module.add_module(name, child)
+        name = home
+    else:
+        kind = type(module).__name__.lower()
+        name = f"{home}.{kind}" if home else kind
+        n = 1
+        while name in taken or _exists(root, name):
+            n += 1
+            name = f"{home}.{kind}{n}" if home else f"{kind}{n}"
+    taken.add(name)
+    path, _, leaf = name.rpartition(".")
+    root.get_submodule(path).add_module(leaf, module)
+    return name
+
+
+def _exists(root: nn.Module, name: str) -> bool:
+    """Whether a module has an attribute or a part of a name."""
+    path, _, leaf = name.rpartition(".")
+    return hasattr(root.get_submodule(path), leaf)

@@ -1,0 +1,463 @@
+"""Records what a model does, while it runs on a real example.
+
+torch.fx follows a model's Python code with proxies in place of tensors, and fails where the code
+asks a proxy for a fact: its shape, its type, how many parts a split gave. Here each proxy carries
+the values that it has for a batch of two samples and for one of three. Facts on which both agree
+are told; where they differ, or hang on the samples' values, the code is refused.
+
+``torch.export`` would follow more code, but returns a flat list of kernels: layers, their names and
+their modules, which everything else here is built on, would be gone, and so would dropout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.fx._symbolic_trace
+from torch import Tensor, fx, nn
+
+from .fidelity import logits_of
+from .nodes import is_layer, is_switched
+
+__all__ = ["EVAL", "Recorder", "Replayer", "UntraceableError"]
+
+# They make tensors, or ask for a real True or False, and would refuse proxies.
+_STRICT = (
+    "arange batch_norm dropout empty eye full linspace ones rand randint randn tensor zeros".split()
+)
+# What these read of a tensor is known before it is computed.
+_FACTS = frozenset(
+    "shape ndim dtype device layout is_cuda is_sparse is_quantized requires_grad names itemsize "
+    "nbytes size dim ndimension numel nelement stride element_size is_floating_point is_complex "
+    "is_contiguous get_device type storage_offset".split()
+)
+
+
+class _Eval(int):
+    """The False of eval mode, to be told from any other where it arrives in a graph."""
+
+    def __repr__(self) -> str:
+        return "False"
+
+
+EVAL = _Eval(0)
+
+
+class UntraceableError(Exception):
+    """Tracing failed inside the named submodule."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Replayer(fx.Tracer):
+    """A tracer for code that torch.fx itself has written, as unpickling needs it.
+
+    Whatever module or function such code calls was one node of the graph and becomes one again.
+    The tracer of torch.fx knows this of torch's own functions only and would look into the others.
+    """
+
+    def trace(
+        self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
+    ) -> fx.Graph:
+        """Record the graph."""
+        kind: Any = type(root)
+        called = tuple(filter(inspect.isfunction, kind.forward.__globals__.values()))
+        fx.Tracer.__init__(self, autowrap_functions=called)
+        with _proxies_accepted(self):
+            return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every module is."""
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Use our own."""
+        return _Symbol(node, self)
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,
+        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
+    ) -> tuple[Any, list[Any]]:
+        """One placeholder; torch.fx would make one of every optional argument, too."""
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+
+class Recorder(Replayer):
+    """A tracer for anybody's modules.
+
+    Parameters
+    ----------
+    opaque : set of str
+        Modules that are not looked into.
+    batches : list of Tensor
+        The input, for two batch sizes; empty: nothing is computed, and no fact is told.
+
+    Attributes
+    ----------
+    writers : set of str
+        Modules whose own code has written into a tensor that it was given or made.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, opaque: frozenset[str], batches: list[Tensor]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.batches = batches
+        self.writers: set[str] = set()
+        self._computing = False
+
+    def trace(
+        self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
+    ) -> fx.Graph:
+        """Record the graph."""
+        with torch.no_grad(), _proxies_accepted(self), _nothing_hidden(bool(self.batches)):
+            return fx.Tracer.trace(self, root, concrete_args)
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,
+        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
+    ) -> tuple[Any, list[Any]]:
+        """The module is called with its hooks, and of what it returns the logits are taken."""
+        x = self.create_proxy("placeholder", "x", (), {})
+        if self.batches:
+            x.values = tuple(self.batches)
+        self.root.training = EVAL  # type: ignore[assignment]
+        return lambda module, x: _logits(module._call_impl(x)), [self.root, x]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Plain layers, what torch supplies, and what cannot be followed."""
+        if module_qualified_name in self.opaque:
+            return True
+        if _is_hooked(m) or _computes_weight(m):
+            return False
+        return (
+            is_layer(m)
+            or is_switched(m)
+            or super(Replayer, self).is_leaf_module(m, module_qualified_name)
+        )
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Use our own, with values where there are any."""
+        return _Proxy(node, self) if self.batches else _Symbol(node, self)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Look into a module, or record its call; say where it failed."""
+        if self._computing:
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        if not self.is_leaf_module(m, name):
+            m.training = EVAL  # type: ignore[assignment]
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except UntraceableError:
+            raise
+        except Exception as error:
+            if self.is_leaf_module(m, name):  # then it is the caller who did something odd
+                raise
+            raise UntraceableError(name) from error
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Record that a parameter is read."""
+        if self._computing:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        """Take a proxy's node, whatever it passes for."""
+        # First of all: a proxy may pass for a tensor or an integer.
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        """Create a node and, where the values of its arguments are known, compute its own."""
+        if target is torch._assert and self.batches:
+            return None
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if not self.batches or not isinstance(proxy, _Proxy) or kind in ("placeholder", "output"):
+            return proxy
+        inputs: list[_Proxy] = []
+        _mapped((args, kwargs), lambda a: _noted(a, inputs))
+        if any(given.values is None for given in inputs):
+            return proxy
+        proxy.constant = kind == "get_attr" or bool(inputs) and all(p.constant for p in inputs)
+        self._computing = True
+        try:
+            proxy.values = tuple(
+                self._value(kind, target, *_at(i, (args, kwargs))) for i in range(len(self.batches))
+            )
+        finally:
+            self._computing = False
+        proxy.from_data = _holds_numbers(proxy.values[0]) and any(
+            given.from_data
+            or (
+                isinstance(given.values[0], Tensor)
+                and not given.constant
+                and not _is_fact(kind, target, args)
+            )
+            for given in inputs
+            if given.values
+        )
+        value = proxy.values[0]
+        if isinstance(value, Tensor):
+            proxy.node.meta["n_axes"] = value.ndim
+        elif isinstance(value, torch.dtype | torch.device):
+            proxy.node.meta["told"] = value
+        return proxy
+
+    def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one node; note who writes into a tensor."""
+        if kind == "get_attr":
+            return operator.attrgetter(target)(self.root)
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        versions = [t._version for t in tensors]
+        if kind == "call_module":
+            value = self.root.get_submodule(target)(*args, **kwargs)
+        elif kind == "call_method":
+            value = getattr(args[0], target)(*args[1:], **kwargs)
+        else:
+            value = target(*args, **kwargs)
+        if any(t._version != before for t, before in zip(tensors, versions, strict=True)):
+            names = [name for name, _ in self.module_stack.values()]
+            self.writers.add(names[-1] if names else "")
+        return value
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Let asserted conditions pass; others would be control flow, which is refused."""
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch.fx.proxy"):
+            frame = frame.f_back
+        passing = None if frame is None else _asserted(frame)
+        return super().to_bool(obj) if passing is None else passing
+
+
+class _Symbol(fx.Proxy):
+    """A proxy that records ``x += y`` as what it is; torch.fx takes it for ``x = x + y``."""
+
+    def _augmented(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
+        """Record the call of an in-place operator."""
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._augmented(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._augmented(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._augmented(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._augmented(operator.itruediv, other)
+
+
+class _Proxy(_Symbol):
+    """A proxy that passes for its value where the value's kind matters."""
+
+    values: tuple[Any, ...] | None = None
+    constant = False  # computed from parameters and buffers alone
+    from_data = False  # a number read out of the samples
+
+    @property
+    def __class__(self) -> Any:
+        return type(self) if self.values is None else type(self.values[0])
+
+    @__class__.setter
+    def __class__(self, kind: Any) -> None:
+        raise TypeError("a proxy stays one")
+
+    def __getattr__(self, k: str) -> Any:
+        if self.values is None or k.startswith("__"):
+            return super().__getattr__(k)
+        if k in ("_is_param", "_is_buffer"):
+            return False
+        value = getattr(self.values[0], k)
+        if callable(value) or isinstance(value, nn.Module):
+            return super().__getattr__(k)
+        return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+
+    def _told(self, kind: Callable[[Any], Any], *, of_tensors: bool = False) -> Any:
+        """A fact about the value that is the same whatever the samples and their number."""
+        if self.values is None or self.from_data:
+            raise fx.proxy.TraceError("its value depends on the samples")
+        data = isinstance(self.values[0], Tensor) and not self.constant and not of_tensors
+        first, *others = (None if data else kind(value) for value in self.values)
+        if data or any(other != first for other in others):
+            raise fx.proxy.TraceError("its value depends on the samples or on their number")
+        return first
+
+    def __bool__(self) -> bool:
+        try:
+            return bool(self._told(bool))
+        except fx.proxy.TraceError:
+            return bool(self.tracer.to_bool(self))
+
+    def __int__(self) -> int:
+        return int(self._told(int))
+
+    def __index__(self) -> int:
+        return int(self._told(operator.index))
+
+    def __float__(self) -> float:
+        return float(self._told(float))
+
+    def __len__(self) -> int:
+        return int(self._told(len, of_tensors=True))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[i] for i in range(len(self))])
+
+    def __contains__(self, item: Any) -> bool:
+        return any(item is one or bool(item == one) for one in self)
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether a value is a number, or a container of something else than tensors."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
+        return any(map(_holds_numbers, value))
+    return not isinstance(value, Tensor) and value is not None
+
+
+def _noted(a: Any, into: list[_Proxy]) -> Any:
+    """Add a proxy to a list."""
+    if isinstance(a, fx.Proxy):
+        into.append(a)
+    return a
+
+
+def _at(i: int, arguments: Any) -> Any:
+    """Arguments with the values of the i-th batch, and without the sign of eval mode."""
+
+    def value(a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.values[i]
+        return False if a is EVAL else a
+
+    return _mapped(arguments, value)
+
+
+def _mapped(a: Any, value: Callable[[Any], Any]) -> Any:
+    """Apply a function within tuples, lists, dicts and slices."""
+    if isinstance(a, fx.Proxy):
+        return value(a)
+    if isinstance(a, tuple):
+        parts = tuple(_mapped(part, value) for part in a)
+        return type(a)(*parts) if hasattr(a, "_fields") else parts
+    if isinstance(a, list):
+        return [_mapped(part, value) for part in a]
+    if isinstance(a, dict):
+        return {key: _mapped(part, value) for key, part in a.items()}
+    if isinstance(a, slice):
+        return slice(*(_mapped(part, value) for part in (a.start, a.stop, a.step)))
+    return value(a)
+
+
+def _is_fact(kind: str, target: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a node reads what is known of a tensor before it is computed."""
+    if target is getattr:
+        return args[1] in _FACTS
+    return (target if kind == "call_method" else getattr(target, "__name__", "")) in _FACTS
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a module does more, or something else, than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _computes_weight(module: nn.Module) -> bool:
+    """Whether a layer's weight is not a parameter, as under weight norm."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return isinstance(module, kinds) and "weight" not in module._parameters
+
+
+def _logits(output: Any) -> Any:
+    """Of what a model returns, a proxy of the class scores."""
+    values = output.values if isinstance(output, _Proxy) else None
+    is_tensor = isinstance(output, fx.Proxy) and (values is None or isinstance(values[0], Tensor))
+    return output if is_tensor else logits_of(output)
+
+
+@contextlib.contextmanager
+def _proxies_accepted(tracer: fx.Tracer) -> Iterator[None]:
+    """While tracing, let functions of torch take proxies that would refuse them."""
+
+    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            proxies: list[Any] = []
+            _mapped((args, kwargs), lambda a: _noted(a, proxies))
+            if proxies:
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    plain = {name: getattr(torch, name) for name in _STRICT}
+    try:
+        for name, function in plain.items():
+            setattr(torch, name, recording(function))
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(torch, name, function)
+
+
+@contextlib.contextmanager
+def _nothing_hidden(able: bool) -> Iterator[None]:
+    """Look into functions that others declared as too hard for torch.fx to follow."""
+    declared: dict[Any, Any] = torch.fx._symbolic_trace._wrapped_fns_to_patch
+    kept = dict(declared)
+    try:
+        if able:
+            declared.clear()
+        yield
+    finally:
+        declared.update(kept)
+
+
+def _asserted(frame: FrameType) -> bool | None:
+    """The value that lets the condition pass that a frame is just testing in an ``assert``."""
+    # Depending on Python's version the condition is tested by the jump or just before it.
+    skipped = ("CACHE", "COMPARE_OP", "NOT_TAKEN", "TO_BOOL")
+    code = [i for i in dis.get_instructions(frame.f_code) if i.opname not in skipped]
+    at = next(n for n, i in enumerate(code) if i.offset >= frame.f_lasti)
+    test = code[at]
+    if not test.opname.endswith(("IF_TRUE", "IF_FALSE")):
+        return None
+    jumps = test.opname.endswith("IF_TRUE")
+    if _raises_assertion(code[at + 1]):
+        return jumps
+    target = next(i for i in code if i.offset >= test.argval)
+    return not jumps if _raises_assertion(target) else None
+
+
+def _raises_assertion(instruction: dis.Instruction) -> bool:
+    """Whether an ``assert`` that fails goes on with an instruction."""
+    return instruction.opname == "LOAD_ASSERTION_ERROR" or instruction.argrepr == "AssertionError"
