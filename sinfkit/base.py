@@ -34,6 +34,7 @@ from .data.validation import (
 )
 from .frozen import FrozenModel, as_frozen, describe
 from .graph.cuts import output_layer, trace
+from .graph.fidelity import check_traced, logits_of
 from .utils.device import in_pieces, is_out_of_memory, loaded_device, resolve_device
 from .utils.params import check_integer, check_jobs, check_verbose, naming
 from .utils.pickling import Borrowed, Packed, borrow, pack, versions, warn_of_versions
@@ -210,7 +211,8 @@ class TorchEstimator(BaseEstimator):
         self.device_ = device
         self.base_model_ = frozen
         with naming("model"):
-            graph = trace(module)
+            graph = trace(module, example)
+            check_traced(graph, module, batcher.normalise(batcher.load(X[:4])))
             output = output_layer(graph, n_outputs)
         return Calibration(
             frozen,
@@ -423,7 +425,7 @@ def _n_outputs(module: nn.Module, example: torch.Tensor) -> int:
     """Width of the network's output; a ValueError where it cannot take the samples."""
     try:
         with torch.inference_mode():
-            logits = module(example)
+            logits = logits_of(module(example))
     except Exception as error:  # a network may raise what it likes
         if is_out_of_memory(error):
             raise

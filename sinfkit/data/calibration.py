@@ -102,7 +102,7 @@ class Calibration:
         self.__dict__.update(state)
         self.example = state["example"].unpack(device)
         self.batcher = Batcher(self.frozen, device, dtype, batch_size)
-        self.graph = trace(self.frozen.module(device))
+        self.graph = trace(self.frozen.module(device), self.example)
 
 
 class Batcher:

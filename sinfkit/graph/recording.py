@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from .fidelity import logits_of
 from .nodes import is_layer, is_switched
 
-__all__ = ["EVAL", "Recorder", "Replayer", "UntraceableError"]
+__all__ = ["EVAL", "NeedsDataError", "Recorder", "Replayer", "UntraceableError"]
 
 # They make tensors, or ask for a real True or False, and would refuse proxies.
 _STRICT = (
@@ -56,6 +56,10 @@ class UntraceableError(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
+
+
+class NeedsDataError(Exception):
+    """Values could not be computed on the meta device."""
 
 
 class Replayer(fx.Tracer):
@@ -102,6 +106,8 @@ class Recorder(Replayer):
         Modules that are not looked into.
     batches : list of Tensor
         The input, for two batch sizes; empty: nothing is computed, and no fact is told.
+    twin : nn.Module
+        Computes the values: the module itself, or a copy on the meta device, without data.
 
     Attributes
     ----------
@@ -111,10 +117,11 @@ class Recorder(Replayer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, opaque: frozenset[str], batches: list[Tensor]) -> None:
+    def __init__(self, opaque: frozenset[str], batches: list[Tensor], twin: nn.Module) -> None:
         super().__init__()
         self.opaque = opaque
         self.batches = batches
+        self.twin = twin
         self.writers: set[str] = set()
         self._computing = False
 
@@ -169,7 +176,7 @@ class Recorder(Replayer):
             m.training = EVAL  # type: ignore[assignment]
         try:
             return super().call_module(m, forward, args, kwargs)
-        except UntraceableError:
+        except (UntraceableError, NeedsDataError):
             raise
         except Exception as error:
             if self.is_leaf_module(m, name):  # then it is the caller who did something odd
@@ -212,6 +219,10 @@ class Recorder(Replayer):
             proxy.values = tuple(
                 self._value(kind, target, *_at(i, (args, kwargs))) for i in range(len(self.batches))
             )
+        except Exception as error:
+            if self.batches[0].is_meta:
+                raise NeedsDataError(str(error)) from error
+            raise
         finally:
             self._computing = False
         proxy.from_data = _holds_numbers(proxy.values[0]) and any(
@@ -234,11 +245,11 @@ class Recorder(Replayer):
     def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one node; note who writes into a tensor."""
         if kind == "get_attr":
-            return operator.attrgetter(target)(self.root)
+            return operator.attrgetter(target)(self.twin)
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         versions = [t._version for t in tensors]
         if kind == "call_module":
-            value = self.root.get_submodule(target)(*args, **kwargs)
+            value = self.twin.get_submodule(target)(*args, **kwargs)
         elif kind == "call_method":
             value = getattr(args[0], target)(*args[1:], **kwargs)
         else:

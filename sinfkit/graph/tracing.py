@@ -14,7 +14,7 @@ from ..utils.params import caller_level
 from .fidelity import close
 from .nodes import called_module, holds_layers, is_identity, is_layer, is_shape_query, out_of_place
 from .plain import made_plain
-from .recording import Recorder, Replayer, UntraceableError
+from .recording import NeedsDataError, Recorder, Replayer, UntraceableError
 
 __all__ = ["trace"]
 
@@ -109,7 +109,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     while True:
         gm, writers = _traced(model, example, opaque)
         # What a module writes into a view is lost in the graph, unless it stays one node.
-        if example is None or not writers - opaque or _agree(gm, model, example):
+        if example is None or example.is_meta or not writers - opaque or _agree(gm, model, example):
             break
         opaque |= writers - {""}
         if "" in writers and not opaque:
@@ -189,22 +189,42 @@ def _record(
     """Record a module's graph; what cannot be traced becomes one node."""
     if isinstance(root, fx.GraphModule) and root.graph._tracer_cls is Replayer:
         return Replayer().trace(root), set()
-    batches = []
-    if example is not None:
-        row = example.detach()[:1]
-        batches = [row.expand(n, *row.shape[1:]) for n in (2, 3)]
+    # Without data first, in a moment whatever the size of the images.
+    places = [torch.device("meta")] if example is not None else []
+    if example is not None and not example.is_meta:
+        places.append(example.device)
     while True:
-        recorder = Recorder(opaque, [x.clone() for x in batches])
+        batches, twin = [], root
+        if example is not None:
+            row = example.detach()[:1].to(places[0])
+            batches = [row.expand(n, *row.shape[1:]).clone() for n in (2, 3)]
+            twin = _without_data(root) if row.is_meta else root
+        recorder = Recorder(opaque, batches, twin)
         try:
             return recorder.trace(root), recorder.writers
         except UntraceableError as failure:
             opaque |= {failure.name}
         except Exception as error:
+            if isinstance(error, NeedsDataError) and len(places) > 1:
+                places = places[1:]
+                continue
             raise ValueError(
                 f"torch.fx cannot trace {type(root).__name__}.forward ({error}). Give the network "
                 "as nn.Sequential(prefix, rest) of two halves; that can always be traced, and the "
                 "half that cannot be looked into stays whole."
             ) from error
+
+
+def _without_data(root: nn.Module) -> nn.Module:
+    """A copy on the meta device."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        new = tensor.detach().to("meta")
+        return nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
+
+    tensors = [*root.parameters(), *root.buffers()]
+    tensors += [v for m in root.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    return copy.deepcopy(root, {id(tensor): empty(tensor) for tensor in tensors})
 
 
 def _make_functional(gm: fx.GraphModule) -> None:

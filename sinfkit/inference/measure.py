@@ -175,7 +175,7 @@ def _time(network: SINFNetwork, base: nn.Module, x: Tensor, repeats: int) -> Lat
 def base_for_timing(network: SINFNetwork, base: nn.Module, sample: Tensor) -> nn.Module:
     """Bring the base into SINF's fastest form; `sample` is a batch before normalisation."""
     # A copy: folding shares what it need not fold, and the layout is about to change.
-    folded = copy.deepcopy(fold_batch_norm(trace(base)))
+    folded = copy.deepcopy(fold_batch_norm(trace(base, network.normalise(sample[:1]))))
     if sample.ndim == 4:
         folded = folded.to(memory_format=torch.channels_last)
     fast = fast_form(folded.eval(), lambda: network.normalise(sample))

@@ -326,12 +326,12 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _describe_pruner(pruner: DCSPruner, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    base = traced(pruner.base_model_.module())
+    base = traced(pruner.base_model_.module(), pruner.input_shape_)
     return {"model": describe_part("model", base, pruner.model_, pruner.support_, tensors)}
 
 
 def _describe_clusterer(clusterer: SemanticClusterer, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    base = traced(clusterer.base_model_.module())
+    base = traced(clusterer.base_model_.module(), clusterer.input_shape_)
     dense = split(base, find_cut(base, clusterer.layer_))[0]
     prefix, router = clusterer.network_
     # The clusterer inside of a classifier runs that one's prefix, whose batch-norms are folded.
@@ -351,7 +351,7 @@ def _describe_router(router: Any, tensors: dict[str, Tensor]) -> int:
 
 def _describe_classifier(classifier: SINFClassifier, tensors: dict[str, Tensor]) -> dict[str, Any]:
     network = classifier.network_
-    base = traced(classifier.base_model_.module())
+    base = traced(classifier.base_model_.module(), classifier.input_shape_)
     dense, rest = map(fold_batch_norm, split(base, find_cut(base, classifier.route_layer_)))
     output = output_layer(base, _n_outputs(base))
     parts: dict[str, Any] = {
@@ -433,7 +433,7 @@ class _Reader:
         if len(attributes.get("feature_names_in_", ())) not in (0, features):
             raise StorageError("feature_names_in_ has not one name for each feature.")
         frozen = self._frozen(module, shape)
-        base = traced(frozen.module())
+        base = traced(frozen.module(), shape)
         self.parts.shared = {tensor.data_ptr() for tensor in base.state_dict().values()}
         x = torch.empty((2, *shape), dtype=_dtype(frozen.module()), device="meta")
         self.is_custom = is_custom

@@ -7,8 +7,9 @@ the widths of its layers follow from the tensors' shapes.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = ["describe"]
 CUSTOM = "custom"
 _LARGEST = 2**20  # classes or channels of an architecture
 _WIDEST = 64.0
+_MOST_NUMBERS = 2**24  # of one sample, to run a network on it
 _FLOATS = (torch.float32, torch.float64, torch.float16)
 # What each architecture that is known by name takes, apart from `n_classes`.
 _OPTIONS = {
@@ -194,11 +196,18 @@ def fill_base(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(full, assign=True)
 
 
-def traced(module: nn.Module) -> fx.GraphModule:
-    """Trace a network; that parts of it stay whole was said when it was fitted."""
+def traced(module: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
+    """Trace a network that takes samples of a shape, as when it was fitted.
+
+    That parts of it stay whole was said then.
+    """
+    large = math.prod(shape) > _MOST_NUMBERS  # a file may say anything
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    where = next((p.device for p in module.parameters()), torch.device("cpu"))
+    example = torch.zeros((1, *shape), dtype=dtype, device="meta" if large else where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return trace(module)
+        return trace(module, example)
 
 
 def describe_part(
