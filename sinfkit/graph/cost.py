@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from .tracing import copy_sharing_weights, new_graph, trace
+from .tracing import copy_sharing_weights, new_graph, on_meta, trace
 
 __all__ = ["Latency", "count_macs", "count_parameters", "fold_batch_norm", "paired_latency"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -46,7 +47,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_macs(module: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]:
-    """Count the multiply-accumulate operations of convolutions and linear layers.
+    """Count the multiply-accumulate operations of a network, where they are dispatched.
 
     Parameters
     ----------
@@ -59,9 +60,10 @@ def count_macs(module: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]
     -------
     total : int
         Multiply-accumulates for ONE sample.
-    by_layer : dict of str to int
-        The same for each layer, by qualified name in order of execution. A layer that runs several
-        times counts each time.
+    by_module : dict of str to int
+        The same for each module in whose own code they are done, by qualified name in order of
+        execution: mostly layers, and whatever calls attention or a convolution as a function (the
+        empty name is the network itself). A module that runs several times counts each time.
 
     Raises
     ------
@@ -70,9 +72,8 @@ def count_macs(module: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]
 
     Notes
     -----
-    A convolution takes (output positions) * (output channels) * (input channels / groups) * (kernel
-    size), a linear layer (rows) * (inputs) * (outputs). Not counted: biases, norms, activations and
-    pooling, which are small beside them, and what a model computes without a layer.
+    Counted are matrix products, convolutions and attention, by the formulas of
+    ``torch.utils.flop_counter``. Biases, norms, activations and pooling are small beside them.
 
     Examples
     --------
@@ -83,31 +84,69 @@ def count_macs(module: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]
     """
     if example.ndim == 0 or len(example) == 0:
         raise ValueError("example needs at least one sample.")
-    by_layer: dict[str, int] = {}
     twin = copy_sharing_weights(module).eval()
-    for name, layer in twin.named_modules():
-        if isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)):
-            layer.register_forward_hook(_counter(name, len(example), by_layer))
-    with torch.inference_mode():
-        twin(example)
-    return sum(by_layer.values()), by_layer
+    # Outside of inference mode, in which composite kernels would not be taken apart.
+    with torch.inference_mode(False), torch.no_grad():
+        try:  # Without data, in a moment whatever the size of the network.
+            found = _dispatched(on_meta(twin), example.to("meta"))
+        except Exception:  # It looks at values, or makes tensors of its own.
+            found = _dispatched(twin, example)
+    by_module = {name: macs // len(example) for name, macs in found.items()}
+    return sum(by_module.values()), by_module
 
 
-def _counter(name: str, n_samples: int, into: dict[str, int]) -> Callable[..., None]:
-    """Make a forward hook that adds a layer's multiply-accumulates per sample to a dictionary."""
+def _dispatched(module: nn.Module, example: Tensor) -> dict[str, int]:
+    """Multiply-accumulates of one batch, by the innermost module that runs."""
+    stack = [""]
+    counter = _Counter(stack)
+    for name, part in module.named_modules():
+        part.register_forward_pre_hook(_entering(stack, name))
+        part.register_forward_hook(_leaving(stack), always_call=True)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one kernel, of which nothing is known
+    try:
+        with sdpa_kernel(SDPBackend.MATH), counter:
+            module(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.found
 
-    def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(layer, nn.Linear):
-            macs = output.numel() * layer.in_features
-        elif isinstance(layer, _TRANSPOSED):
-            kernel = math.prod(layer.kernel_size)
-            macs = inputs[0].numel() * kernel * layer.out_channels // layer.groups
-        else:
-            kernel = math.prod(layer.kernel_size)
-            macs = output.numel() * kernel * layer.in_channels // layer.groups
-        into[name] = into.get(name, 0) + macs // n_samples
 
-    return count
+class _Counter(TorchDispatchMode):
+    """Adds up what the kernels called within cost."""
+
+    def __init__(self, stack: list[str]) -> None:
+        super().__init__()
+        self._stack = stack
+        self.found: dict[str, int] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would load its compiler, seconds, for a mode that nobody compiles."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        output = func(*args, **kwargs)
+        if packet in flop_registry:
+            macs = flop_registry[packet](*args, **kwargs, out_val=output) // 2
+            self.found[self._stack[-1]] = self.found.get(self._stack[-1], 0) + macs
+        return output
+
+
+def _entering(stack: list[str], name: str) -> Callable[..., None]:
+    """Make a hook that notes which module runs."""
+    return lambda module, args: stack.append(name)
+
+
+def _leaving(stack: list[str]) -> Callable[..., None]:
+    """Make a hook that notes that it has run."""
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        stack.pop()
+
+    return leave
 
 
 def fold_batch_norm(module: nn.Module) -> fx.GraphModule:

@@ -198,7 +198,7 @@ def _record(
         if example is not None:
             row = example.detach()[:1].to(places[0])
             batches = [row.expand(n, *row.shape[1:]).clone() for n in (2, 3)]
-            twin = _without_data(root) if row.is_meta else root
+            twin = on_meta(root) if row.is_meta else root
         recorder = Recorder(opaque, batches, twin)
         try:
             return recorder.trace(root), recorder.writers
@@ -215,8 +215,8 @@ def _record(
             ) from error
 
 
-def _without_data(root: nn.Module) -> nn.Module:
-    """A copy on the meta device."""
+def on_meta(root: nn.Module) -> nn.Module:
+    """A copy of a module without data."""
 
     def empty(tensor: Tensor) -> Tensor:
         new = tensor.detach().to("meta")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import UnreachableShareError
-from ..graph.cost import fold_batch_norm
+from ..graph.cost import count_macs, fold_batch_norm
 from ..graph.tracing import copy_sharing_weights, trace
 from .ridge import double, fit_ridge
 
@@ -100,7 +100,7 @@ def factorize(
     whole = copy_sharing_weights(fold_batch_norm(whole)).eval()
     batches = list(samples.split(batch_size))
     rows = _Rows(len(samples), weight, seed)
-    macs = _macs(whole, samples[:1])
+    macs = count_macs(whole, samples[:1])[1]
     names = _candidates(whole)
     components = {n: _principal(*sums) for n, sums in rows.sums(whole, names, batches).items()}
     options = [_options(whole, n, macs[n], components[n].error) for n in names]
@@ -212,27 +212,6 @@ def _pair(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
         for parameter in part.parameters():
             parameter.zero_()
     return narrow, wide
-
-
-def _macs(network: fx.GraphModule, example: Tensor) -> dict[str, int]:
-    """Multiplications of each convolution and linear layer for one sample."""
-    found: Counter[str] = Counter()
-
-    def count(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: object, output: Tensor) -> None:
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            found[name] += output.numel() // weight.shape[0] * weight.numel()
-
-        return hook
-
-    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(count(name)) for name, layer in layers]
-    with torch.inference_mode():
-        network(example)
-    for hook in hooks:
-        hook.remove()
-    return dict(found)
 
 
 class _Rows:

@@ -181,13 +181,35 @@ def test_folding_leaves_shared_layers_and_batch_statistics():
         torch.testing.assert_close(folded(images()), network(images()))
 
 
-def test_folding_leaves_computed_weights():
+def test_computed_weights_are_folded_into():
     parametrised = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
     network = randomise(nn.Sequential(parametrised, nn.BatchNorm2d(4), nn.Flatten()))
-    with pytest.warns(UserWarning, match="Layers inside 0 stay whole"):
-        folded = fold_batch_norm(network)
+    folded = fold_batch_norm(network)
+    assert n_batch_norms(folded) == 0
     with torch.inference_mode():
         torch.testing.assert_close(folded(images()), network(images()))
+
+
+def test_attention_and_functions_are_counted():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.weight = nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x):
+            x = x + self.attention(x, x, x)[0]
+            x = x + nn.functional.scaled_dot_product_attention(x, x, x)
+            return nn.functional.linear(x, self.weight).mean(1)
+
+    n, width = 6, 8  # tokens and channels
+    network = Mixed().eval()
+    total, by_module = count_macs(network, torch.zeros(2, n, width))
+    products = 2 * n * n * width  # queries with keys, weights with values
+    inside = 3 * n * width**2 + products + n * width**2
+    assert sum(v for k, v in by_module.items() if k.startswith("attention")) == inside
+    assert by_module[""] == products + n * width * 5
+    assert total == sum(by_module.values())
 
 
 def test_folding_leaves_the_module_alone_and_shares_the_rest():
