@@ -18,18 +18,17 @@ from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import nn
 
 from .data.calibration import Batcher, Calibration
+from .data.labels import check_order, match_classes, warn_if_mismatched
 from .data.validation import (
     Images,
     check_answers,
     check_channels,
     check_normalisation,
     hold_out,
-    match_classes,
     mean,
     validate_weight,
     validate_X,
     validate_y,
-    warn_if_mismatched,
     without_zeros,
 )
 from .frozen import FrozenModel, as_frozen, describe
@@ -264,6 +263,7 @@ class TorchEstimator(BaseEstimator):
         known = calibration.y_encoded >= 0
         columns = torch.as_tensor(calibration.table.outputs)
         answers = logits[torch.as_tensor(known)][:, columns].argmax(1).cpu().numpy()
+        check_order(calibration.table, answers, calibration.y_encoded[known])
         accuracy = mean(answers == calibration.y_encoded[known], calibration.weights(known))
         warn_if_mismatched(accuracy, len(calibration.table.classes), int(known.sum()))
 

@@ -25,9 +25,9 @@ from .base import (
 )
 from .clusterer import SemanticClusterer
 from .data.calibration import Batcher, Calibration
+from .data.labels import encode
 from .data.validation import (
     Images,
-    encode,
     hold_out,
     validate_weight,
     validate_X,

@@ -16,7 +16,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from .classifier import SINFClassifier
 from .clusterer import SemanticClusterer
-from .data.validation import encode, validate_y
+from .data.labels import encode
+from .data.validation import validate_y
 from .inference.report import SINFReport
 from .pruner import DCSPruner
 from .utils.params import (

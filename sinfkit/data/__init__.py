@@ -1,17 +1,17 @@
 """Samples and labels: checked, matched with the network, read in batches."""
 
 from .calibration import Batcher, Calibration
+from .labels import check_order, match_classes, warn_if_mismatched
 from .validation import (
     hold_out,
-    match_classes,
     validate_weight,
     validate_y,
-    warn_if_mismatched,
 )
 
 __all__ = [
     "Batcher",
     "Calibration",
+    "check_order",
     "hold_out",
     "match_classes",
     "validate_weight",

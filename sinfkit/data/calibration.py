@@ -19,7 +19,8 @@ from ..slicing.groups import ChannelGroup, find_groups
 from ..utils.device import host_tensor, loaded_device, settle_after_fork
 from ..utils.params import naming
 from ..utils.pickling import pack
-from .validation import ClassTable, Images
+from .labels import ClassTable
+from .validation import Images
 
 __all__ = ["Batcher", "Calibration", "progress"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,10 +16,8 @@ from ..utils.params import caller_level, naming, shown
 
 __all__ = [
     "hold_out",
-    "match_classes",
     "validate_weight",
     "validate_y",
-    "warn_if_mismatched",
 ]
 
 Images = np.ndarray | torch.Tensor
@@ -250,146 +246,6 @@ def check_normalisation(frozen: FrozenModel, X: Images) -> None:
         raise ValueError(
             f"The mean and std of model are for {max(widths)} channels, but X has {X.shape[1]}."
         )
-
-
-@dataclass(frozen=True)
-class ClassTable:
-    """Which output of the network means which label.
-
-    Attributes
-    ----------
-    classes : ndarray of shape (n_classes,)
-        Sorted labels.
-    outputs : ndarray of shape (n_classes,)
-        Index of the network's output for each of `classes`.
-    """
-
-    classes: np.ndarray
-    outputs: np.ndarray
-
-    def encode(self, y: np.ndarray) -> np.ndarray:
-        """Labels to positions in `classes`; -1 for labels that are not among them."""
-        position = np.searchsorted(self.classes, y)
-        position = np.minimum(position, len(self.classes) - 1)
-        return np.where(self.classes[position] == y, position, -1)
-
-
-def match_classes(
-    y: np.ndarray,
-    n_outputs: int,
-    model_classes: Sequence[Any] | None,
-    classes: Sequence[Any] | None = None,
-    *,
-    complete: bool = True,
-) -> ClassTable:
-    """Match the labels of the calibration samples with the network's outputs.
-
-    Parameters
-    ----------
-    y : ndarray of shape (n_samples,)
-    n_outputs : int
-        Width of the network's output.
-    model_classes : sequence of length n_outputs, optional
-        The label of each output.  Without it, integers within ``0..n_outputs-1`` are output
-        indices; other labels are matched in sorted order if there are `n_outputs` of them.
-    classes : sequence, optional
-        The labels to keep; default all of the network's.
-    complete : bool, default=True
-        Whether each of them must occur in `y`.
-
-    Returns
-    -------
-    ClassTable
-
-    Raises
-    ------
-    ValueError
-        If a label is unknown to the network, a class has no samples, or the counts disagree.
-    """
-    present = np.unique(y)
-    if model_classes is not None:
-        with naming("model_classes"):
-            labels = np.asarray(model_classes)
-            np.unique(labels)
-        if labels.ndim != 1 or len(labels) != n_outputs:
-            raise ValueError(
-                f"model_classes must have one label for each of the model's {n_outputs} outputs, "
-                f"got shape {labels.shape}."
-            )
-        if len(np.unique(labels)) != len(labels):
-            raise ValueError("model_classes names a label twice.")
-    elif present.dtype.kind in "iub" and present.min() >= 0 and present.max() < n_outputs:
-        labels = np.arange(n_outputs)
-    elif len(present) == n_outputs:
-        labels = present
-    else:
-        raise ValueError(
-            f"y has {len(present)} distinct labels, but the model has {n_outputs} outputs. Pass "
-            "model_classes=[...], the label of each output in order."
-        )
-    unknown = present[~np.isin(present, labels)]
-    if len(unknown):
-        raise ValueError(
-            f"y has labels that the model does not know: {_list(unknown)}. See model_classes."
-        )
-    if classes is not None:
-        with naming("classes"):
-            wanted = np.asarray(classes)
-        if wanted.ndim != 1:
-            raise ValueError("classes must be a sequence of labels, or None for all.")
-        with naming("classes"):
-            wanted = np.unique(wanted)
-        if wanted.size == 0:
-            raise ValueError("classes is empty; name at least one class, or pass None for all.")
-        unknown = wanted[~np.isin(wanted, labels)]
-        if len(unknown):
-            raise ValueError(f"classes has labels that the model does not know: {_list(unknown)}.")
-    else:
-        wanted = np.unique(labels)
-    missing = wanted[~np.isin(wanted, present)]
-    if complete and len(missing):
-        raise ValueError(
-            f"No calibration samples for class(es) {_list(missing)} in y, or none of a "
-            "sample_weight above 0. Give samples of every class of the model; DCSPruner can also "
-            "be told the classes to keep (classes=...)."
-        )
-    order = np.argsort(labels, kind="stable")
-    outputs = order[np.searchsorted(labels, wanted, sorter=order)]
-    # The labels' own type: present may hold the same values in another one.
-    return ClassTable(wanted.astype(present.dtype, copy=False), outputs)
-
-
-def _list(values: np.ndarray, limit: int = 5) -> str:
-    """A few values, and how many more."""
-    shown = ", ".join(repr(v.item() if hasattr(v, "item") else v) for v in values[:limit])
-    return shown + (f" and {len(values) - limit} more" if len(values) > limit else "")
-
-
-def warn_if_mismatched(accuracy: float, n_classes: int, n_samples: int) -> None:
-    """Warn where the base answers the calibration samples no better than chance.
-
-    Chance is 1/K; three standard errors above it tell a weak network from a wrong label order.
-    """
-    chance = 1.0 / n_classes
-    if n_classes > 1 and accuracy <= chance + 3 * np.sqrt(chance * (1 - chance) / n_samples):
-        warnings.warn(
-            f"The model answers {accuracy:.1%} of the calibration samples correctly, no better "
-            f"than chance ({chance:.1%}): its outputs and the labels seem mismatched. Check "
-            "model_classes, and the normalisation (mean, std) of FrozenModel.",
-            UserWarning,
-            stacklevel=caller_level(),
-        )
-
-
-def encode(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Positions of labels in the sorted `classes`; a ValueError where one is not among them."""
-    with naming("y"):
-        position = np.minimum(np.searchsorted(classes, y), len(classes) - 1)
-        unknown = np.asarray(classes[position] != y)
-    if unknown.any():
-        first = y[unknown][0] if unknown.ndim else y[0]
-        raise ValueError(f"y has labels that were not in fit: {first!r} for one.")
-    return position
 
 
 def check_answers(answers: torch.Tensor) -> torch.Tensor:
