@@ -18,11 +18,13 @@ from torch import fx, nn
 from .base import TorchClassifierMixin, TorchEstimator, all_or_nothing
 from .criteria.activations import pool
 from .data.calibration import Calibration
-from .data.validation import validate_X
+from .data.validation import encode, validate_X, validate_y
 from .errors import PromiseWarning
 from .frozen import FrozenModel
 from .graph.cuts import find_layer, layer_names, observation_nodes, penultimate
 from .inference.forms import fast_form
+from .inference.measure import make_pruning_report
+from .inference.report import PruningReport, promise_of
 from .pruning.builder import Builder, Split
 from .pruning.options import PruningOptions
 from .pruning.recipe import Recipe, sliceable
@@ -31,7 +33,7 @@ from .pruning.search import Goal, Judged, judge, search, split_samples, walk
 from .pruning.share import check_sliceable
 from .pruning.tvsprune import prune_in_rounds
 from .utils.jobs import over_chunks
-from .utils.params import caller_level, check_flag, check_number, naming
+from .utils.params import caller_level, check_flag, check_integer, check_number, naming
 
 
 class DCSPruner(
@@ -113,7 +115,8 @@ default="least_squares"
     ratios_, repair_error_ : dict of str to float
         By layer, the share of filters removed, and the relative squared error of the repaired
         layer's pre-activations on held-out calibration samples.
-    classes_ : ndarray of shape (n_classes,)
+    classes_, outputs_ : ndarray of shape (n_classes,)
+        The labels, and the base's output for each.
     base_model_ : FrozenModel
         The network that was pruned.
     n_features_in_ : int
@@ -160,6 +163,7 @@ default="least_squares"
     search_results_: list[dict[str, Any]]
     sliceable_share_: float
     classes_: np.ndarray
+    outputs_: np.ndarray
 
     _default_components = {"options": PruningOptions}
     _only_from_fit = frozenset({"scores_", "support_", "repair_error_", "search_results_"})
@@ -325,7 +329,7 @@ n_features)
         self.certified_drop_ = certificate.bound if self.certified_ else math.nan
         if judged.tried:
             self.search_results_ = judged.tried
-        self._output = calibration.output
+        self.outputs_, self._output = calibration.table.outputs, calibration.output
 
     def _warn(self, judged: Judged, goal: Goal) -> None:
         """Say, once, where the promise was not kept or could not be shown."""
@@ -431,6 +435,52 @@ n_features)
         batches = self._batcher(self.model_)(X)
         answers = self._run(lambda x: pool(features(x), 1), batches, X)
         return self._as_wanted(answers, X, X.dtype in (np.float64, torch.float64))
+
+    def report(
+        self, X: Any, y: Any, *, latency_batch: int | None = None, repeats: int = 15
+    ) -> PruningReport:
+        """Compare the base network and the smaller one on samples that ``fit`` has not seen.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+        y : array-like of shape (n_samples,)
+        latency_batch : int, optional
+            Samples in the batch that is timed; default `batch_size`, at most all of `X`.
+        repeats : int, default=15
+            Paired runs of which the median is taken; 0 measures no time.
+
+        Returns
+        -------
+        PruningReport
+            ``print`` it for a table: accuracy with an interval, multiplications, parameters and
+            time, and whether the promise was kept here.
+
+        Examples
+        --------
+        >>> from sklearn.datasets import load_digits
+        >>> from sinfkit import DCSPruner
+        >>> X, y = load_digits(return_X_y=True)
+        >>> pruner = DCSPruner(budget=0.5, random_state=0).fit(X[:1000], y[:1000])
+        >>> report = pruner.report(X[1000:], y[1000:], repeats=0)
+        >>> report.macs / report.base_macs <= 0.5
+        True
+        """
+        check_is_fitted(self)
+        check_integer("latency_batch", latency_batch, optional=True)
+        check_integer("repeats", repeats, low=0)
+        X = validate_X(self, X, reset=False)
+        return make_pruning_report(
+            self.model_,
+            self.base_model_.module(self.device_),
+            self._batcher(self.model_),
+            X,
+            encode(validate_y(y, len(X)), self.classes_),
+            self.outputs_,
+            promise=promise_of(self),
+            latency_batch=min(latency_batch or self.batch_size, len(X)),
+            repeats=repeats,
+        )
 
     @property
     def _n_features_out(self) -> int:

@@ -491,3 +491,19 @@ def test_a_network_that_stays_whole_is_refused_unless_told_otherwise():
         warnings.simplefilter("ignore")
         assert allowed.fit(X, y).cost_ratio_ == 1.0
     assert allowed.sliceable_share_ == 0.0
+
+
+def test_a_report_has_base_and_result_side_by_side(trained):
+    frozen, X, y, X_test, y_test = trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = DCSPruner(frozen, budget=0.6, classes=[4, 1], random_state=0).fit(X, y)
+    own = np.isin(y_test, [1, 4])
+    report = pruner.report(X_test[own], y_test[own], repeats=0)
+    assert report.accuracy == pytest.approx(pruner.score(X_test[own], y_test[own]))
+    with torch.inference_mode():
+        logits = frozen.module("cpu")(torch.as_tensor(X_test[own]))[:, [1, 4]]
+    base = np.array([1, 4])[logits.argmax(1).numpy()] == y_test[own]
+    assert report.base_accuracy == pytest.approx(base.mean())
+    assert report.macs / report.base_macs == pytest.approx(pruner.cost_ratio_)
+    assert "asked: at most 1.0" in str(report)

@@ -53,6 +53,13 @@ def clusters(what: str, value: Any) -> np.ndarray:
     return value
 
 
+def indices(what: str, value: Any) -> np.ndarray:
+    """Which of the base's outputs mean which class."""
+    right = isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype == np.int64
+    _require(right and value.size > 0 and value.min() >= 0, what, "an array of indices", value)
+    return value
+
+
 def square(what: str, value: Any) -> np.ndarray:
     """Affinities."""
     right = isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[0] == value.shape[1]
@@ -174,6 +181,7 @@ ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
         "certified_": flag,
         "certified_drop_": number_or_nan,
         "sliceable_share_": number,
+        "outputs_": indices,
         "search_results_": rows,
     },
     "SemanticClusterer": {
