@@ -18,7 +18,8 @@ from torch import fx, nn
 from .base import TorchClassifierMixin, TorchEstimator, all_or_nothing
 from .criteria.activations import pool
 from .data.calibration import Calibration
-from .data.validation import encode, validate_X, validate_y
+from .data.labels import encode
+from .data.validation import validate_X, validate_y
 from .errors import PromiseWarning
 from .frozen import FrozenModel
 from .graph.cuts import find_layer, layer_names, observation_nodes, penultimate
