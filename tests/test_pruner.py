@@ -276,7 +276,7 @@ def test_bad_data(trained):
 
 def test_uncertain_outputs_raise_or_warn(trained):
     frozen, X, y, *_ = trained
-    with pytest.warns(UserWarning, match="seem mismatched"):
+    with pytest.raises(ValueError, match=r"with model_classes=\[0, 1, 2, 3, 4, 5\]"):
         DCSPruner(
             frozen,
             criterion="dcs",
