@@ -19,7 +19,7 @@ from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import MinMaxScaler
 
-from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
+from sinfkit import FrozenModel, SINFClassifier, train_network
 from sinfkit.zoo import default_network
 
 X, y = load_digits(return_X_y=True)
@@ -33,8 +33,7 @@ network = train_network(
 
 # %%
 # Scalers work on flat rows, so the model is told the shape of an image. ``FrozenModel`` also keeps
-# the search from copying the weights for every candidate. The nested estimators must be given, not
-# left at None, or there would be nothing whose parameters could be searched.
+# the search from copying the weights for every candidate.
 
 pipeline = Pipeline(
     [
@@ -43,8 +42,6 @@ pipeline = Pipeline(
             "sinf",
             SINFClassifier(
                 FrozenModel(network, input_shape=(1, 8, 8)),
-                clusterer=SemanticClusterer(),
-                pruner=DCSPruner(criterion="dcs", schedule="global"),
                 random_state=0,
             ),
         ),

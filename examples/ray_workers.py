@@ -48,7 +48,7 @@ def main() -> None:
         sinf = SINFClassifier(
             model,
             clusterer=SemanticClusterer(n_clusters=3),
-            pruner=DCSPruner(criterion="dcs", schedule="linear"),
+            pruner=DCSPruner(budget=0.5),
             batch_size=64,
             random_state=0,
         )
@@ -61,7 +61,7 @@ def main() -> None:
         with parallel_config("ray", n_jobs=2):
             sinf.fit(images[train], y[train])  # clusters side by side
             there = sinf.predict_proba(images[test])  # chunks of images
-            search = GridSearchCV(sinf, {"pruner__pruning_ratios": [(0.1, 0.3), (0.1, 0.6)]}, cv=2)
+            search = GridSearchCV(sinf, {"pruner__budget": [0.6, 0.3]}, cv=2)
             search.fit(images[train], y[train])  # candidates and folds
         ray.shutdown()
         print(f"largest difference of a probability: {np.abs(there - here).max():.1e}")

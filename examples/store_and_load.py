@@ -15,7 +15,9 @@ import tempfile
 from pathlib import Path
 
 import joblib
+import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from sklearn.datasets import load_digits
 
 import sinfkit
@@ -23,9 +25,9 @@ from sinfkit import DCSPruner, SINFClassifier
 
 X, y = load_digits(return_X_y=True)
 images = (X / 16).reshape(-1, 1, 8, 8).astype(np.float32)
-classifier = SINFClassifier(
-    pruner=DCSPruner(criterion="dcs", schedule="linear"), random_state=0
-).fit(images[:1200], y[:1200])
+classifier = SINFClassifier(pruner=DCSPruner(budget=0.5), random_state=0).fit(
+    images[:1200], y[:1200]
+)
 expected = classifier.predict_proba(images[1200:])
 
 # %%
@@ -74,4 +76,17 @@ done = subprocess.run(
 )
 print(done.stdout.strip())
 print(f"largest difference of a probability: {np.abs(np.load(answers) - expected).max():.1e}")
+
+# %%
+# What the files weigh, beside the weights of the network that the classifier was made from. It
+# holds one subgraph for each cluster, and what they are refitted and reported with.
+
+weights = Path(folder.name) / "base.pt"
+torch.save(classifier.base_model_.module().state_dict(), weights)
+sizes = {path.name: path.stat().st_size / 1e6 for path in (weights, stored, pickled)}
+figure, axis = plt.subplots(figsize=(5, 2.2), layout="constrained")
+axis.bar_label(axis.barh(list(sizes), list(sizes.values()), color="#3b6ea5"), fmt=" %.2f MB")
+axis.margins(x=0.2)
+axis.set_xlabel("size on disk (MB)")
+plt.show()
 folder.cleanup()

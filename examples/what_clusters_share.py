@@ -32,7 +32,7 @@ X_train, X_test, y_train, y_test = train_test_split(
 )
 sinf = SINFClassifier(
     clusterer=SemanticClusterer(n_clusters=4, method="activation", max_cluster_size=4),
-    pruner=DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.3, 0.7)),
+    pruner=DCSPruner(schedule="linear", pruning_ratios=(0.3, 0.7)),
     random_state=0,
 ).fit(X_train, y_train)
 

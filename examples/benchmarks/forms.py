@@ -40,7 +40,7 @@ def _form(made: Made, form: str, images: np.ndarray) -> Run:
     dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
     if form in ("torch", "bfloat16"):
         if made.classifier is not None:
-            return fast_routed(made.classifier, dtype)
+            return fast_routed(made.classifier, dtype, images)
         assert made.module is not None
         return fast(made.module, dtype)
     some = images[np.random.default_rng(0).permutation(len(images))[:512]]
@@ -112,7 +112,9 @@ def quiet() -> Iterator[None]:
 def answers(run: Run, X: np.ndarray) -> np.ndarray:
     """Classes that a form gives to images."""
     with torch.inference_mode():
-        return np.concatenate([np.asarray(run(x)).argmax(1) for x in raw(X)])
+        return np.concatenate(
+            [np.asarray(torch.as_tensor(run(x)).float()).argmax(1) for x in raw(X)]
+        )
 
 
 def times(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ from sinfkit.graph import (
     paired_latency,
     trace,
 )
-from sinfkit.inference import Normalise, can_prepack, prepacked
+from sinfkit.inference import Normalise, can_prepack, fast_form, prepacked
 from sinfkit.zoo import ImageDataset
 
 __all__ = [
@@ -72,10 +73,12 @@ __all__ = [
 ]
 
 
-def pruner(model: Any = None, *, repair_samples: int | None = None, **settings: Any) -> DCSPruner:
+def pruner(model: Any = None, **settings: Any) -> DCSPruner:
     """A `DCSPruner` whose options are given beside its parameters."""
-    if repair_samples is not None:
-        settings["options"] = PruningOptions(repair_samples=repair_samples)
+    named = [name for name in settings if name in PruningOptions().get_params()]
+    options = {name: settings.pop(name) for name in named}
+    if options:
+        settings["options"] = PruningOptions(**options)
     return DCSPruner(model, **settings)
 
 
@@ -87,14 +90,20 @@ def routed(model: Any, **settings: Any) -> SINFClassifier:
 def fast(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The fastest form of ``Sequential(normalisation, network)``: a batch of pixels to scores."""
     normalise, network = module.children()
-    folded = fold_batch_norm(trace(network)).eval().to(dtype, memory_format=torch.channels_last)
-    ready = prepacked(folded) if can_prepack() else folded
+    folded = copy.deepcopy(fold_batch_norm(trace(network))).eval()
+    folded = folded.to(dtype, memory_format=torch.channels_last)
+    ready = prepacked(folded) if can_prepack(dtype) else folded
     return lambda x: ready(normalise(x).to(dtype)).float()
 
 
-def fast_routed(classifier: SINFClassifier, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The form in which a routed classifier predicts: a batch of pixels to scores."""
-    return classifier.runtime(dtype=str(dtype).removeprefix("torch."))
+def fast_routed(
+    classifier: SINFClassifier, dtype: torch.dtype, images: np.ndarray
+) -> Callable[[Tensor], Tensor]:
+    """The form in which a routed classifier predicts: a batch of pixels to probabilities."""
+    if dtype != torch.float32:
+        return classifier.runtime("bfloat16")
+    example = torch.as_tensor(images[:4]).float().div(255)
+    return fast_form(classifier.network_, lambda: example)
 
 
 def onnx_routed(

@@ -1,18 +1,50 @@
-"""The examples run, on data small enough for a test."""
+"""The gallery keeps its rules, and what the documentation does not run is run here."""
 
 from __future__ import annotations
 
+import ast
 import functools
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
+import sinfkit
 from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier
 from sinfkit.zoo import default_network
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+ALL = [*SCRIPTS, *sorted((EXAMPLES / "benchmarks").glob("*.py"))]
+FOLDERS = {path.parent.name for path in Path(sinfkit.__file__).parent.glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_only_public_names_are_imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sinfkit"):
+            folder = node.module.partition(".")[2]
+            assert folder in ("", "promise", *FOLDERS), f"{node.module} is a file, not a folder"
+            public = set(importlib.import_module(node.module).__all__)
+            names = [alias.name for alias in node.names]
+            assert public.issuperset(names), set(names) - public
+            alone = ("library", "networks", "promise_simulation", "promise_fits")
+            assert path.parent == EXAMPLES or path.stem in alone, "only through the facade"
+        if isinstance(node, ast.Attribute):
+            assert not node.attr.startswith("_") or node.attr.startswith("__"), node.attr
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_of_the_gallery_are_short_and_have_a_picture(path):
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") < 110
+    elsewhere = ("dask_predict", "ray_workers")  # on other machines, where nobody looks
+    assert "plt.show()" in source or path.stem in elsewhere
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch):
