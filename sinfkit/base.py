@@ -19,11 +19,10 @@ from torch import nn
 
 from .data.calibration import Batcher, Calibration
 from .data.labels import check_order, match_classes, warn_if_mismatched
+from .data.pixels import Images, check_normalisation, spread
+from .data.shapes import count_outputs, looks_like_nhwc
 from .data.validation import (
-    Images,
     check_answers,
-    check_channels,
-    check_normalisation,
     hold_out,
     mean,
     validate_weight,
@@ -33,12 +32,13 @@ from .data.validation import (
 )
 from .frozen import FrozenModel, as_frozen, describe
 from .graph.cuts import output_layer, trace
-from .graph.fidelity import check_traced, logits_of
-from .utils.device import in_pieces, is_out_of_memory, loaded_device, resolve_device
+from .graph.fidelity import check_traced
+from .utils.device import in_pieces, loaded_device, resolve_device
 from .utils.params import check_integer, check_jobs, check_verbose, naming
 from .utils.pickling import Borrowed, Packed, borrow, pack, versions, warn_of_versions
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
+_FEW = 4  # samples on which a network is tried
 _TO_PREDICT = ("batch_size", "device", "n_jobs")  # parameters that prediction reads
 
 
@@ -181,9 +181,17 @@ class TorchEstimator(BaseEstimator):
         device = resolve_device(self.device)
         frozen = None if self.model is None else as_frozen(self.model)
         X = validate_X(
-            self, X, reset=True, input_shape=None if frozen is None else frozen.input_shape
+            self,
+            X,
+            reset=True,
+            input_shape=None if frozen is None else frozen.input_shape,
+            any_shape=frozen is not None,
         )
-        check_channels(X)
+        if frozen is None and looks_like_nhwc(tuple(X.shape)):
+            raise ValueError(
+                f"X has shape {tuple(X.shape)}, which looks like NHWC (channels last). sinfkit "
+                "takes NCHW: X.transpose(0, 3, 1, 2)."
+            )
         unlabelled = unlabelled and frozen is not None
         if unlabelled:
             y = self._own_answers(as_frozen(self.model), X, device)
@@ -202,16 +210,16 @@ class TorchEstimator(BaseEstimator):
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         batcher = Batcher(frozen, device, dtype, int(self.batch_size))
         check_normalisation(frozen, X)
-        example = batcher.normalise(batcher.load(X[:1]))
-        n_outputs = _n_outputs(module, example)
+        samples = batcher.normalise(batcher.load(spread(X, _FEW)))
+        n_outputs = count_outputs(module, samples, tuple(X.shape))
         table = match_classes(y, n_outputs, self.model_classes, classes, complete=not unlabelled)
         self.input_shape_ = tuple(X.shape[1:])
         self.classes_ = table.classes
         self.device_ = device
         self.base_model_ = frozen
         with naming("model"):
-            graph = trace(module, example)
-            check_traced(graph, module, batcher.normalise(batcher.load(X[:4])))
+            graph = trace(module, samples[:1])
+            check_traced(graph, module, samples)
             output = output_layer(graph, n_outputs)
         return Calibration(
             frozen,
@@ -222,7 +230,7 @@ class TorchEstimator(BaseEstimator):
             table,
             n_outputs,
             batcher,
-            example,
+            samples[:1],
             seed,
             weight,
         )
@@ -233,7 +241,8 @@ class TorchEstimator(BaseEstimator):
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         check_normalisation(frozen, X)
         batcher = Batcher(frozen, device, dtype, int(self.batch_size))
-        n_outputs = _n_outputs(module, batcher.normalise(batcher.load(X[:1])))
+        samples = batcher.normalise(batcher.load(spread(X, _FEW)))
+        n_outputs = count_outputs(module, samples, tuple(X.shape))
         with torch.inference_mode():
             rows = list(in_pieces(lambda x: module(x).argmax(1).cpu(), batcher(X)))
         labels = np.arange(n_outputs) if self.model_classes is None else self.model_classes
@@ -419,25 +428,6 @@ def answers_in_torch(X: Any) -> bool:
     Without dispatch they are NumPy arrays, whatever `X` is.
     """
     return isinstance(X, torch.Tensor) and bool(get_config()["array_api_dispatch"])
-
-
-def _n_outputs(module: nn.Module, example: torch.Tensor) -> int:
-    """Width of the network's output; a ValueError where it cannot take the samples."""
-    try:
-        with torch.inference_mode():
-            logits = logits_of(module(example))
-    except Exception as error:  # a network may raise what it likes
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"The model cannot take samples of shape {tuple(example.shape[1:])}: {error}"
-        ) from error
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(
-            f"The model must return one row of class scores per sample (a 2-D tensor), got {got}."
-        )
-    return int(logits.shape[1])
 
 
 def _unseen(y: np.ndarray, held_out: float | None, seed: int) -> np.ndarray | slice:

@@ -538,6 +538,8 @@ n_features)
         self.repair_errors_ = [{} if s is None else s.repair_error for s in subgraphs]
         clusterer.classes_ = self.classes_
         clusterer.n_features_in_, clusterer.input_shape_ = self.n_features_in_, self.input_shape_
+        if hasattr(self, "input_range_"):
+            clusterer.input_range_ = self.input_range_
         clusterer.base_model_, clusterer.device_ = self.base_model_, self.device_
         pruner.set_params(budget=plan.size.budget)
         if plan.size.budget is not None:

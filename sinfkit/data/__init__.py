@@ -5,6 +5,7 @@ from .labels import check_order, match_classes, warn_if_mismatched
 from .validation import (
     hold_out,
     validate_weight,
+    validate_X,
     validate_y,
 )
 
@@ -14,6 +15,7 @@ __all__ = [
     "check_order",
     "hold_out",
     "match_classes",
+    "validate_X",
     "validate_weight",
     "validate_y",
     "warn_if_mismatched",

@@ -11,8 +11,9 @@ from sklearn import get_config
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
-from ..frozen import FrozenModel
 from ..utils.params import caller_level, naming, shown
+from .pixels import Images, match_range, seen_range
+from .shapes import check_shape
 
 __all__ = [
     "hold_out",
@@ -20,7 +21,6 @@ __all__ = [
     "validate_y",
 ]
 
-Images = np.ndarray | torch.Tensor
 LARGEST_WEIGHT = 1e30  # whose sums are numbers still, in single precision as well
 
 
@@ -30,36 +30,24 @@ def validate_X(
     *,
     reset: bool,
     input_shape: tuple[int, ...] | None = None,
+    any_shape: bool = False,
     finite: bool = True,
 ) -> Images:
-    """Check samples and give them the shape that the network takes.
+    """Check samples and give them the shape and scale that the network takes.
 
-    Parameters
-    ----------
-    estimator : BaseEstimator
-        Receives `n_features_in_` and `input_shape_` where `reset` is true; is compared with them
-        otherwise.
-    X : array-like or Tensor of shape (n_samples, channels, height, width) or (n_samples, \
-n_features)
-        uint8 stays as it is; other integers become float64.
-    reset : bool
-        True in ``fit``.
-    input_shape : tuple of int, optional
-        Shape of one sample; lets flattened 2-D `X` through.
-    finite : bool, default=True
-        Whether tensors are searched for NaN and infinity here, for which the host waits for their
-        device.  False: the caller does.
-
-    Returns
-    -------
-    ndarray or Tensor of shape (n_samples, *input_shape)
-        uint8, float32 or float64.
-
-    Raises
-    ------
-    ValueError
-        For a wrong shape, NaN or infinity, or no samples; the message names what and where.
+    In ``fit`` (`reset`) `estimator` receives `n_features_in_` and, for images, `input_range_`;
+    later X is compared with them.  `input_shape` lets flattened `X` through; `any_shape` those that
+    are neither tables nor 2-D images.  Where not `finite`, the caller looks at tensors' values.
     """
+    expected = input_shape if reset else estimator.input_shape_
+    if isinstance(X, (list, tuple)):
+        with naming("X"):
+            X = np.asarray(X)
+    shape = tuple(getattr(X, "shape", ()))
+    if expected is not None and len(expected) > 1 and not _flattened(shape, expected):
+        check_shape(shape, tuple(expected))
+    dtype = getattr(X, "dtype", None)
+    whole = dtype not in (np.uint8, torch.uint8) and _is_integral(dtype)
     if isinstance(X, torch.Tensor):
         checked: Images = _validate_tensor(estimator, X, reset=reset, finite=finite)
     else:
@@ -72,23 +60,33 @@ n_features)
                 input_name="X",
             )
         validate_data(estimator, X, reset=reset, skip_check_array=True)  # names and widths
-    expected = input_shape if reset else estimator.input_shape_
-    if expected is not None and checked.ndim == 2 and len(expected) > 1:
-        if checked.shape[1] != int(np.prod(expected)):
-            raise ValueError(
-                f"X has {checked.shape[1]} features per sample, but input_shape={expected} needs "
-                f"{int(np.prod(expected))}."
-            )
+    if expected is not None and _flattened(shape, expected):
         checked = checked.reshape(len(checked), *expected)
-    shape = tuple(checked.shape[1:])
-    if checked.ndim not in (2, 4):
+    if expected is not None:
+        check_shape(tuple(checked.shape), tuple(expected))
+    elif checked.ndim not in (2, 4) and not any_shape:
         raise ValueError(
             f"X must have shape (n_samples, channels, height, width) or (n_samples, n_features), "
-            f"not {tuple(checked.shape)}. For one grey image use X[None, None]."
+            f"not {shape}. For one image use X[None], for grey ones X[:, None]."
         )
-    if expected is not None and shape != tuple(expected):
-        raise ValueError(_shape_message(shape, tuple(expected)))
+    if checked.ndim > 2:
+        if reset:
+            estimator.input_range_ = seen_range(checked)
+        elif hasattr(estimator, "input_range_"):
+            checked = match_range(checked, estimator.input_range_, whole=whole, look=finite)
     return checked
+
+
+def _flattened(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether rows of an X of that shape are samples laid out flat."""
+    return len(shape) == 2 and len(expected) > 1 and shape[1] == int(np.prod(expected))
+
+
+def _is_integral(dtype: Any) -> bool:
+    """Whether a type of NumPy or torch counts in whole numbers."""
+    if isinstance(dtype, torch.dtype):
+        return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    return getattr(dtype, "kind", "") in ("i", "u")
 
 
 def validate_y(y: Any, n_samples: int) -> np.ndarray:
@@ -218,34 +216,6 @@ def _validate_tensor(estimator: Any, X: torch.Tensor, *, reset: bool, finite: bo
             f"{estimator.n_features_in_} features as input."
         )
     return X
-
-
-def _shape_message(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """Say what is wrong with the shape of a sample."""
-    text = f"Each sample of X has shape {shape}, but the model takes {expected}."
-    if len(shape) == 3 and len(expected) == 3 and (shape[2], shape[0], shape[1]) == expected:
-        text += " X looks like NHWC (channels last); pass NCHW: X.transpose(0, 3, 1, 2)."
-    return text
-
-
-def check_channels(X: Images) -> None:
-    """Raise if images look like NHWC; called in ``fit``, where no shape is known yet."""
-    if X.ndim == 4 and X.shape[3] in (1, 3, 4) and X.shape[1] not in (1, 3, 4):
-        raise ValueError(
-            f"X has shape {tuple(X.shape)}, which looks like NHWC (channels last). sinfkit takes "
-            "NCHW: X.transpose(0, 3, 1, 2)."
-        )
-
-
-def check_normalisation(frozen: FrozenModel, X: Images) -> None:
-    """Raise if `mean` and `std` do not have one value per channel of `X`."""
-    if frozen.mean is None or frozen.std is None:
-        return
-    widths = {len(frozen.mean), len(frozen.std)} - {1}
-    if widths and widths != {int(X.shape[1])}:
-        raise ValueError(
-            f"The mean and std of model are for {max(widths)} channels, but X has {X.shape[1]}."
-        )
 
 
 def check_answers(answers: torch.Tensor) -> torch.Tensor:

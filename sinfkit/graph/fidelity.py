@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..utils.device import full_float32
-from ..utils.params import caller_level
+from ..utils.device import full_float32, is_out_of_memory
 
 __all__ = ["check_traced", "close"]
 
 _N_SAMPLES = 4
+_STATISTICS = (
+    "It may have a batch-norm with track_running_stats=False, or take a mean over the batch: its "
+    "answers would change with batch_size. Train it with running statistics, or set them from data."
+)
 # Of the largest value. Graph and network run the same kernels on the same tensors.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -21,8 +23,8 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, to
 def check_traced(graph: fx.GraphModule, module: nn.Module, X: Tensor) -> None:
     """Compare a graph with the module it was traced from, on a few real samples.
 
-    Raises ValueError, with what is likely to be the cause, if they differ; warns if the answer for
-    a sample depends on the others of its batch. `X` is of shape (n, ...), normalised.
+    Raises ValueError, with what is likely to be the cause, if they differ, or if the answer for a
+    sample depends on the others of its batch. `X` is of shape (n, ...), normalised.
     """
     X = X[:_N_SAMPLES]
     with torch.inference_mode(), full_float32():
@@ -34,20 +36,30 @@ def check_traced(graph: fx.GraphModule, module: nn.Module, X: Tensor) -> None:
                 "input or take it out; switch Monte Carlo dropout off."
             )
         found = graph(X.clone())
-        fewer = output_of(module, X[:2])
     if not close(found, first):
         raise ValueError(
             "The model could not be followed: the graph recorded from its forward gives other "
             f"answers than the model itself (off by {difference(found, first):.2g} of the "
             f"largest). {_cause(module)}"
         )
-    if len(X) > 2 and not close(fewer, first[:2]):
-        warnings.warn(
+    _check_alone(module, X, first)
+
+
+def _check_alone(module: nn.Module, X: Tensor, together: Tensor) -> None:
+    """Raise where samples get other answers alone than `together`."""
+    if len(X) < 2:
+        return
+    with torch.inference_mode(), full_float32():
+        try:
+            alone = torch.cat([output_of(module, x) for x in X.split(1)])
+        except Exception as error:  # a network may raise what it likes
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"The model cannot take one sample alone. {_STATISTICS}") from error
+    if not close(alone, together):
+        raise ValueError(
             "The model's answer for a sample depends on the others of its batch (by "
-            f"{difference(fewer, first[:2]):.2g} of the largest): a batch-norm without running "
-            "statistics, or a mean over the batch. Answers will change with batch_size.",
-            UserWarning,
-            stacklevel=caller_level(),
+            f"{difference(alone, together):.2g} of the largest). {_STATISTICS}"
         )
 
 

@@ -662,8 +662,9 @@ class _Reader:
             len(inner.cluster_names_) != len(classifier.cluster_names_)
         ):
             raise StorageError("clusterer_ has other clusters than the classifier.")
-        for key in ("n_features_in_", "input_shape_", "base_model_", "classes_"):
-            setattr(inner, key, getattr(classifier, key))
+        for key in ("n_features_in_", "input_shape_", "input_range_", "base_model_", "classes_"):
+            if hasattr(classifier, key):
+                setattr(inner, key, getattr(classifier, key))
         classifier.clusterer_ = inner
         classifier.pruner_ = self._estimator("DCSPruner", pruner, None)
         classifier._link()

@@ -137,6 +137,19 @@ def floats(what: str, value: Any) -> dict[str, float]:
     return value
 
 
+def value_range(what: str, value: Any) -> tuple[str, float, float]:
+    """Type, smallest and largest value of images."""
+    right = (
+        isinstance(value, (list, tuple))
+        and len(value) == 3
+        and value[0] in ("uint8", "float")
+        and all(type(item) in (int, float) and math.isfinite(item) for item in value[1:])
+        and value[1] <= value[2]
+    )
+    _require(right, what, "a type and two numbers", value)
+    return value[0], float(value[1]), float(value[2])
+
+
 def rows(what: str, value: Any) -> list[dict[str, Any]]:
     """A list of records."""
     right = isinstance(value, list) and all(
@@ -167,6 +180,7 @@ COMMON: dict[str, Callable[[str, Any], Any]] = {
     "n_features_in_": positive,
     "input_shape_": shape,
     "device_": device,
+    "input_range_": value_range,
     "feature_names_in_": feature_names,
 }
 ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
@@ -209,7 +223,7 @@ ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
         "repair_errors_": list_of(floats),
     },
 }
-OPTIONAL = frozenset(("feature_names_in_", "prefix_low_rank_", "search_results_"))
+OPTIONAL = frozenset(("feature_names_in_", "input_range_", "prefix_low_rank_", "search_results_"))
 # They are built again, or follow from the rest.
 DERIVED = frozenset("base_model_ model_ network_ clusterer_ pruner_ temperatures_".split())
 

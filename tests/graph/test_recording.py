@@ -312,7 +312,7 @@ def test_random_draws_are_refused(way: str) -> None:
 def test_batch_mates_are_noticed() -> None:
     network = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5, track_running_stats=False)).eval()
     x = torch.randn(6, 3)
-    with pytest.warns(UserWarning, match="others of its batch"):
+    with pytest.raises(ValueError, match="one sample alone|others of its batch"):
         check_traced(trace(network), network, x)
 
 
