@@ -29,8 +29,7 @@ from typing import Any
 import numpy as np
 
 import sinfkit
-from sinfkit.persistence import KEY, load
-from sinfkit.persistence.container import _digest
+from sinfkit.persistence import KEY, checksum, load
 
 FOLDER = Path(__file__).parent / "stored"
 ADDRESS_SPACE = 2**30
@@ -61,9 +60,7 @@ class Stored:
 
     def header(self) -> dict[str, Any]:
         """The header with a checksum that fits."""
-        kinds = {name: (dtype, shape) for name, (dtype, shape, _) in self.tensors.items()}
-        data = {name: content for name, (_, _, content) in self.tensors.items()}
-        digest = _digest(self.manifest, data, kinds)
+        digest = checksum(self.manifest, self.tensors)
         text = json.dumps({**self.manifest, "sha256": digest})
         header: dict[str, Any] = {"__metadata__": {KEY: text}}
         at = 0

@@ -1,7 +1,7 @@
 """KEEP: estimators as files without code."""
 
-from .container import KEY
+from .container import KEY, checksum
 from .estimators import SCHEMA, load, save
 from .parts import describe
 
-__all__ = ["KEY", "SCHEMA", "describe", "load", "save"]
+__all__ = ["KEY", "SCHEMA", "checksum", "describe", "load", "save"]

@@ -1,4 +1,4 @@
-"""One file of tensors with a manifest, checked from end to end before anything in it is used.
+"""One file of tensors with a manifest, checked before anything in it is used.
 
 The file is an ordinary safetensors file: a JSON header, then the tensors' bytes.  The manifest is
 JSON too and lies in the header's metadata, with a SHA-256 over itself and over every tensor.
@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,13 +22,11 @@ from torch import Tensor
 
 from ..errors import StorageError
 
-__all__ = ["KEY"]
+__all__ = ["KEY", "checksum"]
 
 KEY = "sinfkit"  # of the metadata's only entry
 MAX_HEADER = 8 * 2**20  # bytes of JSON, which Python's objects take up to 40 times
-_MAX_DIMENSIONS = 8
 _MAX_DIGITS = 20  # of an integer; longer ones take Python quadratic time to read
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -48,29 +46,21 @@ def fits(tensor: Tensor) -> bool:
 
 
 def write(
-    path: str | os.PathLike[str], manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    path: Path,
+    manifest: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    check: Callable[[Path], None],
 ) -> None:
     """Write a file; what lay at `path` before stays whole until the new file is complete.
 
-    Parameters
-    ----------
-    path : path-like
-    manifest : mapping
-        Plain JSON values.
-    tensors : mapping of str to Tensor
-        Of kinds for which `fits` is true.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.  Nothing is left behind then.
+    `check` gets the new file before it takes its place; what it raises leaves nothing behind.
     """
     own = {name: _own(tensor) for name, tensor in tensors.items()}
-    kinds = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in own.items()}
-    digest = _digest(manifest, {name: _as_bytes(tensor) for name, tensor in own.items()}, kinds)
-    full = {**manifest, "sha256": digest}
+    full = {**manifest, "sha256": checksum(manifest, _told(own))}
     text = json.dumps(full, allow_nan=False, sort_keys=True, separators=(",", ":"))
     path = Path(os.path.realpath(path))  # a link stays one
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent}, to write {path.name} into.")
     beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
     try:
         os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -80,6 +70,7 @@ def write(
             safetensors.torch.save_file(own, beside, metadata={KEY: text})
         except safetensors.SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
+        check(beside)
         beside.chmod(mode)
         with beside.open("r+b") as file:
             os.fsync(file.fileno())
@@ -89,31 +80,11 @@ def write(
     _sync_folder(path.parent)
 
 
-def read(
-    path: str | os.PathLike[str], max_bytes: int, newest: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a file that need not be one.
+def read(path: Path, max_bytes: int, newest: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read manifest and tensors of a file that need not be one; `newest` is the last schema known.
 
-    Parameters
-    ----------
-    path : path-like
-    max_bytes : int
-        A larger file is refused before it is read.
-    newest : int
-        The newest schema that is known.
-
-    Returns
-    -------
-    manifest : dict
-    tensors : dict of str to Tensor
-        On the CPU, with memory of their own.
-
-    Raises
-    ------
-    StorageError
-        If anything is wrong with the file.
-    OSError
-        If it cannot be read.
+    StorageError if anything is wrong with it; OSError if it cannot be read.  safetensors itself
+    checks that types, shapes and places of the tensors fit the file.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -127,23 +98,20 @@ def read(
             raise StorageError(
                 f"Its header has {length} bytes, more than the {MAX_HEADER} allowed."
             )
-        header = file.read(length)
-        manifest, table = _checked_header(header, size - 8 - length, newest)
         file.seek(0)
         whole = file.read(size)
-    if len(whole) != size or whole[: 8 + length] != start + header:
-        raise StorageError("It was changed while it was read.")
+    manifest = _manifest(whole[8 : 8 + length], newest)
     stored = manifest.pop("sha256", None)
-    data = memoryview(whole)[8 + length :]
-    parts = {name: data[begin:end] for name, (_, _, begin, end) in table.items()}
-    kinds = {name: (dtype, shape) for name, (dtype, shape, _, _) in table.items()}
-    if stored != _digest(manifest, parts, kinds):
-        raise StorageError("Its SHA-256 does not fit its content: the file is damaged.")
     try:
         tensors = safetensors.torch.load(whole)
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         # Old releases let torch refuse a tensor without elements, with a ValueError.
         raise StorageError(f"safetensors cannot read it: {error}") from error
+    unknown = [name for name, tensor in tensors.items() if not fits(tensor)]
+    if unknown:
+        raise StorageError(f"Tensor {unknown[0]!r:.80} is of a type that sinfkit does not store.")
+    if stored != checksum(manifest, _told(tensors)):
+        raise StorageError("Its SHA-256 does not fit its content: the file is damaged.")
     return manifest, tensors
 
 
@@ -179,10 +147,8 @@ def strict_json(text: str | bytes, what: str) -> dict[str, Any]:
     return found
 
 
-def _checked_header(
-    header: bytes, n_bytes: int, newest: int
-) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...], int, int]]]:
-    """The manifest, and each tensor's type, shape and place; they fill the file without a gap."""
+def _manifest(header: bytes, newest: int) -> dict[str, Any]:
+    """The manifest in a safetensors header, of a schema that is known."""
     entries = strict_json(header, "The header")
     metadata = entries.pop("__metadata__", None)
     if not isinstance(metadata, dict) or set(metadata) != {KEY}:
@@ -198,51 +164,24 @@ def _checked_header(
             f"It has schema version {schema}, and this version of sinfkit reads versions up to "
             f"{newest}. Install a newer sinfkit."
         )
-    table = {}
-    for name, entry in entries.items():
-        what = f"The header's entry for tensor {name!r:.80}"
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise StorageError(f"{what} is not dtype, shape and data_offsets.")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in _SIZES:
-            raise StorageError(f"{what} has the unknown dtype {dtype!r:.40}.")
-        if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-            raise StorageError(f"{what} has the impossible shape {shape!r:.80}.")
-        if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= n_bytes:
-            raise StorageError(f"{what} lies outside of the file.")
-        expected = _SIZES[dtype]
-        for length in shape:
-            expected *= length
-        if expected != offsets[1] - offsets[0]:
-            raise StorageError(f"{what} has a shape that does not fit its number of bytes.")
-        table[name] = (dtype, tuple(shape), offsets[0], offsets[1])
-    reached = 0
-    for name, (_, _, begin, end) in sorted(table.items(), key=lambda item: item[1][2:]):
-        if begin != reached:
-            raise StorageError(f"Tensor {name!r:.80} overlaps another, or lies behind a gap.")
-        reached = end
-    if reached != n_bytes:
-        raise StorageError(f"The file has {n_bytes - reached} bytes too many, or is cut short.")
-    return manifest, table
+    return manifest
 
 
-def _are_sizes(values: Any) -> bool:
-    """Whether this is a list of integers from 0 on."""
-    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
-
-
-def _digest(
-    manifest: Mapping[str, Any],
-    data: Mapping[str, memoryview],
-    kinds: Mapping[str, tuple[str, tuple[int, ...]]],
+def checksum(
+    manifest: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...], Any]]
 ) -> str:
-    """SHA-256 of the manifest and of every tensor's name, type, shape and bytes."""
+    """SHA-256 of the manifest and of every tensor, given as type, shape and bytes."""
     found = hashlib.sha256(_canonical(manifest))
-    for name in sorted(data):
-        dtype, shape = kinds[name]
+    for name in sorted(tensors):
+        dtype, shape, content = tensors[name]
         found.update(_canonical([name, dtype, list(shape)]))
-        found.update(data[name])
+        found.update(content)
     return found.hexdigest()
+
+
+def _told(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...], memoryview]]:
+    """Type, shape and bytes of each tensor."""
+    return {k: (_NAMES[t.dtype], tuple(t.shape), _as_bytes(t)) for k, t in tensors.items()}
 
 
 def _canonical(value: Any) -> bytes:

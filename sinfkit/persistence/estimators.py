@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,8 +82,10 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
         If the estimator is not fitted.
     TypeError
         If it holds something that is no data, such as a callable criterion; the message names it.
+        Also if what was written would not load again as the same: each file is read back.
     OSError
-        If the file cannot be written; what was there is left as it was.
+        If the file cannot be written, as where its folder does not exist; what was there is left
+        as it was.
 
     See Also
     --------
@@ -118,7 +122,9 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
             f"This {kind} cannot be saved without code: {str(error).removeprefix('parameters/')} "
             "joblib.dump can store it, for those who trust the file."
         ) from error
-    write(path, manifest, tensors)
+    is_custom = manifest["base"]["architecture"]["name"] == CUSTOM
+    factory = estimator.base_model_.module if is_custom else None
+    write(Path(path), manifest, tensors, lambda new: _check_written(estimator, new, factory))
 
 
 def load(
@@ -192,17 +198,21 @@ def load(
     check_path("path", path)
     check_integer("max_bytes", max_bytes, high=2**63 - 1)
     place = None if device is None else resolve_device(device)
+    estimator = _read(Path(path), factory, max_bytes)
+    stored = estimator.device_
+    return estimator.to(loaded_device(stored) if place is None else place)
+
+
+def _read(path: Path, factory: Callable[[], nn.Module] | None, max_bytes: int) -> Any:
+    """The estimator in a file, on the CPU."""
     try:
         manifest, tensors = read(path, max_bytes, SCHEMA)
         reader = _Reader(manifest, tensors, max_bytes)
-    except StorageError as error:
-        raise StorageError(_failed(path, error)) from error
-    try:
         module = build(reader.architecture, factory)
     except StorageError as error:
         raise StorageError(_failed(path, error)) from error
     try:
-        estimator = reader.estimator(module, factory is not None)
+        return reader.estimator(module, factory is not None)
     except StorageError as error:
         raise StorageError(_failed(path, error)) from error
     except Exception as error:
@@ -210,8 +220,35 @@ def load(
         raise StorageError(
             _failed(path, f"its parts do not fit together ({type(error).__name__}: {error}).")
         ) from error
-    stored = estimator.device_
-    return estimator.to(loaded_device(stored) if place is None else place)
+
+
+def _check_written(estimator: Any, path: Path, factory: Callable[[], nn.Module] | None) -> None:
+    """Read a file back; a TypeError unless it holds the networks of the estimator."""
+    why = ""
+    try:
+        again = _read(path, factory, sys.maxsize)
+        for name in ("model_", "network_"):
+            if hasattr(estimator, name):
+                own = getattr(estimator, name).state_dict()
+                found = getattr(again, name).state_dict()
+                differ = [
+                    key
+                    for key in own.keys() | found.keys()
+                    if key not in own or key not in found or not _equal(own[key], found[key])
+                ]
+                if differ:
+                    why = f"{name}.{min(differ)} comes back as another tensor"
+    except StorageError as error:
+        why = str(error).partition(" cannot be loaded. ")[2]
+    if why:
+        raise TypeError(
+            f"This {type(estimator).__name__} cannot be saved so that it loads again: {why} "
+            "joblib.dump can store it, for those who trust the file."
+        )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 
 def _needs_nothing(function: Callable[..., Any]) -> bool:
@@ -300,7 +337,7 @@ def _describe_base(estimator: Any, tensors: dict[str, Tensor]) -> dict[str, Any]
     module = frozen.module()
     state = base_state(module)
     tensors |= {f"base/{name}": tensor for name, tensor in state.items()}
-    architecture = describe(module, estimator.input_shape_)
+    architecture = describe(module)
     if architecture["name"] == CUSTOM:
         with torch.inference_mode():
             tensors["probe"] = module(_probe(estimator.input_shape_, module))
@@ -327,7 +364,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 def _describe_pruner(pruner: DCSPruner, tensors: dict[str, Tensor]) -> dict[str, Any]:
     base = traced(pruner.base_model_.module(), pruner.input_shape_)
-    return {"model": describe_part("model", base, pruner.model_, pruner.support_, tensors)}
+    return {"model": describe_part("model", base, pruner.model_, tensors)}
 
 
 def _describe_clusterer(clusterer: SemanticClusterer, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -339,7 +376,7 @@ def _describe_clusterer(clusterer: SemanticClusterer, tensors: dict[str, Tensor]
     reference = fold_batch_norm(dense) if folded else dense
     return {
         "folded": folded,
-        "prefix": describe_part("prefix", reference, prefix, {}, tensors),
+        "prefix": describe_part("prefix", reference, prefix, tensors),
         "pool_size": _describe_router(router, tensors),
     }
 
@@ -353,21 +390,19 @@ def _describe_classifier(classifier: SINFClassifier, tensors: dict[str, Tensor])
     network = classifier.network_
     base = traced(classifier.base_model_.module(), classifier.input_shape_)
     dense, rest = map(fold_batch_norm, split(base, find_cut(base, classifier.route_layer_)))
-    output = output_layer(base, _n_outputs(base))
     parts: dict[str, Any] = {
-        "prefix": describe_part("prefix", dense, network.prefix, {}, tensors),
+        "prefix": describe_part("prefix", dense, network.prefix, tensors),
         "rest": None,
         "subgraphs": [],
     }
     if network.rest is not None:
-        parts["rest"] = describe_part("rest", rest, network.rest, {}, tensors)
-    for cluster, support in enumerate(classifier.supports_):
+        parts["rest"] = describe_part("rest", rest, network.rest, tensors)
+    for cluster in range(network.n_clusters):
         subgraph = network.subgraph(cluster)
         if subgraph is None:
             parts["subgraphs"].append(None)
             continue
-        rows = support | {output: network.outputs[network.answered[cluster]].cpu().numpy()}
-        part = describe_part(f"subgraph.{cluster}", rest, subgraph, rows, tensors)
+        part = describe_part(f"subgraph.{cluster}", rest, subgraph, tensors)
         parts["subgraphs"].append(part)
     tensors["outputs"], tensors["answered"] = network.outputs, network.answered
     tensors["temperatures"] = network.temperatures
@@ -554,6 +589,7 @@ class _Reader:
             raise StorageError("The smaller network has not one output for each class.")
         pruner.model_ = copy.deepcopy(model).eval().requires_grad_(False)
         pruner._output = output_layer(base, _n_outputs(base))
+        _check_outputs(torch.as_tensor(pruner.outputs_), len(pruner.classes_), base)
 
     def _clusterer(self, clusterer: SemanticClusterer, base: fx.GraphModule, x: Tensor) -> None:
         entry = _check_keys("The network", self.network, {"folded", "prefix", "pool_size"})
@@ -585,12 +621,8 @@ class _Reader:
         prefix = self.parts.read("prefix", dense, entry["prefix"])
         h = self._output("prefix", prefix, x)
         router = self._router(entry["pool_size"], h, n_classes)
-        outputs = self._take("outputs")
-        n_outputs = _n_outputs(base)
-        right = outputs.dtype == torch.int64 and outputs.shape == (n_classes,)
-        right = right and len(outputs.unique()) == n_classes
-        if not right or int(outputs.min()) < 0 or int(outputs.max()) >= n_outputs:
-            raise StorageError("outputs is not one output of the base network for each class.")
+        outputs, n_outputs = self._take("outputs"), _n_outputs(base)
+        _check_outputs(outputs, n_classes, base)
         answered = self._take("answered")
         if answered.dtype != torch.bool or tuple(answered.shape) != (n_clusters, n_classes):
             raise StorageError("answered does not say which classes each subgraph answers.")
@@ -693,6 +725,14 @@ def _check_keys(what: str, value: Any, keys: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict) or set(value) != keys:
         raise StorageError(f"{what} is not told by {', '.join(sorted(keys))}.")
     return value
+
+
+def _check_outputs(outputs: Tensor, n_classes: int, base: fx.GraphModule) -> None:
+    """One of the base's outputs for each class."""
+    right = outputs.dtype == torch.int64 and outputs.shape == (n_classes,)
+    right = right and len(outputs.unique()) == n_classes
+    if not right or int(outputs.min()) < 0 or int(outputs.max()) >= _n_outputs(base):
+        raise StorageError("outputs is not one output of the base network for each class.")
 
 
 def _check_clusters(estimator: Any) -> None:

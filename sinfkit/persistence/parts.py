@@ -1,18 +1,17 @@
 """Networks without their code: an architecture by name, and parts told by what differs from it.
 
 A part (prefix, subgraph, smaller network) has the graph of the base network's part, with narrower
-layers.  Of its tensors only those are stored that are neither the base's nor a slice of the base's;
-the widths of its layers follow from the tensors' shapes.
+layers.  Of its tensors only those are stored that are not the base's; the widths of its layers
+follow from the tensors' shapes.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -41,28 +40,20 @@ _OPTIONS = {
 }
 
 
-def describe(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Name a network's architecture, with what builds it again.
-
-    Parameters
-    ----------
-    module : nn.Module
-    input_shape : tuple of int
-
-    Returns
-    -------
-    dict
-        ``name`` and its options, or ``{"name": "custom", "class": ...}``.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    for options in _guesses(module, input_shape):
+def describe(module: nn.Module) -> dict[str, Any]:
+    """Name a network's architecture with what builds it again, or say that it is "custom"."""
+    options = getattr(module, "architecture", None)
+    if isinstance(options, dict) and options.get("name") in _OPTIONS:
         twin = _build(options)
-        same = {name: tuple(tensor.shape) for name, tensor in twin.state_dict().items()} == shapes
-        # The text has every layer's options: strides, paddings, activations.
-        if same and type(twin) is type(module) and repr(twin) == repr(module):
+        # It may have been changed since; the text has every layer's options.
+        if _shapes(twin) == _shapes(module) and repr(twin) == repr(module):
             return options
     kind = type(module)
     return {"name": CUSTOM, "class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def build(options: Any, factory: Callable[[], nn.Module] | None) -> nn.Module:
@@ -113,28 +104,6 @@ def _build(options: Mapping[str, Any]) -> nn.Module:
             return models.default_network(**given, random_state=0)
         builders = {"vgg16": models.vgg16, "vgg19": models.vgg19, "resnet50": models.resnet50}
         return builders[options["name"]](**given)
-
-
-def _guesses(module: nn.Module, input_shape: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """What a network may be: the options that fit its first and last layers."""
-    layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    if not layers or not isinstance(layers[-1], nn.Linear):
-        return
-    n_classes, first = layers[-1].out_features, layers[0]
-    if type(module) is nn.Sequential and len(input_shape) in (1, 3):
-        shape = [int(n) for n in input_shape]
-        yield {"name": "default", "n_classes": n_classes, "input_shape": shape}
-    elif isinstance(first, nn.Conv2d):
-        common = {"n_classes": n_classes, "in_channels": first.in_channels}
-        # Widths were rounded; those of 512 tell most about the factor.
-        for shift in (0, 0.25, -0.25, 0.45, -0.45):
-            if isinstance(module, models._VGG):
-                name = "vgg16" if len(layers) == 14 else "vgg19"
-                yield {"name": name, "width": (layers[-1].in_features + shift) / 512, **common}
-            elif isinstance(module, models._ResNet50):
-                stem = "half" if first.stride == (2, 2) else "cifar"
-                width = (layers[-1].in_features / 4 + shift) / 512
-                yield {"name": "resnet50", "width": width, "stem": stem, **common}
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
@@ -211,37 +180,12 @@ def traced(module: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
 
 
 def describe_part(
-    name: str,
-    reference: fx.GraphModule,
-    part: nn.Module,
-    rows: Mapping[str, np.ndarray],
-    tensors: dict[str, Tensor],
+    name: str, reference: fx.GraphModule, part: nn.Module, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
     """Say how a part differs from the base's; what is new goes to `tensors`.
 
-    Parameters
-    ----------
-    name : str
-        Of the part.
-    reference : GraphModule
-        The base's part.
-    part : GraphModule
-        The same with narrower layers.
-    rows : mapping of str to int ndarray
-        Layer to the outputs that it kept, where known.
-    tensors : dict of str to Tensor
-
-    Returns
-    -------
-    dict
-        ``stored``: names of tensors of its own; ``sliced``: name to the positions of its row and
-        column indices among the ``kept`` ones; ``ranks``, where there are any: layers that have
-        become two, with the number of outputs in between.
-
-    Raises
-    ------
-    NotPlainError
-        If it has another graph than the base's part.
+    The entry has the names ``stored`` of tensors of its own, and ``ranks``, the number of outputs
+    in between of layers that have become two.  NotPlainError if it has another graph.
     """
     ranks = _ranks(part)
     try:
@@ -257,17 +201,6 @@ def describe_part(
     if missing := known.keys() - own.keys():
         raise NotPlainError(f"The {name} has lost its {min(missing)!r}.")
     stored: list[str] = []
-    sliced: dict[str, list[int | None]] = {}
-    kept: dict[bytes, int] = {}
-
-    def number(index: Tensor | None) -> int | None:
-        if index is None:
-            return None
-        index = index.to(torch.int32)
-        position = kept.setdefault(index.numpy().tobytes(), len(kept))
-        tensors.setdefault(f"{name}/kept.{position}", index)
-        return position
-
     for key, tensor in own.items():
         tensor, base = tensor.cpu(), known.get(key)
         if base is not None and tensor.dtype == base.dtype and torch.equal(tensor, base):
@@ -276,15 +209,9 @@ def describe_part(
             raise NotPlainError(
                 f"The {name}'s {key!r} is of {tensor.dtype}, which cannot be stored."
             )
-        layer = key.rpartition(".")[0]
-        found = None if base is None else _find_slice(base, tensor, rows.get(layer))
-        if found is None:
-            stored.append(key)
-            tensors[f"{name}/{key}"] = tensor
-        else:
-            sliced[key] = [number(found[0]), number(found[1])]
-    entry = {"stored": stored, "sliced": sliced, "kept": len(kept)}
-    return {**entry, "ranks": ranks} if ranks else entry
+        stored.append(key)
+        tensors[f"{name}/{key}"] = tensor
+    return {"stored": stored, "ranks": ranks}
 
 
 def _ranks(part: nn.Module) -> dict[str, int]:
@@ -312,55 +239,11 @@ def _program(gm: fx.GraphModule) -> list[Any]:
     return rows
 
 
-def _find_slice(
-    base: Tensor, tensor: Tensor, rows: np.ndarray | None
-) -> tuple[Tensor | None, Tensor | None] | None:
-    """The rows and columns of `base` that make up `tensor`; None if it is no slice."""
-    if tensor.ndim < 2 or base.ndim != tensor.ndim or base.shape[2:] != tensor.shape[2:]:
-        return None  # indices take as much room as single numbers
-    n_rows, n_columns = tensor.shape[:2]
-    row: Tensor | None = None
-    if n_rows != base.shape[0]:
-        if rows is not None and len(rows) == n_rows and rows.max() < len(base):
-            row = torch.from_numpy(np.asarray(rows, dtype=np.int64))
-        elif n_columns == base.shape[1]:
-            row = _positions(base[:, 0], tensor[:, 0])
-        if row is None:
-            return None
-    left = base if row is None else base[row]
-    column: Tensor | None = None
-    if n_columns != base.shape[1]:
-        column = _positions(left[0], tensor[0])
-        if column is None:
-            return None
-        left = left[:, column]
-    return (row, column) if torch.equal(left, tensor) else None
-
-
-def _positions(pool: Tensor, wanted: Tensor) -> Tensor | None:
-    """Where in `pool` the entries of `wanted` are, by their bytes; None if one is not there."""
-    # In reverse, so that of equal entries the first is found.
-    where = {pool[i].numpy().tobytes(): i for i in reversed(range(len(pool)))}
-    found = [where.get(entry.numpy().tobytes()) for entry in wanted]
-    return None if None in found else torch.tensor(found)
-
-
 class PartReader:
-    """Builds parts from their descriptions, within a number of bytes for all of them.
+    """Builds parts from their descriptions and a file's tensors, within `max_bytes` for all.
 
-    Parameters
-    ----------
-    tensors : mapping of str to Tensor
-        Those of the file.
-    used : set of str
-        Receives the names of those that were taken.
-    max_bytes : int
-
-    Attributes
-    ----------
-    shared : set of int
-        Where the base's tensors lie, which parts share with each other as they did in ``fit``.
-        What was computed from the base's, by folding, each part has for itself.
+    `used` receives the names of the tensors taken.  `shared` is where the base's tensors lie, which
+    parts share with each other; what was computed from them, by folding, each part has for itself.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], used: set[str], max_bytes: int) -> None:
@@ -369,37 +252,27 @@ class PartReader:
 
     def read(self, name: str, reference: fx.GraphModule, entry: Any) -> fx.GraphModule:
         """Build one part; it shares with `reference` what equals it."""
-        stored, sliced, n_kept, ranks = _checked_entry(name, entry)
+        stored, ranks = _checked_entry(name, entry)
         try:
             reference = insert_factors(reference, ranks)
         except ValueError as error:
             raise StorageError(f"The {name}: {error}") from error
         known = reference.state_dict()
-        kept = [self._indices(f"{name}/kept.{i}") for i in range(n_kept)]
         own = {key: take(f"{name}/{key}", self.tensors, self.used) for key in stored}
         part = copy_sharing_weights(reference)
         modules = dict(part.named_modules())
-        for key in (*own, *sliced):
+        for key in own:
             module = modules.get(key.rpartition(".")[0])
             new_bias = isinstance(module, (nn.Conv2d, nn.Linear)) and key.endswith(".bias")
-            new_bias = new_bias and key in own
             if module is None or (key not in known and not new_bias):
                 raise StorageError(f"The base network has no {key!r:.80} for the {name}.")
         # Before anything is allocated.
-        self.left -= sum(
-            _slice_bytes(name, key, known, sliced[key], kept)
-            if key in sliced
-            else (own[key] if key in own else base).nbytes
-            for key, base in known.items()
-        )
+        self.left -= sum((own[key] if key in own else base).nbytes for key, base in known.items())
         if self.left < 0:
             raise StorageError(
                 "Its networks take more memory than max_bytes allows; pass a larger max_bytes to "
                 "load, if you trust the file."
             )
-        for key, (row, column) in sliced.items():
-            value = known[key] if row is None else known[key].index_select(0, kept[row])
-            own[key] = value if column is None else value.index_select(1, kept[column])
         for key, base in known.items():
             if key not in own and base.data_ptr() not in self.shared:
                 own[key] = base.clone()
@@ -415,54 +288,17 @@ class PartReader:
             _fit_widths(f"The {name}'s {path!r:.80}", modules[path])
         return part
 
-    def _indices(self, name: str) -> Tensor:
-        index = take(name, self.tensors, self.used)
-        if index.dtype != torch.int32 or index.ndim != 1 or len(index) == 0 or int(index.min()) < 0:
-            raise StorageError(f"{name!r:.80} is no list of indices.")
-        if len(index.unique()) < len(index):
-            raise StorageError(f"{name!r:.80} has an index twice.")
-        return index.long()
 
-
-def _checked_entry(
-    name: str, entry: Any
-) -> tuple[list[str], dict[str, list[int | None]], int, dict[str, int]]:
+def _checked_entry(name: str, entry: Any) -> tuple[list[str], dict[str, int]]:
     """What `describe_part` wrote."""
-    if not isinstance(entry, dict) or set(entry) - {"ranks"} != {"stored", "sliced", "kept"}:
-        raise StorageError(f"The manifest's entry for the {name} is not stored, sliced and kept.")
-    stored, sliced, kept = entry["stored"], entry["sliced"], entry["kept"]
-    right = isinstance(stored, list) and isinstance(sliced, dict) and type(kept) is int
-    right = right and all(isinstance(key, str) for key in stored) and 0 <= kept <= 2 * len(sliced)
-    right = right and len({*stored, *sliced}) == len(stored) + len(sliced)
-    if not right:
+    if not isinstance(entry, dict) or set(entry) != {"stored", "ranks"}:
+        raise StorageError(f"The manifest's entry for the {name} is not stored and ranks.")
+    stored, ranks = entry["stored"], entry["ranks"]
+    right = isinstance(stored, list) and all(isinstance(key, str) for key in stored)
+    right = right and len(set(stored)) == len(stored) and isinstance(ranks, dict)
+    if not right or not all(type(rank) is int for rank in ranks.values()):
         raise StorageError(f"The manifest's entry for the {name} is malformed.")
-    for pair in sliced.values():
-        if not isinstance(pair, list) or len(pair) != 2 or pair == [None, None]:
-            raise StorageError(f"The manifest's entry for the {name} has a slice without indices.")
-        if not all(i is None or (type(i) is int and 0 <= i < kept) for i in pair):
-            raise StorageError(f"The manifest's entry for the {name} has indices out of range.")
-    ranks = entry.get("ranks", {})
-    if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
-        raise StorageError(f"The manifest's entry for the {name} has ranks that are no integers.")
-    return stored, sliced, kept, ranks
-
-
-def _slice_bytes(
-    name: str,
-    key: str,
-    known: Mapping[str, Tensor],
-    pair: list[int | None],
-    kept: list[Tensor],
-) -> int:
-    """Bytes that a slice of the base's tensor takes, whose indices are checked here."""
-    shape = list(known[key].shape)
-    for axis, position in enumerate(pair):
-        if position is not None:
-            index = kept[position]
-            if axis >= len(shape) or int(index.max()) >= shape[axis]:
-                raise StorageError(f"The {name} takes more of {key!r:.80} than there is.")
-            shape[axis] = len(index)
-    return int(np.prod(shape, dtype=object)) * known[key].element_size()
+    return stored, ranks
 
 
 def _check_tensor(what: str, value: Tensor, base: Tensor | None, module: nn.Module) -> None:

@@ -8,6 +8,7 @@ average pooling) and ResNet50's stem.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,8 @@ def vgg16(n_classes: int = 100, width: float = 1.0, in_channels: int = 3) -> nn.
     >>> network(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    return _VGG(_VGG16, n_classes, width, in_channels)
+    network = _VGG(_VGG16, n_classes, width, in_channels)
+    return _named("vgg16", network, n_classes, width=float(width), in_channels=int(in_channels))
 
 
 def vgg19(n_classes: int = 100, width: float = 1.0, in_channels: int = 3) -> nn.Module:
@@ -104,7 +106,8 @@ def vgg19(n_classes: int = 100, width: float = 1.0, in_channels: int = 3) -> nn.
     >>> network(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    return _VGG(_VGG19, n_classes, width, in_channels)
+    network = _VGG(_VGG19, n_classes, width, in_channels)
+    return _named("vgg19", network, n_classes, width=float(width), in_channels=int(in_channels))
 
 
 def resnet50(
@@ -156,7 +159,9 @@ def resnet50(
     """
     if not isinstance(stem, str) or stem not in _STEM_STRIDES:
         raise ValueError(f"stem={stem!r} is unknown; choose one of {sorted(_STEM_STRIDES)}.")
-    return _ResNet50(n_classes, width, in_channels, _STEM_STRIDES[stem])
+    network = _ResNet50(n_classes, width, in_channels, _STEM_STRIDES[stem])
+    given = {"width": float(width), "in_channels": int(in_channels), "stem": stem}
+    return _named("resnet50", network, n_classes, **given)
 
 
 def default_network(
@@ -218,7 +223,15 @@ def default_network(
         else:
             torch.random.default_generator.manual_seed(random_state)
         build = _small_mlp if len(shape) == 1 else _small_cnn
-        return build(shape, n_classes).to(dtype)
+        network = build(shape, n_classes).to(dtype)
+    return _named("default", network, n_classes, input_shape=[int(n) for n in shape])
+
+
+def _named(name: str, network: nn.Module, n_classes: int, **arguments: Any) -> nn.Module:
+    """Note what builds the network again, for files that hold it without its code."""
+    described: Any = {"name": name, "n_classes": int(n_classes), **arguments}
+    network.architecture = described
+    return network
 
 
 def _small_mlp(shape: tuple[int, ...], n_classes: int) -> nn.Sequential:
