@@ -367,7 +367,7 @@ n_features)
         # A default network is not trained on what is held out.
         held_out = fraction if self.classes is None and fraction else None
         if y is None and self.model is not None:
-            if recipe.criterion.needs & {"y", "taylor", "taylor_squared"}:
+            if recipe.criterion.needs & {"y", "taylor"}:
                 raise ValueError(
                     f"criterion={recipe.criterion.name!r} needs labels, but y is None. Pass y, or "
                     "choose a criterion that needs none, such as 'obs' or 'l1'."

@@ -138,7 +138,7 @@ def parameters_of(world: World, name: str) -> dict[str, Make]:
             sinfkit.SemanticClusterer(),
             sinfkit.DCSPruner(schedule="iterative"),
             sinfkit.DCSPruner(classes=[0]),
-            sinfkit.DCSPruner(penalty="a"),
+            sinfkit.DCSPruner(options=sinfkit.PruningOptions(penalty="a")),
             sinfkit.DCSPruner(schedule="global"),
             sinfkit.DCSPruner(schedule="global", budget=1e-6),
             sinfkit.DCSPruner,
@@ -156,6 +156,13 @@ def parameters_of(world: World, name: str) -> dict[str, Make]:
         "prefix_criterion": choice("nothing", "l1", "dcs", lambda data: data.weight * np.nan),
         "schedule": choice("global", "iterative", "Linear", "uniform"),
         "repair": choice("mean", "fine_tune", "none"),
+        "options": choice(
+            *(sinfkit.PruningOptions(penalty=p) for p in (-1.0, "a", None, [1])),
+            *(sinfkit.PruningOptions(validation_fraction=f) for f in (0.0, 1.0, "0.5")),
+            *(sinfkit.PruningOptions(first_layer=name) for name in ("nowhere", "7", 3)),
+            *(sinfkit.PruningOptions(budget_unit="flops"), sinfkit.PruningOptions, 3),
+        ),
+        "pruning_ratios": choice(0.5, (0.5,), (0.6, 0.5), ("a", 0.5), (0.1, 1.0), None, "ab"),
         "budget_unit": choice("flops", "params"),
         "answers": choice("some", "cluster"),
         "fallback": choice("base", "topk", "luck"),
@@ -169,7 +176,7 @@ def parameters_of(world: World, name: str) -> dict[str, Make]:
         "random_state": choice(-1, 1.5, "seed", np.random.default_rng(0), 2**40, [1, 2]),
         "batch_size": choice(0, -3, 2.0, "16", 3, np.int8(5), HUGE),
     }
-    for ratio in ("min_ratio", "max_ratio", "budget", "prefix_ratio", "prefix_low_rank"):
+    for ratio in ("max_accuracy_drop", "confidence", "budget", "prefix_ratio", "prefix_low_rank"):
         table[ratio] = ratios
     table["validation_fraction"] = ratios
     names = type(world.fresh[name])._get_param_names()
@@ -356,12 +363,9 @@ def targets(world: World) -> list[Target]:
     add(
         "discriminative_capability",
         sinfkit.discriminative_capability,
-        activations
-        | {"penalty": 3.0, "variant": "norm", "norm": "fro", "scaling": "root"}
-        | {"tol": 1e-6, "max_iter": 20, "sample_weight": None},
+        activations | {"penalty": 3.0} | {"tol": 1e-6, "max_iter": 20, "sample_weight": None},
         wrong=wrong_activations
-        | {"penalty": number, "tol": number, "variant": choice("Norm", "ablation", "contribution")}
-        | {"norm": choice("l2", "l1", "max"), "scaling": choice("none", "column")}
+        | {"penalty": number, "tol": number}
         | {"max_iter": small_ints, "sample_weight": tensors(torch.ones(len(features)))},
         weight=3,
         required=("features", "y"),

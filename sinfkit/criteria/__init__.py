@@ -5,11 +5,9 @@ from .brain_surgeon import (
     Consumer,
     costs_in_order,
     gather_consumers,
-    marginal_costs,
     removal_costs,
     weigh_outputs,
 )
-from .dfpc import gather_couplings, inflow, outflow
 from .discriminability import DCSResult, discriminative_capability
 from .feature_maps import (
     MAX_IMAGES,
@@ -50,18 +48,14 @@ __all__ = [
     "fisher_ratio",
     "fit_probe",
     "gather_consumers",
-    "gather_couplings",
     "get_criterion",
     "hellinger",
-    "inflow",
     "j_divergence",
     "map_independence",
     "map_rank",
     "map_statistics",
     "map_zeros",
-    "marginal_costs",
     "max_mean_discrepancy",
-    "outflow",
     "pool",
     "removal_costs",
     "sym_div",

@@ -164,7 +164,6 @@ def taylor_scores(
     nodes: Mapping[str, str],
     outputs: Sequence[int] | None = None,
     *,
-    power: int = 1,
     sample_weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     r"""First-order Taylor scores of channels, after Molchanov et al. (2017, 2019).
@@ -180,8 +179,6 @@ def taylor_scores(
     outputs : sequence of int or None, default=None
         The outputs that the loss is taken over, in the order in which labels count them; None
         stands for all.
-    power : {1, 2}, default=1
-        Of each sample's change of the loss, before the mean over samples is taken.
     sample_weight : Tensor of shape (n_samples,), optional
         How many times each sample counts, in the order of the batches. Default: once.
 
@@ -202,11 +199,11 @@ def taylor_scores(
 
     .. math:: \Big| \sum_p a_{cp} \, \frac{\partial \ell}{\partial a_{cp}} \Big| ,
 
-    to first order the change of the loss when the channel is set to zero, or of its square with
-    ``power=2``.  The papers differ in what they do with the sum (2017: absolute value and a mean
-    over positions; 2019: a square) and both take it per batch; this one is per sample, so how
-    samples are batched makes no difference.  Gradients flow through
-    activations alone: no parameter's ``requires_grad`` or ``grad`` is read or changed.
+    to first order the change of the loss when the channel is set to zero.  The papers differ in
+    what they do with the sum (2017: absolute value and a mean over positions; 2019: a square) and
+    both take it per batch; this one is per sample, so how samples are batched makes no difference.
+    Gradients flow through activations alone: no parameter's ``requires_grad`` or ``grad`` is read
+    or changed.
 
     References
     ----------
@@ -237,7 +234,6 @@ def taylor_scores(
 
         def add(gradient: Tensor) -> None:
             change = _over_positions(numbers * gradient, axes[key]).abs().double()
-            change = change.pow(power)
             if weights is not None:
                 change = change * weights.here.to(change)[:, None]
             score = change.sum(0)

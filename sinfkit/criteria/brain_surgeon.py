@@ -34,7 +34,6 @@ __all__ = [
     "Consumer",
     "costs_in_order",
     "gather_consumers",
-    "marginal_costs",
     "removal_costs",
     "weigh_outputs",
 ]
@@ -287,34 +286,6 @@ def costs_in_order(consumers: Sequence[Consumer], order: np.ndarray) -> np.ndarr
         for problem in problems:
             problem.remove(pool)
     return np.cumsum(lost)
-
-
-def marginal_costs(costs: Tensor, n_groups: int = 1) -> Tensor:
-    """What each channel's removal added to what was lost before it.
-
-    Parameters
-    ----------
-    costs : Tensor of shape (n_channels,)
-        From `removal_costs`, where each counts all that went before.
-    n_groups : int, default=1
-        As there; the channels that leave together have the same.
-
-    Returns
-    -------
-    Tensor of shape (n_channels,)
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.criteria import marginal_costs
-    >>> marginal_costs(torch.tensor([3.0, 0.5, 1.0])).tolist()
-    [2.0, 0.5, 0.5]
-    """
-    run = costs[: len(costs) // n_groups]
-    order = run.argsort(stable=True)
-    added = torch.empty_like(run)
-    added[order] = run[order].diff(prepend=run.new_zeros(1)).clamp_min(0.0)
-    return added.repeat(n_groups)
 
 
 def weigh_outputs(

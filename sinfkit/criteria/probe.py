@@ -124,13 +124,12 @@ def fit_probe(
     if len(counts) == 0 or int(counts.min()) == 0:
         raise ValueError("every class from 0 to max(y) needs at least one sample")
     x = features.to(dtype)
-    weight = None
-    if sample_weight is not None:
-        weight = sample_weight.to(x) * (len(x) / sample_weight.sum().to(x))
-        counts = torch.zeros_like(counts, dtype=dtype).index_add_(0, y, weight)
-        if not bool((counts > 0).all()):
-            raise ValueError("every class needs a sample of a weight that is not zero")
-    mean = x.mean(0) if weight is None else weight @ x / len(x)
+    weight = x.new_ones(len(x)) if sample_weight is None else sample_weight.to(x)
+    weight = weight * (len(x) / weight.sum())
+    counts = torch.zeros_like(counts, dtype=dtype).index_add_(0, y, weight)
+    if not bool((counts > 0).all()):
+        raise ValueError("every class needs a sample of a weight that is not zero")
+    mean = weight @ x / len(x)
     x = x - mean
     basis = None
     if x.shape[0] < x.shape[1]:
@@ -157,7 +156,7 @@ def _newton(
     tol: float,
     max_iter: int,
     start: Tensor | None,
-    weight: Tensor | None = None,
+    weight: Tensor,
 ) -> tuple[Tensor, float, int, bool]:
     """Minimise the objective for centred `x`; the weights' last column is the bias.
 
@@ -167,11 +166,11 @@ def _newton(
     k = len(counts)
     priors = counts.to(x.dtype) / n
     one_hot = torch.nn.functional.one_hot(y, k).to(x.dtype)
-    target = one_hot if weight is None else one_hot * weight[:, None]
+    target = one_hot * weight[:, None]
     ridge = 2.0 * penalty
     # Mean of the non-zero eigenvalues of diag(p) - p p': 1 / k for balanced classes.
     curvature = ((1.0 - priors.square().sum()) / max(k - 1, 1)).clamp_min(1e-12)
-    hessian = (x if weight is None else x * weight[:, None]).T @ x * (curvature / n)
+    hessian = (x * weight[:, None]).T @ x * (curvature / n)
     hessian.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(hessian)
 
@@ -185,7 +184,7 @@ def _newton(
 
     def pull_back(residual: Tensor, w: Tensor) -> Tensor:
         """Gradient (or Hessian product) from the derivative by the logits."""
-        residual = residual if weight is None else residual * weight[:, None]
+        residual = residual * weight[:, None]
         inner = residual.T @ x / n + ridge * w[:, :p]
         return torch.cat((inner, residual.sum(0, keepdim=True).T / n), 1)
 

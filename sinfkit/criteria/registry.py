@@ -11,17 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..utils.params import check_kind, naming
+from ..utils.params import naming
 from . import separability
-from .brain_surgeon import Consumer, marginal_costs, removal_costs, weigh_outputs
-from .discriminability import (
-    DCSResult,
-    average,
-    centred,
-    check_features,
-    check_weight,
-    discriminative_capability,
-)
+from .brain_surgeon import Consumer, removal_costs, weigh_outputs
+from .discriminability import DCSResult, discriminative_capability
 
 __all__ = [
     "CRITERIA",
@@ -46,26 +39,19 @@ class LayerData:
     y : Tensor of shape (n_samples,), optional
         Class of each sample, integers ``0 .. n_classes - 1``.
     sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, float64 and larger than 0; None where all count once.
+        How many times each sample counts, float64 and larger than 0; None: once.
         What is collected by other means (`taylor`, `map_rank`, `consumers` ...) is weighted
         already.
     weight : Tensor of shape (n_filters, ...), optional
         Weight of the convolution or linear layer; filters are its first axis.
     norm_scale : Tensor of shape (n_filters,), optional
         Scale of the batch-norm that follows the layer.
-    norm_gain : Tensor of shape (n_filters,), optional
-        What that batch-norm multiplies each filter's output with, ``gamma / sqrt(var + eps)``; ones
-        where no batch-norm follows.
-    taylor, taylor_squared : Tensor of shape (n_filters,), optional
-        Mean over samples of ``|activation * gradient|``, or of its square, see
-        `sinfkit.criteria.taylor_scores`.
+    taylor : Tensor of shape (n_filters,), optional
+        Mean over samples of ``|activation * gradient|``, see `sinfkit.criteria.taylor_scores`.
     map_rank, map_independence, map_zeros : Tensor of shape (n_filters,), optional
         Means over images, see the functions of the same names in `sinfkit.criteria.feature_maps`.
     map_range : Tensor of shape (n_filters,), optional
         Largest activation minus smallest; collected with those three.
-    couplings : tuple of Tensor of shape (n_filters,), optional
-        What each filter can carry from a layer to another, see
-        `sinfkit.criteria.gather_couplings`.
     consumers : tuple of Consumer, optional
         The layers that read the filters' outputs, see `sinfkit.criteria.gather_consumers`.
     consumer_features : mapping of str to Tensor of shape (n_samples, n_outputs * n_cells), optional
@@ -84,14 +70,11 @@ class LayerData:
     sample_weight: Tensor | None = None
     weight: Tensor | None = None
     norm_scale: Tensor | None = None
-    norm_gain: Tensor | None = None
     taylor: Tensor | None = None
-    taylor_squared: Tensor | None = None
     map_rank: Tensor | None = None
     map_independence: Tensor | None = None
     map_zeros: Tensor | None = None
     map_range: Tensor | None = None
-    couplings: tuple[Tensor, ...] | None = None
     consumers: tuple[Consumer, ...] | None = None
     consumer_features: Mapping[str, Tensor] | None = None
     n_groups: int = 1
@@ -243,57 +226,19 @@ def _need(data: LayerData, field: str) -> Any:
     return value
 
 
-def _sample_weight(data: LayerData) -> Tensor | None:
-    """The samples' weights where the features are."""
-    return check_weight(data.sample_weight, _need(data, "features").detach().double())
-
-
-def _activations(data: LayerData) -> Tensor:
-    """Pooled activations in double precision, of three axes."""
-    features = _need(data, "features")
-    check_kind("features", features, Tensor, "a Tensor")
-    return check_features(features, torch.zeros(features.shape[:1]))[0]
-
-
-def _weight(data: LayerData, *, folded: bool = False) -> Tensor:
-    """Weights, a row for each filter; times the gain of the batch-norm behind if `folded`."""
-    rows = _need(data, "weight").detach().double().flatten(1)
-    return rows * _need(data, "norm_gain").detach().to(rows)[:, None] if folded else rows
+def _weight(data: LayerData) -> Tensor:
+    """Weights in double precision, a row for each filter."""
+    rows: Tensor = _need(data, "weight").detach().double().flatten(1)
+    return rows
 
 
 @_register("dcs", needs=("features", "y"))
-def dcs(
-    data: LayerData,
-    *,
-    penalty: float = 3.0,
-    variant: str = "norm",
-    norm: str = "fro",
-    scaling: str = "root",
-) -> Tensor:
+def dcs(data: LayerData, *, penalty: float = 3.0) -> Tensor:
     """Discriminative Capability Score, see `discriminative_capability`."""
+    features, y = _need(data, "features"), _need(data, "y")
     return discriminative_capability(
-        _need(data, "features"),
-        _need(data, "y"),
-        penalty=penalty,
-        variant=variant,
-        norm=norm,
-        scaling=scaling,
-        sample_weight=data.sample_weight,
+        features, y, penalty=penalty, sample_weight=data.sample_weight
     ).score
-
-
-@_register("dcs_closed_form", needs=("features", "y"))
-def dcs_closed_form(data: LayerData) -> Tensor:
-    """DCS in the limit of a strong penalty: spread of the classes' mean activations. A control."""
-    return dcs(data, penalty=float("inf"), scaling="layer")
-
-
-@_register("dcs_shuffled", needs=("features", "y", "generator"), weighted=False)
-def dcs_shuffled(data: LayerData, *, penalty: float = 3.0) -> Tensor:
-    """DCS with shuffled labels, a control: what is left is the size of the signals."""
-    y = _need(data, "y")
-    order = torch.randperm(len(y), generator=data.generator).to(y.device)
-    return dcs(replace(data, y=y[order]), penalty=penalty)
 
 
 @_register("l1", needs=("weight",))
@@ -302,38 +247,16 @@ def l1(data: LayerData) -> Tensor:
     return _weight(data).abs().sum(1)
 
 
-@_register("l1_folded", needs=("weight", "norm_gain"))
-def l1_folded(data: LayerData) -> Tensor:
-    """L1 norm of a filter with the batch-norm behind folded in.
-
-    ``sum |w| |gamma| / sqrt(var + eps)``: the network computes the same with a larger weight and a
-    smaller gain, and so does this score. A control for `l1`; the folding is ours.
-    """
-    return _weight(data, folded=True).abs().sum(1)
-
-
 @_register("l2", needs=("weight",))
 def l2(data: LayerData) -> Tensor:
     """Root of the sum of a filter's squared weights."""
     return _weight(data).square().sum(1).sqrt()
 
 
-@_register("l2_folded", needs=("weight", "norm_gain"))
-def l2_folded(data: LayerData) -> Tensor:
-    """L2 norm of a filter with the batch-norm behind folded in, as for `l1_folded`."""
-    return _weight(data, folded=True).square().sum(1).sqrt()
-
-
 @_register("taylor", needs=("taylor",))
 def taylor(data: LayerData) -> Tensor:
     """First-order change of the loss without a filter (Molchanov et al., 2017, 2019)."""
     return _need(data, "taylor").detach().double()
-
-
-@_register("taylor_squared", needs=("taylor_squared",))
-def taylor_squared(data: LayerData) -> Tensor:
-    """Mean over samples of the squared first-order change of the loss (Molchanov et al., 2019)."""
-    return _need(data, "taylor_squared").detach().double()
 
 
 @_register("obs", needs=("weight", "consumers"), cumulative=True)
@@ -350,11 +273,11 @@ def obs(data: LayerData) -> Tensor:
 
 
 @_register("dcs_obs", needs=("y", "weight", "consumers", "consumer_features"), cumulative=True)
-def dcs_obs(data: LayerData, *, penalty: float = 3.0, power: float = 1.0) -> Tensor:
+def dcs_obs(data: LayerData, *, penalty: float = 3.0) -> Tensor:
     """What the layers behind lose for good, each of their outputs counted by its own DCS.
 
-    A loss of an output counts in proportion to that output's DCS to the `power`. Outputs that are
-    not observed (those of the network itself) count alike. Filters whose readers are not known are
+    A loss of an output counts in proportion to that output's DCS. Outputs that are not observed
+    (those of the network itself) count alike. Filters whose readers are not known are
     ranked by L1 norm.
     """
     y, observed = _need(data, "y"), _need(data, "consumer_features")
@@ -365,22 +288,8 @@ def dcs_obs(data: LayerData, *, penalty: float = 3.0, power: float = 1.0) -> Ten
             found = discriminative_capability(
                 x, y, penalty=penalty, sample_weight=data.sample_weight
             )
-            importance[consumer.name] = found.score.cpu().pow(power)
+            importance[consumer.name] = found.score.cpu()
     return obs(replace(data, consumers=tuple(weigh_outputs(consumers, importance))))
-
-
-@_register("dcs_plus_obs", needs=("features", "y", "weight", "consumers"))
-def dcs_plus_obs(data: LayerData, *, penalty: float = 3.0, share: float = 0.75) -> Tensor:
-    """DCS, and what a filter adds to what the layers behind lose for good; `share` is that of DCS.
-
-    Both are divided by their sum over the layer. A filter that discriminates stays, and so does one
-    that others cannot stand in for. Filters whose readers are not known are ranked by DCS alone.
-    """
-    own = dcs(data, penalty=penalty).cpu()
-    if not _need(data, "consumers"):
-        return own
-    lost = marginal_costs(obs(data), data.n_groups)
-    return share * own + (1.0 - share) * lost / lost.sum().clamp_min(torch.finfo(lost.dtype).tiny)
 
 
 @_register("fpgm", needs=("weight",))
@@ -389,17 +298,7 @@ def fpgm(data: LayerData) -> Tensor:
 
     A filter of zeros scores 0, wherever the others lie: it costs nothing to remove (our addition).
     """
-    return _sum_of_distances(_weight(data))
-
-
-@_register("fpgm_folded", needs=("weight", "norm_gain"))
-def fpgm_folded(data: LayerData) -> Tensor:
-    """Sum of distances as for `fpgm`, with the batch-norm behind folded in as for `l1_folded`."""
-    return _sum_of_distances(_weight(data, folded=True))
-
-
-def _sum_of_distances(w: Tensor) -> Tensor:
-    """Of each row to all others; 0 for rows of zeros."""
+    w = _weight(data)
     return torch.where(w.any(1), torch.cdist(w, w).sum(1), 0.0)
 
 
@@ -407,16 +306,6 @@ def _sum_of_distances(w: Tensor) -> Tensor:
 def bn_scale(data: LayerData) -> Tensor:
     """Absolute scale of the batch-norm behind the layer (Liu et al., ICCV 2017)."""
     return _need(data, "norm_scale").detach().double().abs()
-
-
-@_register("dfpc", needs=("couplings",))
-def dfpc(data: LayerData) -> Tensor:
-    """What a channel can carry from layer to layer, by the weights alone (DFPC, ICLR 2023).
-
-    Sum over pairs of layers, see `sinfkit.criteria.gather_couplings`, which says what is the
-    authors' (Narshana, Murti and Bhattacharyya) and what our reading.
-    """
-    return torch.stack(_need(data, "couplings")).detach().double().sum(0)
 
 
 @_register("hrank", needs=("map_rank", "map_range"))
@@ -483,45 +372,6 @@ def mmd(data: LayerData) -> Tensor:
     return separability.max_mean_discrepancy(
         _need(data, "features"), _need(data, "y"), generator=data.generator
     )
-
-
-@_register("activation_std", needs=("features",))
-def activation_std(data: LayerData) -> Tensor:
-    """Standard deviation of a filter's pooled activation, mean over cells. A control: no labels."""
-    x, weight = _activations(data), _sample_weight(data)
-    return average(centred(x, weight).square(), weight).sqrt().flatten(1).mean(1)
-
-
-@_register("activation_mean", needs=("features",))
-def activation_mean(data: LayerData) -> Tensor:
-    """Mean absolute value of a filter's pooled activation, mean over cells. A control: no labels.
-
-    A filter whose pooled activation is always the same scores 0: a constant can replace it.
-    """
-    x = _activations(data)
-    mean = average(x.abs(), _sample_weight(data))
-    return torch.where((x != x[0]).any(0), mean, 0.0).flatten(1).mean(1)
-
-
-@_register("class_std", needs=("features", "y"))
-def class_std(data: LayerData) -> Tensor:
-    r"""Standard deviation between classes, not normalised by anything. A control.
-
-    Mean over cells of :math:`\sqrt{\sum_c p_c (m_c - m)^2}`, with :math:`p_c` and :math:`m_c` the
-    frequency and the mean of class c, and :math:`m` the mean of all samples.
-    """
-    x, codes, n_classes = check_features(_need(data, "features"), _need(data, "y"))
-    weight = _sample_weight(data)
-    x = centred(x, weight)
-    if weight is None:
-        share = torch.bincount(codes, minlength=n_classes).to(x)[:, None, None] / len(x)
-        total = x.new_zeros(n_classes, *x.shape[1:]).index_add_(0, codes, x) / len(x)
-    else:
-        weight = weight / weight.sum()
-        share = x.new_zeros(n_classes).index_add_(0, codes, weight)[:, None, None]
-        x = x * weight[:, None, None]
-        total = x.new_zeros(n_classes, *x.shape[1:]).index_add_(0, codes, x)
-    return (total.square() / share).sum(0).sqrt().mean(1)
 
 
 @_register("random", needs=("weight", "generator"))

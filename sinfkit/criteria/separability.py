@@ -64,14 +64,10 @@ def _moments(features: Tensor, y: Tensor, sample_weight: Tensor | None) -> _Mome
     x = centred(x, weight)
 
     def weighed(value: Tensor) -> Tensor:
-        return value if weight is None else value * weight[:, None, None]
+        return value * weight[:, None, None]
 
-    if weight is None:
-        count = torch.bincount(codes, minlength=n_classes).to(x)[:, None, None]
-        others = len(x) - count
-    else:
-        count = x.new_zeros(n_classes).index_add_(0, codes, weight)[:, None, None]
-        others = count.sum() - count
+    count = x.new_zeros(n_classes).index_add_(0, codes, weight)[:, None, None]
+    others = count.sum() - count
     shape = (n_classes, *x.shape[1:])
     total = x.new_zeros(shape).index_add_(0, codes, weighed(x))
     mean_in, mean_out = total / count, (total.sum(0) - total) / others
@@ -357,8 +353,7 @@ def discriminant_information(
     x = check_features(features, y)[0]
     weight = check_weight(sample_weight, x)
     x = centred(x, weight)
-    weighed = x if weight is None else x * weight[:, None, None]
-    scatter = torch.einsum("njs,njt->jst", weighed, x)
+    scatter = torch.einsum("njs,njt->jst", x * weight[:, None, None], x)
     between = torch.einsum("cjs,cjt->jst", m.n_in * m.mean_in, m.mean_in)
     size = float(scatter.diagonal(dim1=1, dim2=2).mean())
     if size == 0.0:

@@ -14,7 +14,6 @@ from .schedules import (
     n_removed,
     removal_order,
     removal_ratios,
-    select_kept,
     select_top,
     widths_within,
 )
@@ -57,7 +56,6 @@ __all__ = [
     "removal_ratios",
     "score_classes",
     "search",
-    "select_kept",
     "select_top",
     "shared_widths",
     "sliceable",

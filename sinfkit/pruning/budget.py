@@ -28,15 +28,7 @@ _BISECTIONS = 5
 
 @dataclass(frozen=True)
 class Budgeted:
-    """Widths that keep to a budget.
-
-    Attributes
-    ----------
-    widths : dict of str to int
-        Channels left in each group, by group name.
-    cost_ratio : float
-        Cost of the narrowed network over that of the base: counted, or measured for latency.
-    """
+    """Channels left in each group, by name, and the network's cost over that of the base."""
 
     widths: dict[str, int]
     cost_ratio: float
@@ -51,36 +43,10 @@ def shared_widths(
 ) -> dict[str, int]:
     """One width for each group, for one or several clusters, that keeps to a budget.
 
-    Parameters
-    ----------
-    groups : sequence of ChannelGroup
-        Those of `cost`, in its order.
-    scored : sequence of Scored
-        Scores for each cluster; just one where a network is pruned as a whole.
-    cost : CostModel
-        From `network_cost`.  Of a routed network: prefix and one subgraph, say.
-    recipe : Recipe
-        Of ``schedule="global"``: its criterion, `max_ratio` and, unless given here, budget.
-    budget : float, optional
-        Fraction of ``cost.base`` that may stay.
-
-    Returns
-    -------
-    dict of str to int
-        Channels to keep, by group name: for `choose_channels`, cluster by cluster.
-
-    Raises
-    ------
-    ValueError
-        If the budget is missing or cannot be met, or a score is negative.
-
-    Notes
-    -----
-    Clusters keep different filters but equally many, so that one compiled graph serves them all.
-    What the n-th removal from a group costs is the mean over clusters of what each one's own n-th
-    removal costs.  Where `Scored.losses` are known, that is what it adds to them; but a removal
-    that makes cheaper ones possible is taken together with them, at their mean: the lower convex
-    hull of the losses.
+    `scored` has one entry for each cluster; `groups` are those of `cost`.  Clusters keep different
+    filters but equally many, so that one compiled graph serves all.  What the n-th removal costs is
+    the mean over clusters of what each one's own costs; one that makes cheaper ones possible is
+    taken together with them (the lower convex hull of `Scored.losses`).
     """
     budget = recipe.budget if budget is None else budget
     if budget is None:
@@ -155,34 +121,9 @@ def tighten(
 ) -> tuple[float, float]:
     """Find the largest budget in a model that keeps to a budget in truth.
 
-    Parameters
-    ----------
-    measure : callable
-        From a budget in the model to the true cost ratio.  It raises a ValueError for a budget that
-        is too small for the model.
-    budget : float
-        What the true ratio may be.  It is tried first, as the budget in the model.
-    n_bisections : int, default=5
-        How often the interval between too wide and narrow enough (at first: nothing) is halved.
-
-    Returns
-    -------
-    modelled, measured : float
-        The budget in the model, and the true ratio that it gave.
-
-    Raises
-    ------
-    ValueError
-        If no budget that was tried is met.
-
-    Examples
-    --------
-    The truth is a tenth more than the model says.
-
-    >>> from sinfkit.pruning import tighten
-    >>> modelled, measured = tighten(lambda b: 0.1 + b, 0.5)
-    >>> round(modelled, 2), round(measured, 2)
-    (0.39, 0.49)
+    `measure` maps the first to the true cost ratio, or raises OutOfReachError.  `budget` is tried
+    first; then the interval between too wide and narrow enough is halved, `n_bisections` times.
+    Returns the budget in the model, and the true ratio.
     """
     measured = measure(budget)
     if measured <= budget:

@@ -30,33 +30,9 @@ class CostModel:
 
     With the numbers of channels left, :math:`k`, the cost is
     :math:`f + \sum_t c_t (o_{t0} + o_t \cdot k)(i_{t0} + i_t \cdot k)`: a sum over tensors of
-    weights, each with the outputs and the inputs that it has left.
-
-    Attributes
-    ----------
-    widths : int ndarray of shape (n_groups,)
-        Channels of each group in the base network.
-    fixed : float
-        What no group changes.
-    coefficients : ndarray of shape (n_terms,)
-        Cost of one output with one input.
-    outputs, inputs : ndarray of shape (n_terms, 1 + n_groups)
-        Constants, and outputs or inputs for each channel of each group.
-    base : float
-        Cost of the base network, with all of its outputs.  Budgets are fractions of it.
-
-    Examples
-    --------
-    Two layers in a row: 3 -> a channels -> b channels, at 1 for each product.
-
-    >>> import numpy as np
-    >>> from sinfkit.pruning import CostModel
-    >>> outputs, inputs = np.array([[0, 1, 0], [0, 0, 1]]), np.array([[3, 0, 0], [0, 1, 0]])
-    >>> cost = CostModel(np.array([8, 4]), 0.0, np.ones(2), outputs, inputs, base=56.0)
-    >>> cost.total([8, 4]), cost.total([7, 4])
-    (56.0, 49.0)
-    >>> cost.savings([8, 4], [1, 1])
-    array([7., 8.])
+    weights, each with the outputs and the inputs that it has left.  `widths` (n_groups,) are those
+    of the base; `outputs` and `inputs` (n_terms, 1 + n_groups) hold constants, then the number for
+    each channel of each group; `base` is the whole base's cost, of which budgets are fractions.
     """
 
     widths: NDArray[np.int64]
@@ -67,34 +43,12 @@ class CostModel:
     base: float
 
     def total(self, widths: ArrayLike) -> float:
-        """Cost with so many channels left in each group.
-
-        Parameters
-        ----------
-        widths : array-like of shape (n_groups,)
-
-        Returns
-        -------
-        float
-            In the unit of `base`.
-        """
+        """Cost with so many channels left in each group, in the unit of `base`."""
         outputs, inputs = self._sides(np.asarray(widths, dtype=np.float64))
         return float(self.fixed + self.coefficients @ (outputs * inputs))
 
     def savings(self, widths: ArrayLike, steps: ArrayLike) -> NDArray[np.float64]:
-        """How much cheaper the network gets when one group is narrowed by one step.
-
-        Parameters
-        ----------
-        widths : array-like of shape (n_groups,)
-            Channels left now.
-        steps : array-like of shape (n_groups,)
-            Channels that would go, for each group by itself.
-
-        Returns
-        -------
-        ndarray of shape (n_groups,)
-        """
+        """How much cheaper the network gets when one group alone is narrowed by its step."""
         outputs, inputs = self._sides(np.asarray(widths, dtype=np.float64))
         each = np.asarray(steps, dtype=np.float64)
         fewer_out, fewer_in = self.outputs[:, 1:] * each, self.inputs[:, 1:] * each
@@ -121,51 +75,12 @@ def network_cost(
     times: Mapping[str, LayerTime] | None = None,
     calls: Mapping[str, int] | None = None,
 ) -> CostModel:
-    """Build the cost model of a network.
+    """Build the cost model of a network whose `chosen` groups may be narrowed.
 
-    Parameters
-    ----------
-    graph : GraphModule
-        The base network.
-    groups : sequence of ChannelGroup
-        All of its groups, as `find_groups` gives them.
-    chosen : sequence of ChannelGroup
-        Those that may be narrowed: the groups of the model, in this order.
-    example : Tensor of shape (n, ...)
-        Its input, normalised.  Of ``"latency"``: as many samples as go through it at once.
-    unit : {"macs", "params", "latency"}, default="macs"
-    kept : mapping of str to int, optional
-        Channels that stay in other groups, by group name: outputs that are left out, say.
-    times : mapping of str to LayerTime, optional
-        With ``"latency"``: of each layer, see `sinfkit.pruning.fit_layer_times`.
-    calls : mapping of str to int, optional
-        With ``"latency"``: how often a layer is called for the batch, default once.  Behind the
-        route predictor once for each cluster, with that cluster's samples.
-
-    Returns
-    -------
-    CostModel
-        For ``"macs"`` and ``"params"`` `CostModel.total` is what `count_macs` and
-        `count_parameters` give for the sliced network.  `CostModel.base` of a latency has one call
-        of each layer.
-
-    Raises
-    ------
-    ValueError
-        For an unknown unit.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from torch import nn
-    >>> from sinfkit.pruning import network_cost
-    >>> from sinfkit.graph import trace
-    >>> from sinfkit.slicing import find_groups
-    >>> graph = trace(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)))
-    >>> groups = find_groups(graph, torch.zeros(1, 3), "2")
-    >>> cost = network_cost(graph, groups, groups[:1], torch.zeros(1, 3))
-    >>> cost.base, cost.total([6])
-    (56.0, 42.0)
+    `groups` are all of its groups, `kept` the channels that stay in others, by name.  A latency
+    needs the layers' `times` (see `fit_layer_times`) and as many samples in `example` as go through
+    at once; `calls` says how often a layer is called for them, default once.  ``"macs"`` and
+    ``"params"`` are exact: `CostModel.total` is what the sliced network has.
     """
     overhead, base = 0.0, None
     if unit == "macs":

@@ -20,7 +20,6 @@ __all__ = [
     "n_removed",
     "removal_order",
     "removal_ratios",
-    "select_kept",
     "select_top",
     "widths_within",
 ]
@@ -52,48 +51,12 @@ SCHEDULES: dict[str, Callable[[NDArray[np.float64], float, float], NDArray[np.fl
 def removal_ratios(
     n_layers: int, schedule: str = "linear", min_ratio: float = 0.1, max_ratio: float = 0.5
 ) -> NDArray[np.float64]:
-    r"""Fraction of filters to remove from each layer, growing with depth.
+    r"""Share of the filters to remove from each of `n_layers`, in forward order; shape (n_layers,).
 
-    Parameters
-    ----------
-    n_layers : int
-        Number of layers (dependency groups) in forward order that lose filters.
-    schedule : {"linear", "geometric", "uniform"}, default="linear"
-        With the relative depth :math:`t` from 0 (first layer) to 1 (last):
-
-        - ``"linear"``: :math:`r = r_M + (r_L - r_M) t`;
-        - ``"geometric"``: interpolates the fraction kept,
-          :math:`1 - r = (1 - r_M) ((1 - r_L) / (1 - r_M))^t`;
-        - ``"uniform"``: `max_ratio` everywhere, `min_ratio` is not used.
-    min_ratio : float, default=0.1
-        Fraction removed from the first layer, in [0, 1).
-    max_ratio : float, default=0.5
-        Fraction removed from the last layer, in [0, 1), not below `min_ratio`. A single layer
-        loses this fraction.
-
-    Returns
-    -------
-    ndarray of shape (n_layers,)
-        Ratios in [0, 1), float64.
-
-    Raises
-    ------
-    ValueError
-        If `n_layers` is negative, the schedule is unknown, a ratio is outside [0, 1), or
-        `max_ratio` is below `min_ratio`.
-
-    Notes
-    -----
-    That more is removed from later layers, between two ratios that the user chooses, is stated by
-    the paper on semantic inference (arXiv:2310.01259); the formulas are this package's choice.
-
-    Examples
-    --------
-    >>> from sinfkit.pruning import removal_ratios
-    >>> removal_ratios(3, "linear", 0.1, 0.5)
-    array([0.1, 0.3, 0.5])
-    >>> removal_ratios(1, "linear", 0.1, 0.5)
-    array([0.5])
+    With the relative depth :math:`t` from 0 to 1, ``"linear"`` is :math:`r_M + (r_L - r_M) t`,
+    ``"geometric"`` interpolates what is kept, :math:`(1 - r_M) ((1 - r_L) / (1 - r_M))^t`, and
+    ``"uniform"`` is `max_ratio` everywhere; a single layer loses `max_ratio`.  That more is removed
+    from later layers is stated by the paper (arXiv:2310.01259); the formulas are our choice.
     """
     if n_layers < 0:
         raise ValueError(f"n_layers must not be negative, got {n_layers}")
@@ -111,34 +74,9 @@ def removal_ratios(
 
 
 def n_removed(ratio: float, n: int, multiple: int = 1) -> int:
-    """Count of filters that a layer loses.
+    """Filters that a layer of `n` loses: ``floor(ratio * n + 1e-9)``, and at least one stays.
 
-    Parameters
-    ----------
-    ratio : float
-        Fraction to remove, in [0, 1).
-    n : int
-        Filters in the layer, at least 1.
-    multiple : int, default=1
-        The count is rounded down to a multiple of this, which divides `n`: the number of groups
-        of a grouped convolution.
-
-    Returns
-    -------
-    int
-        ``floor(ratio * n + 1e-9)``, rounded down to a multiple, and at most ``n - multiple``, so
-        that one filter (of each group) stays.
-
-    Raises
-    ------
-    ValueError
-        If `ratio` is outside [0, 1), `n` is below 1, or `multiple` does not divide `n`.
-
-    Examples
-    --------
-    >>> from sinfkit.pruning import n_removed
-    >>> n_removed(0.3, 64), n_removed(0.3, 10), n_removed(0.99, 4), n_removed(0.3, 64, 4)
-    (19, 3, 3, 16)
+    Rounded down to a `multiple`, of which one stays, where a grouped convolution asks for it.
     """
     _check_ratio("ratio", ratio)
     if n < 1:
@@ -150,70 +88,11 @@ def n_removed(ratio: float, n: int, multiple: int = 1) -> int:
     return min(count - count % multiple, n - multiple)
 
 
-def select_kept(scores: ArrayLike, ratio: float, n_groups: int = 1) -> NDArray[np.int64]:
-    """Indices of the filters that stay when the lowest scores go.
-
-    Parameters
-    ----------
-    scores : array-like of shape (n_filters,)
-        One score per filter, low for the least useful. Of equal scores, the one with the higher
-        index goes first.
-    ratio : float
-        Fraction to remove, in [0, 1); see `n_removed` for the count.
-    n_groups : int, default=1
-        Number of equal, consecutive groups of filters that must all lose the same local indices,
-        as on both sides of a grouped convolution. Local indices are ranked by their sum of scores.
-
-    Returns
-    -------
-    ndarray of shape (n_kept,)
-        Sorted indices, int64.
-
-    Raises
-    ------
-    ValueError
-        If the scores are not one-dimensional, hold NaN, or do not split into `n_groups`; or the
-        ratio is outside [0, 1).
-
-    Examples
-    --------
-    >>> from sinfkit.pruning import select_kept
-    >>> select_kept([0.3, 0.1, 0.3, 0.2], 0.5)
-    array([0, 2])
-    >>> select_kept([5, 1, 2, 1, 2, 4], 0.34, n_groups=2)  # sums of scores: 6, 3, 6
-    array([0, 2, 3, 5])
-    """
-    values = _checked(scores)
-    return select_top(values, len(values) - n_removed(ratio, len(values), n_groups), n_groups)
-
-
 def select_top(scores: ArrayLike, n_kept: int, n_groups: int = 1) -> NDArray[np.int64]:
-    """Indices of the filters of the highest scores.
+    """Sorted indices, int64, of the `n_kept` filters of the highest scores, shape (n_filters,).
 
-    Parameters
-    ----------
-    scores : array-like of shape (n_filters,)
-        As for `select_kept`.
-    n_kept : int
-        How many filters stay: a multiple of `n_groups`, at least one of each.
-    n_groups : int, default=1
-        As for `select_kept`.
-
-    Returns
-    -------
-    ndarray of shape (n_kept,)
-        Sorted indices, int64.
-
-    Raises
-    ------
-    ValueError
-        If `n_kept` is out of range or no multiple of `n_groups`; or the scores are not fit.
-
-    Examples
-    --------
-    >>> from sinfkit.pruning import select_top
-    >>> select_top([0.3, 0.1, 0.3, 0.2], 1)
-    array([0])
+    Of equal scores, the one with the higher index goes first.  In a group of several equal runs,
+    all lose the same local indices, which are ranked by their sum of scores.
     """
     values = _checked(scores)
     units = _by_unit(values, n_groups)
@@ -227,31 +106,7 @@ def select_top(scores: ArrayLike, n_kept: int, n_groups: int = 1) -> NDArray[np.
 
 
 def removal_order(scores: ArrayLike, n_groups: int = 1) -> NDArray[np.int64]:
-    """The order in which filters go: the lowest scores first, of equal ones the highest index.
-
-    Parameters
-    ----------
-    scores : array-like of shape (n_filters,)
-        As for `select_kept`.
-    n_groups : int, default=1
-        As for `select_kept`.
-
-    Returns
-    -------
-    ndarray of shape (n_filters / n_groups,)
-        Local indices, int64; `select_top` keeps the last ones.
-
-    Raises
-    ------
-    ValueError
-        As for `select_kept`.
-
-    Examples
-    --------
-    >>> from sinfkit.pruning import removal_order
-    >>> removal_order([0.3, 0.1, 0.3, 0.2])
-    array([1, 3, 2, 0])
-    """
+    """Local indices in the order in which they go; `select_top` keeps the last ones."""
     units = _by_unit(_checked(scores), n_groups)
     return np.argsort(-units.sum(0), kind="stable")[::-1].astype(np.int64)
 
@@ -261,40 +116,9 @@ def marginal_losses(
 ) -> NDArray[np.float64]:
     """What each removal costs, in the order of removal, comparable between layers.
 
-    Parameters
-    ----------
-    scores : array-like of shape (n_filters,)
-        One score per filter, low for the least useful, not negative.
-    n_groups : int, default=1
-        As for `select_kept`: one entry for each set of filters that go together.
-    cumulative : bool, default=False
-        Whether a score says what is lost when this filter AND all of lower score are gone, as a
-        share of something that layers have in common.  Then the differences are the losses.
-        Otherwise the losses are the scores divided by their total: a filter stands for its share
-        of the layer.
-
-    Returns
-    -------
-    ndarray of shape (n_filters / n_groups,)
-        Not negative; ascending unless `cumulative`.
-
-    Raises
-    ------
-    ValueError
-        If a score is negative, and for scores that are not fit for `select_kept`.
-
-    Notes
-    -----
-    A layer whose scores are all zero says nothing about its filters, and each stands for an equal
-    share.
-
-    Examples
-    --------
-    >>> from sinfkit.pruning import marginal_losses
-    >>> marginal_losses([3.0, 1.0, 4.0])
-    array([0.125, 0.375, 0.5  ])
-    >>> marginal_losses([0.25, 0.125, 1.0], cumulative=True)
-    array([0.125, 0.125, 0.75 ])
+    Shares of the scores' total; or, where a score is `cumulative` (it says what is lost when this
+    filter AND all of lower score are gone), the differences.  One entry for each set of filters
+    that go together.  Scores that are all zero say nothing, and all filters count alike.
     """
     units = _by_unit(_not_negative(scores), n_groups)
     if not units.any():
@@ -310,46 +134,9 @@ def widths_within(
 ) -> NDArray[np.int64]:
     """Remove the filters that cost least for what they save, until a budget is met.
 
-    Parameters
-    ----------
-    losses : sequence of ndarray
-        For each group of `cost`, what each removal costs, in the order of removal; see
-        `marginal_losses`.  Fewer entries than channels: so many channels go with each.
-    cost : CostModel
-    budget : float
-        Fraction of ``cost.base`` that may stay, in (0, 1].
-    max_ratio : float, default=0.9
-        Largest fraction that any group may lose, in [0, 1); one entry always stays.
-
-    Returns
-    -------
-    ndarray of shape (n_groups,)
-        Channels left in each group, int64: the first widths on the way down that meet the budget,
-        so that the last removal is the only one that was not needed in full.
-
-    Raises
-    ------
-    ValueError
-        If `budget` is not in (0, 1].
-    OutOfReachError
-        A ValueError: if `budget` cannot be met; the message says which `max_ratio` would do.
-
-    Notes
-    -----
-    One filter after the other goes, that of the smallest loss divided by what its removal saves at
-    the widths of that moment; of equal ones, that of the earliest group.  A smaller budget follows
-    the same way further.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from sinfkit.pruning import CostModel
-    >>> from sinfkit.pruning import widths_within
-    >>> outputs, inputs = np.array([[0, 1, 0], [0, 0, 1]]), np.array([[3, 0, 0], [0, 1, 0]])
-    >>> cost = CostModel(np.array([4, 4]), 0.0, np.ones(2), outputs, inputs, base=28.0)
-    >>> losses = [np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.01, 0.09, 0.4, 0.5])]
-    >>> widths_within(losses, cost, 0.75)  # 28 -> 24 -> 18
-    array([3, 3])
+    `losses` are those of `marginal_losses` for each group of `cost`; of none goes more than
+    `max_ratio`.  Returns the channels left, int64 of shape (n_groups,): a smaller budget follows
+    the same way further.  OutOfReachError, which says what `max_ratio` would do, if there are none.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget!r}.")
@@ -375,37 +162,9 @@ def widths_within(
 
 
 def n_above_mean(scores: ArrayLike, factor: float, n_groups: int = 1) -> int:
-    """Count the filters whose score exceeds a fraction of the layer's mean.
+    """Count the filters whose score exceeds `factor` times the layer's mean; at least `n_groups`.
 
-    Parameters
-    ----------
-    scores : array-like of shape (n_filters,)
-        Not negative, low for the least useful.
-    factor : float
-        The fraction, not negative.
-    n_groups : int, default=1
-        As for `select_kept`: sums of scores are compared with their mean.
-
-    Returns
-    -------
-    int
-        At least `n_groups`.
-
-    Raises
-    ------
-    ValueError
-        If a score or the factor is negative.
-
-    Notes
-    -----
-    The rule of TVSPrune (Murti, Narshana and Bhattacharyya, ICLR 2023): what scores at most
-    `factor` times the mean is removed.
-
-    Examples
-    --------
-    >>> from sinfkit.pruning import n_above_mean
-    >>> n_above_mean([1.0, 2.0, 3.0, 6.0], 0.5)  # the mean is 3
-    3
+    The rule of TVSPrune (Murti, Narshana and Bhattacharyya, ICLR 2023).
     """
     units = _by_unit(_not_negative(scores), n_groups).sum(0)
     if not factor >= 0:

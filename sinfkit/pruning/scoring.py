@@ -14,8 +14,7 @@ from sklearn.utils.validation import check_memory
 from torch import Tensor, fx
 
 from ..criteria.activations import Statistics, collect, taylor_scores
-from ..criteria.brain_surgeon import Consumer, costs_in_order, gather_consumers, norm_gains
-from ..criteria.dfpc import gather_couplings
+from ..criteria.brain_surgeon import Consumer, costs_in_order, gather_consumers
 from ..criteria.feature_maps import MAX_IMAGES, STATISTICS, map_statistics
 from ..criteria.registry import CRITERIA, LayerData
 from ..data.calibration import Calibration, progress
@@ -30,7 +29,7 @@ __all__ = ["ClassSamples", "Scored", "gather", "group_scores", "score", "score_c
 _CONSUMER_IMAGES = 2_000  # for second moments of what layers read: many positions in each image
 _DECOMPOSED = frozenset({"map_rank", "map_independence"})
 # Fields of a group, not of its layers: one of them stands for all.
-_PER_GROUP = frozenset({"consumers", "consumer_features", "couplings"})
+_PER_GROUP = frozenset({"consumers", "consumer_features"})
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _records(
     collected = _collected(graph, groups, nodes, samples, needs)
     n_groups = {layer: group.n_runs for group in groups for layer in group.layers}
     modules = dict(graph.named_modules())
-    norms, gains = batch_norm_behind(graph), norm_gains(graph)
+    norms = batch_norm_behind(graph)
     generator = torch.Generator().manual_seed(samples.seed)
 
     def record(layer: str) -> LayerData:
@@ -154,7 +153,6 @@ def _records(
             sample_weight=samples.weight,
             weight=weight,
             norm_scale=None if norm is None else modules[norm].weight,  # None without scales
-            norm_gain=gains.get(layer, torch.ones(n_channels, dtype=torch.float64)),
             n_groups=n_groups[layer],
             n_classes=int(samples.y.max()) + 1 if len(samples.y) else 0,
             generator=generator,
@@ -174,18 +172,11 @@ def _collected(
     """Gather what a criterion needs beside features and weights: fields of the record by layer."""
     layers = [layer for group in groups for layer in group.layers]
     found: dict[str, dict[str, Any]] = {layer: {} for layer in layers}
-    for name, power in (("taylor", 1), ("taylor_squared", 2)):
-        if name in needs:
-            scores = taylor_scores(
-                graph,
-                samples.labelled(),
-                nodes,
-                list(samples.outputs),
-                power=power,
-                sample_weight=samples.weight,
-            )
-            for layer, values in scores.items():
-                found[layer][name] = values
+    if "taylor" in needs:
+        outputs, labelled = list(samples.outputs), samples.labelled()
+        scores = taylor_scores(graph, labelled, nodes, outputs, sample_weight=samples.weight)
+        for layer, values in scores.items():
+            found[layer]["taylor"] = values
     wanted = [name for name in STATISTICS if name in needs]
     if wanted or "map_range" in needs:
         # Zeros are cheap to count; what takes decompositions is taken of some images.
@@ -204,10 +195,6 @@ def _collected(
             names = set(group.consumers).intersection(layers, samples.pooled)
             observed = {name: samples.pooled[name] for name in names}
             found[group.name]["consumer_features"] = observed
-    if "couplings" in needs:
-        example = next(iter(samples.batches(np.arange(1))))
-        for name, couplings in gather_couplings(graph, groups, example).items():
-            found[name]["couplings"] = couplings
     return found
 
 

@@ -368,18 +368,6 @@ def test_taylor_is_that_of_single_samples(outputs: list[int] | None) -> None:
         assert found["fc2"][1] == 0  # an output that the loss does not see
 
 
-def test_squared_taylor_is_the_mean_of_squares() -> None:
-    network = residual()
-    gm = trace(network)
-    x, y = rand(5, 2, 13, 13), torch.tensor([0, 1, 2, 1, 0])
-    nodes = observation_nodes(gm, layer_names(gm))
-    found = taylor_scores(gm, zip(x.split(2), y.split(2), strict=True), nodes, power=2)
-    single = [reference(network, x[i : i + 1], y[i : i + 1]) for i in range(5)]
-    for name, value in found.items():
-        expected = torch.stack([scores[name].square() for scores in single]).mean(0)
-        torch.testing.assert_close(value, expected)
-
-
 @few
 @given(st.lists(st.integers(0, 9), max_size=5), st.permutations(range(9)))
 def test_batches_make_no_difference_to_taylor(cuts: list[int], order: list[int]) -> None:

@@ -19,12 +19,11 @@ from sinfkit.criteria import (
     LayerData,
     costs_in_order,
     gather_consumers,
-    marginal_costs,
     removal_costs,
     weigh_outputs,
 )
 from sinfkit.graph import trace
-from sinfkit.pruning import select_kept
+from sinfkit.pruning import select_top
 from sinfkit.repair import repair
 from sinfkit.slicing import find_groups, slice_channels
 
@@ -362,31 +361,13 @@ def test_least_squares_wins_back_more_than_after_other_choices():
     }
     error = {}
     for name, score in scores.items():
-        kept = select_kept(score.numpy().astype(float), 1 / 3)
+        kept = select_top(score.numpy().astype(float), 16)
         sliced = slice_channels(graph, x[:1], {"0": kept}, groups=groups)
         error[name] = repair(graph, sliced, x)["2"]
     assert error["obs"] < 0.5 * min(error["l1"], error["random"])
 
 
 # Together with DCS --------------------------------------------------------------------------------
-
-
-def test_marginal_costs_by_hand():
-    costs = torch.tensor([7.0, 1.0, 4.0, 7.0, 1.0, 4.0])
-    assert marginal_costs(costs, n_groups=2).tolist() == [3.0, 1.0, 3.0] * 2
-    assert marginal_costs(costs[:3]).tolist() == [3.0, 1.0, 3.0]
-    assert marginal_costs(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 1000), st.integers(2, 12))
-def test_marginal_costs_add_up_to_all_that_is_lost(seed, n):
-    x = correlated(n, seed)
-    weight = torch.randn(3, n, generator=torch.Generator().manual_seed(seed)).double()
-    costs = removal_costs([consumer(x, weight, 1)], n)
-    added = marginal_costs(costs)
-    assert float(added.min()) >= 0
-    assert float(added.sum()) == pytest.approx(float(costs.max()))
 
 
 def test_what_is_lost_counts_where_it_matters():
@@ -426,37 +407,23 @@ def test_dcs_obs_keeps_what_feeds_outputs_that_discriminate():
     plain, weighed = (CRITERIA[name].function(data) for name in ("obs", "dcs_obs"))
     assert set(plain.argsort()[-3:].tolist()) == {3, 4, 5}  # the large output
     assert int(weighed.argmax()) in (0, 1) and int(plain.argmax()) not in (0, 1)
-    flat = CRITERIA["dcs_obs"].function(data, power=0.0)
-    torch.testing.assert_close(flat, plain)
     unseen = LayerData(**{**data.__dict__, "consumer_features": {}})
     torch.testing.assert_close(CRITERIA["dcs_obs"].function(unseen), plain)
 
 
-def test_dcs_plus_obs_is_between_its_parts():
-    data = layer_data()
-    dcs, both = (CRITERIA[name].function(data) for name in ("dcs", "dcs_plus_obs"))
-    lost = marginal_costs(CRITERIA["obs"].function(data))
-    torch.testing.assert_close(both, 0.75 * dcs + 0.25 * lost / lost.sum())
-    assert float(both.sum()) == pytest.approx(1.0)
-    alone = CRITERIA["dcs_plus_obs"].function(data, share=1.0)
-    torch.testing.assert_close(alone, dcs)
-
-
 def test_where_no_reader_is_known():
     data = LayerData(**{**layer_data().__dict__, "consumers": ()})
-    for name, alone in (("dcs_obs", "obs"), ("dcs_plus_obs", "dcs")):
-        scores = (CRITERIA[criterion].function(data) for criterion in (name, alone))
-        torch.testing.assert_close(*scores)
+    scores = (CRITERIA[name].function(data) for name in ("dcs_obs", "obs"))
+    torch.testing.assert_close(*scores)
 
 
 @pytest.mark.filterwarnings("ignore:The model answers")  # it is not trained
-@pytest.mark.parametrize("criterion", ["dcs_obs", "dcs_plus_obs"])
-def test_combined_criteria_in_the_pruner(criterion):
+def test_both_together_in_the_pruner():
     X, y = blobs(n_classes=4)
     pruner = DCSPruner(
         small_cnn(n_classes=4),
         schedule="linear",
-        criterion=criterion,
+        criterion="dcs_obs",
         repair="static_least_squares",
         random_state=0,
     ).fit(X, y)

@@ -134,7 +134,7 @@ def test_with_scores_come_the_losses_of_their_order():
     def unread_first(data):
         return torch.arange(len(data.weight), 0, -1)
 
-    for criterion in (unread_first, "activation_std", "dcs", "l1"):
+    for criterion in (unread_first, "fdr", "dcs", "l1"):
         made = recipe(criterion, 0.9)
         nodes = observation_nodes(graph, [layer for g in chosen for layer in g.layers])
         statistics = collect(graph, [example], nodes, 1)
