@@ -35,7 +35,7 @@ from .graph.cuts import output_layer, trace
 from .graph.fidelity import check_traced
 from .utils.device import in_pieces, loaded_device, resolve_device
 from .utils.params import check_integer, check_jobs, check_verbose, naming
-from .utils.pickling import Borrowed, Packed, borrow, pack, versions, warn_of_versions
+from .utils.pickling import pack, versions, warn_of_versions
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
 _FEW = 4  # samples on which a network is tried
@@ -369,13 +369,7 @@ class TorchEstimator(BaseEstimator):
         for name in modules:
             del state[name]
         if modules:
-            packed: Packed | Borrowed = (whole := pack(modules))
-            base = state.get("base_model_")
-            # Unsliced parts, and a `model` that is not frozen, hold the base's weights once more.
-            # Where the base's own pickle only names a file, the others must do without it.
-            if isinstance(base, FrozenModel) and getattr(base, "weights_file", None) is None:
-                packed = borrow(whole, base.packed)
-            state["_packed_modules"] = packed
+            state["_packed_modules"] = pack(modules)
         if "device_" in state:
             state["device_"] = str(state["device_"])
         return state
@@ -387,8 +381,6 @@ class TorchEstimator(BaseEstimator):
         device = state.get("device_")
         if device is not None:
             state["device_"] = device = loaded_device(device)
-        if isinstance(packed, Borrowed):
-            packed = packed.complete(state["base_model_"].packed)
         if packed is not None:
             modules = packed.unpack("cpu")
             for name, module in modules.items():

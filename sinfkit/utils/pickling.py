@@ -13,7 +13,7 @@ import pickle
 import types
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,12 +42,7 @@ def versions() -> dict[str, str]:
 def warn_of_versions(kind: str, stored: Mapping[str, str]) -> None:
     """Warn, once for all packages, where a pickle was written with other major versions.
 
-    Parameters
-    ----------
-    kind : str
-        The class that was pickled.
-    stored : mapping of str to str
-        From `versions`, when it was.
+    `kind` is the class that was pickled, `stored` what `versions` said then.
     """
     here = versions()
     differ = [
@@ -108,54 +103,10 @@ class Packed:
         return _Unpickler(io.BytesIO(self.structure), tensors, self.main).load()
 
 
-@dataclass(frozen=True)
-class Borrowed:
-    """A `Packed` without the arrays that another one has as well.
-
-    Attributes
-    ----------
-    packed : Packed
-        Its own arrays only.
-    places : tuple of int
-        For each tensor: n for the other's array n, or -1 for the next one of its own.
-    """
-
-    packed: Packed
-    places: tuple[int, ...]
-
-    def complete(self, lender: Packed) -> Packed:
-        """Put the other's arrays back."""
-        own = iter(self.packed.arrays)
-        arrays = tuple(next(own) if n < 0 else lender.arrays[n] for n in self.places)
-        return replace(self.packed, arrays=arrays)
-
-
-def borrow(packed: Packed, lender: Packed) -> Borrowed:
-    """Leave out what is stored in `lender`, which is stored beside it."""
-    places, own = [], []
-    for array, dtype in zip(packed.arrays, packed.dtypes, strict=True):
-        place = -1
-        for n, other in enumerate(lender.arrays):
-            same = array.shape == other.shape and dtype == lender.dtypes[n]
-            if same and array.tobytes() == other.tobytes():
-                place = n
-                break
-        places.append(place)
-        own += [array] if place < 0 else []
-    return Borrowed(replace(packed, arrays=tuple(own)), tuple(places))
-
-
 def pack(obj: Any) -> Packed:
     """Take the tensors out of a picklable object (usually a dict of modules).
 
-    Parameters
-    ----------
-    obj : object
-        Anything picklable.  Tensors that share memory, shape and strides are stored once.
-
-    Returns
-    -------
-    Packed
+    Tensors that share memory, shape and strides are stored once.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
