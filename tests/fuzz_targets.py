@@ -470,7 +470,7 @@ def targets(world: World) -> list[Target]:
         {"folder": world.images, "class_table": world.table, "size": None, "n_jobs": None},
         wrong={"folder": choice("nowhere", world.file, "", "a\0b", world.damaged, 3, world.folder)}
         | {"class_table": choice("nowhere", world.images, world.file, "a\0b"), "size": small_ints}
-        | {"n_jobs": parameters_of(world, "DCSPruner")["n_jobs"]},
+        | {"n_jobs": parameters_of(world, "SemanticClusterer")["n_jobs"]},
         paths=("folder", "class_table"),
         weight=2,
         required=("folder",),
