@@ -25,6 +25,7 @@ from .inference.report import PruningReport, SINFReport
 from .persistence.estimators import load, save
 from .pruner import DCSPruner
 from .pruning.options import PruningOptions
+from .routing.config import RoutingOptions
 from .version import __version__
 from .zoo.datasets import load_cifar10, load_cifar100, load_image_folder
 from .zoo.networks import resnet50, vgg16, vgg19
@@ -41,6 +42,7 @@ __all__ = [
     "PromiseWarning",
     "PruningReport",
     "RouteConfusionDisplay",
+    "RoutingOptions",
     "PruningOptions",
     "SINFClassifier",
     "SINFReport",

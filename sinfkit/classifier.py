@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
 from sklearn import get_config
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from .base import (
-    TorchClassifierMixin,
-    TorchEstimator,
-    all_or_nothing,
-    answers_in_torch,
-)
+from .base import TorchClassifierMixin, TorchEstimator, all_or_nothing, answers_in_torch
 from .clusterer import SemanticClusterer
 from .data.calibration import Batcher, Calibration
 from .data.labels import encode
@@ -34,35 +27,23 @@ from .data.validation import (
     validate_y,
     without_zeros,
 )
-from .errors import OutOfReachError
 from .export.onnx import to_onnx
-from .graph.cuts import cut_points, find_cut
 from .inference.forms import fast_form, half_precision
 from .inference.measure import make_report
-from .inference.network import FALLBACKS, SINFNetwork
+from .inference.network import SINFNetwork
 from .inference.report import SINFReport, promise_of
 from .pruner import DCSPruner, recipe_of
 from .pruning.recipe import Recipe, warn_about_whole
-from .routing.builder import ANSWERS, Builder, Built, Held, Plan, Settings
-from .routing.placement import rank_candidates, try_cuts, usable_cuts
-from .routing.search import LADDER, Goal, Outcome, Size, climb
+from .routing.builder import Builder, Built
+from .routing.config import RoutingConfig, RoutingOptions
+from .routing.placement import groupings_to_try, plan_networks
+from .routing.search import Search
+from .routing.study import Samples, Study
 from .utils.jobs import over_chunks
-from .utils.params import caller_level, check_choice, check_integer, check_number, naming
+from .utils.params import caller_level, check_integer, check_number, naming
 
-_ROUTE_SAMPLES = 5_000
-# Of the ladder: two fifths of the multiplications stay.
-_FIRST_RUNG = 3
-_PREFIX_RATIO = 0.3
-_LOW_RANK = 0.5  # tried in a search; at three quarters, two layers take as long as the one
-_AUTOMATIC = (
-    "prefix_ratio",
-    "prefix_low_rank",
-    "exit_threshold",
-    "confidence_threshold",
-    "router_weight",
-)
-_OPTIONAL = ("route_accuracy", "target_speedup", "exit_threshold")
-_CLUSTERS = (1, 2, 5, 10, 20)  # tried where no clusterer is given
+# Shares of filters removed before the route predictor where no budget decides.
+_PREFIX_RATIOS = (0.3, 0.3)
 
 
 class SINFClassifier(TorchClassifierMixin, TorchEstimator):
@@ -223,12 +204,13 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     search_results_: list[dict[str, Any]]
     classes_: np.ndarray
     class_clusters_: np.ndarray
+    memory = None  # that of `pruner`
 
-    _default_components = {
+    _default_components: ClassVar[Mapping[str, Callable[[], BaseEstimator]]] = {
         "clusterer": SemanticClusterer,
-        "pruner": functools.partial(DCSPruner, schedule="global"),
+        "pruner": DCSPruner,
+        "options": RoutingOptions,
     }
-
     _only_from_fit = frozenset(
         {"clusterer_", "pruner_", "scores_", "supports_", "repair_errors_", "search_results_"}
     )
@@ -237,52 +219,34 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         self,
         model: Any = None,
         *,
-        clusterer: Any = None,
-        pruner: Any = None,
-        route_layer: str = "auto",
-        route_accuracy: float | None = None,
-        prefix_ratio: float | str = "auto",
-        prefix_criterion: str | Callable[..., Any] = "obs",
-        prefix_low_rank: float | str = "auto",
-        answers: str = "all",
-        exit_threshold: float | str | None = "auto",
-        confidence_threshold: float | str = "auto",
+        clusterer: SemanticClusterer | None = None,
+        pruner: DCSPruner | None = None,
+        prefix_pruner: DCSPruner | None = None,
+        route_layer: str | float = "auto",
+        fallback: Literal["none", "base", "top2"] = "none",
         max_accuracy_drop: float = 0.01,
         target_speedup: float | None = None,
-        fallback: str = "none",
-        top_k: int = 2,
-        router_weight: float | str = "auto",
-        validation_fraction: float = 0.2,
+        options: RoutingOptions | None = None,
         model_classes: Any = None,
         batch_size: int = 256,
-        device: Any = "auto",
+        device: str | torch.device = "auto",
         n_jobs: int | None = None,
-        memory: Any = None,
         random_state: Any = None,
         verbose: int = 0,
     ) -> None:
         self.model = model
         self.clusterer = clusterer
         self.pruner = pruner
+        self.prefix_pruner = prefix_pruner
         self.route_layer = route_layer
-        self.route_accuracy = route_accuracy
-        self.prefix_ratio = prefix_ratio
-        self.prefix_criterion = prefix_criterion
-        self.prefix_low_rank = prefix_low_rank
-        self.answers = answers
-        self.exit_threshold = exit_threshold
-        self.confidence_threshold = confidence_threshold
+        self.fallback = fallback
         self.max_accuracy_drop = max_accuracy_drop
         self.target_speedup = target_speedup
-        self.fallback = fallback
-        self.top_k = top_k
-        self.router_weight = router_weight
-        self.validation_fraction = validation_fraction
+        self.options = options
         self.model_classes = model_classes
         self.batch_size = batch_size
         self.device = device
         self.n_jobs = n_jobs
-        self.memory = memory
         self.random_state = random_state
         self.verbose = verbose
 
@@ -329,227 +293,65 @@ n_features)
         TypeError
             If `model` is not a module.
         """
-        clusterer, pruner = self._components()
-        with naming("pruner"):
-            recipe = recipe_of(pruner)
-        self._check_parameters()
-        with naming("prefix_criterion"):
-            prefix_recipe = Recipe(
-                criterion=self.prefix_criterion,
-                schedule="uniform",
-                pool_size=recipe.pool_size,
-                penalty=recipe.penalty,
-                round_to=recipe.round_to,
-            )
-        held_out = None if X_val is not None else self.validation_fraction
-        calibration = self._calibrate(X, y, sample_weight=sample_weight, held_out=held_out)
-        for one in (recipe, prefix_recipe):
-            one.check_weights(calibration.weight)
-        rng = np.random.default_rng(calibration.seed)
-        index, held = self._hold_out(calibration, X_val, y_val, sample_weight_val, rng)
-        builder = Builder(
-            calibration,
-            index,
-            held,
-            Settings(
-                recipe,
-                prefix_recipe,
-                recipe.repair_samples,
-                self.answers,
-                self.exit_threshold,
-                self.router_weight,
-                self.confidence_threshold,
-                self.fallback,
-                self.top_k,
-                self.max_accuracy_drop,
-                self.n_jobs,
-                self.memory,
-                self.verbose,
-            ),
-        )
-        sizes = self._sizes(pruner)
+        clusterer, pruner, options = self._parts()
+        config = self._config(pruner, options)
+        fraction = None if X_val is not None else config.validation_fraction
+        calibration = self._calibrate(X, y, sample_weight=sample_weight, held_out=fraction)
+        for recipe in (config.subgraphs, config.prefix):
+            recipe.check_weights(calibration.weight)
         warn_about_whole(calibration.groups)
-        plans = self._plans(builder, clusterer, sizes, rng)
-        self.search_results_ = []
-        statistics = builder.gather(plans)
-        self._check_base(statistics.logits, calibration)
-        built = self._search(builder, plans, sizes)
-        self._warn_of_miss(built)
-        self._take(built, clusterer, pruner)
+        rng = np.random.default_rng(calibration.seed)
+        fit, held = self._split(calibration, X_val, y_val, sample_weight_val, rng)
+        study = Study(calibration, fit, held, config)
+        grouping = clusterer._grouping()
+        groupings = {0: grouping}
+        if self.clusterer is None:
+            groupings = groupings_to_try(grouping, len(study.classes))
+        plans = plan_networks(study, groupings, self.route_layer, rng)
+        self._check_base(study.gather([plan.cut for plan in plans]), calibration)
+        search = Search(Builder(study))
+        built = search.run(plans)
+        self.search_results_ = search.rows
+        self._warn_of_miss(built, config)
+        self._adopt(built, clusterer, pruner, config)
         return self
 
-    def _sizes(self, pruner: DCSPruner) -> list[Size]:
-        """What to choose from: one size where the user has said it, else a ladder."""
-        auto = isinstance(self.prefix_ratio, str)
-        low_rank = 1.0 if isinstance(self.prefix_low_rank, str) else float(self.prefix_low_rank)
-        recipe = recipe_of(pruner)
-        if recipe.schedule == "global" and recipe.budget is None:
-            ladder = tuple(replace(s, low_rank=low_rank) for s in LADDER)
-            if not auto:
-                ladder = tuple(replace(s, prefix_ratio=float(self.prefix_ratio)) for s in ladder)
-            if pruner.get_params()["options__max_ratio"] is not None:
-                ladder = tuple(replace(s, max_ratio=recipe.max_ratio) for s in ladder)
-            return list(ladder)
-        given: float | None = None
-        if not auto or recipe.schedule != "global":
-            given = _PREFIX_RATIO if auto else float(self.prefix_ratio)
-        first, last = recipe.pruning_ratios
-        last = recipe.max_ratio if recipe.schedule == "global" else last
-        return [Size(given, first, last, recipe.budget, low_rank)]
-
-    def _plans(
-        self,
-        builder: Builder,
-        clusterer: SemanticClusterer,
-        sizes: list[Size],
-        rng: np.random.Generator,
-    ) -> list[Plan]:
-        """Where to cut and how many clusters to make: the most promising plan first.
-
-        One plan where the user has said it; else one for each number of clusters, with the cut that
-        suits it best.  All of middle size.
-        """
-        calibration = builder.calibration
-        graph, size = calibration.graph, sizes[min(_FIRST_RUNG, len(sizes) - 1)]
-        n_classes = len(calibration.table.classes)
-        groupings = {0: clusterer._grouping()}
-        if self.clusterer is None:
-            most = min(n_classes, max(2, n_classes // 2))
-            numbers = [n for n in _CLUSTERS if n <= most]
-            groupings = {n: replace(groupings[0], n_clusters=n) for n in numbers}
-        if self.route_layer != "auto":
-            with naming("route_layer"):
-                cuts = [find_cut(graph, self.route_layer)]
-        else:
-            cuts = usable_cuts(graph, cut_points(graph), calibration.output)
-        if not cuts:
-            raise ValueError(
-                "The model has no place where it can be cut in two. Pass it as "
-                "nn.Sequential(prefix, rest)."
-            )
-        if len(cuts) == 1 and len(groupings) == 1:
-            return [Plan(cuts[0], next(iter(groupings.values())), size)]
-
-        few = _some_of_each(calibration.y_encoded, builder.index, _ROUTE_SAMPLES, rng)
-        candidates = try_cuts(
-            calibration,
-            cuts,
-            builder.settings.recipe,
-            train=(builder.batches(few), calibration.y_encoded[few], calibration.weights(few)),
-            held=(builder.held_batches(), builder.held.codes, builder.held.weight),
-            base_logits=builder.base_logits,
-            groupings=groupings,
-            size=size,
-            fallback=self.fallback,
-            answers=self.answers,
-            exits=self.exit_threshold is not None,
-            target=builder.target,
-        )
-        ranked = rank_candidates(candidates, self.route_accuracy, builder.target)
-        best: dict[int, Plan] = {}
-        for candidate in ranked:
-            plan = Plan(candidate.cut, groupings[candidate.n_clusters], size)
-            best.setdefault(candidate.n_clusters, plan)
-        return list(best.values())
-
-    def _search(self, builder: Builder, plans: list[Plan], sizes: list[Size]) -> Built:
-        """Build what is to be tried, and keep what serves the goal best.
-
-        The first plan climbs the ladder of sizes; the others start where it stopped, and go up as
-        long as they are better than all before.  Then the best one's prefix gets a low rank, on the
-        same rung and, while that is better, on others.
-        """
-        goal = Goal(self.max_accuracy_drop, self.target_speedup)
-        best: Built | None = None
-        missed: list[OutOfReachError] = []
-
-        def evaluate(plan: Plan, rung: int, low_rank: float | None = None) -> Outcome:
-            nonlocal best
-            size = sizes[rung] if low_rank is None else replace(sizes[rung], low_rank=low_rank)
-            trial = Plan(plan.cut, plan.grouping, size)
-            try:
-                built = builder.build(trial, time_it=self.target_speedup is not None)
-            except OutOfReachError as error:
-                if len(sizes) == 1:
-                    if "prefix_low_rank" in str(error):
-                        raise
-                    raise OutOfReachError(f"pruner: {error}") from error
-                missed.append(error)
-                return Outcome(drop=1.0, cost=math.inf, speedup=0.0)
-            self._note(built)
-            if best is None or goal.better(built.outcome, best.outcome):
-                best = built  # the others' weights are let go
-            return built.outcome
-
-        first = min(_FIRST_RUNG, len(sizes) - 1)
-        rung, found = climb(lambda i: evaluate(plans[0], i), len(sizes), first, goal)
-        for plan in plans[1:]:
-            for step in range(rung, len(sizes)):
-                outcome = evaluate(plan, step)
-                if not goal.better(outcome, found):
-                    break
-                rung, found = step, outcome
-        if best is None:
-            raise missed[0]
-        if len(sizes) > 1 and isinstance(self.prefix_low_rank, str):
-            plan = best.plan
-            climb(lambda i: evaluate(plan, i, _LOW_RANK), len(sizes), rung, goal)
-        return best
-
-    def _note(self, built: Built) -> None:
-        """Write down what was tried."""
-        outcome = built.outcome
-        row = {
-            "route_layer": built.plan.cut.name,
-            "n_clusters": built.network.n_clusters,
-            **asdict(built.plan.size),
-            "accuracy_drop": outcome.drop,
-            "relative_macs": built.relative_macs,
-            "fallback_share": built.fallback_share,
-            "exit_share": built.exit_share,
-        }
-        if not math.isnan(built.relative_time):
-            row["relative_time"] = built.relative_time
-        if not math.isnan(outcome.speedup):
-            row["speedup"] = outcome.speedup
-        self.search_results_.append(row)
-        if self.verbose:
-            print("SINFClassifier: " + ", ".join(_shown(k, v) for k, v in row.items()))
-
-    def _take(self, built: Built, clusterer: SemanticClusterer, pruner: DCSPruner) -> None:
+    def _adopt(
+        self, built: Built, clusterer: SemanticClusterer, pruner: DCSPruner, config: RoutingConfig
+    ) -> None:
         """Make a network that was built the fitted one."""
         network, plan, subgraphs = built.network, built.plan, built.subgraphs
-        clusterer._adopt(built.clusters)
-        if self.clusterer is None:
-            clusterer.set_params(n_clusters=plan.grouping.n_clusters)
         self.network_ = network
-        self.route_accuracy_ = clusterer.route_accuracy_ = built.route_accuracy
+        self.route_layer_ = plan.cut.name
+        self.route_accuracy_ = built.route_accuracy
         self.router_weight_ = network.router_weight
+        self.temperatures_ = network.temperatures.cpu().numpy()
         self.confidence_threshold_ = network.threshold
         self.exit_threshold_ = network.exit_threshold
-        self.route_layer_ = clusterer.layer_ = plan.cut.name
-        self.prefix_ratio_ = plan.size.prefix_ratio
+        self.prefix_ratio_ = None if config.shares_budget else config.prefix.pruning_ratios[1]
         self.prefix_low_rank_ = plan.size.low_rank
-        self.class_clusters_ = clusterer.class_clusters_
-        self.cluster_names_ = clusterer.cluster_names_
-        self.temperatures_ = network.temperatures.cpu().numpy()
+        self.class_clusters_ = built.clusters.class_clusters
+        self.cluster_names_ = built.clusters.names
         self.scores_ = [{} if s is None else s.scores for s in subgraphs]
         self.supports_ = [{} if s is None else s.support for s in subgraphs]
         self.repair_errors_ = [{} if s is None else s.repair_error for s in subgraphs]
-        clusterer.classes_ = self.classes_
-        clusterer.n_features_in_, clusterer.input_shape_ = self.n_features_in_, self.input_shape_
-        if hasattr(self, "input_range_"):
-            clusterer.input_range_ = self.input_range_
-        clusterer.base_model_, clusterer.device_ = self.base_model_, self.device_
-        pruner.set_params(budget=plan.size.budget)
-        if plan.size.budget is not None:
-            pruner.set_params(options__max_ratio=plan.size.max_ratio)
-        self.clusterer_, self.pruner_ = clusterer, pruner
+        if self.clusterer is None:
+            clusterer.set_params(n_clusters=plan.grouping.n_clusters)
+        clusterer._adopt(built.clusters)
+        clusterer.layer_, clusterer.route_accuracy_ = plan.cut.name, built.route_accuracy
+        for name in (
+            *("classes_", "n_features_in_", "input_shape_", "input_range_"),
+            *("base_model_", "device_"),
+        ):
+            if hasattr(self, name):
+                setattr(clusterer, name, getattr(self, name))
+        self.clusterer_ = clusterer
+        self.pruner_ = pruner.set_params(budget=plan.size.budget)
         self._link()
 
-    def _warn_of_miss(self, built: Built) -> None:
+    def _warn_of_miss(self, built: Built, config: RoutingConfig) -> None:
         """Warn where a speed is not reached, or the held-out loss is beyond limit and noise."""
-        speedup = built.outcome.speedup
+        speedup, passage = built.outcome.speedup, built.passage
         if self.target_speedup is not None and speedup < self.target_speedup:
             warnings.warn(
                 f"No network that was tried is {self.target_speedup:g} times as fast as the base; "
@@ -558,12 +360,11 @@ n_features)
                 UserWarning,
                 stacklevel=caller_level(),
             )
-        if self.target_speedup is not None or self.confidence_threshold != "auto":
+        if self.target_speedup is not None or config.confidence_threshold != "auto":
             return
-        drop = built.outcome.drop
-        if drop - built.drop_error > self.max_accuracy_drop:
+        if passage.drop - passage.drop_error > self.max_accuracy_drop:
             warnings.warn(
-                f"On held-out samples the routed network loses {drop:.1%} of accuracy, "
+                f"On held-out samples the routed network loses {passage.drop:.1%} of accuracy, "
                 f"more than max_accuracy_drop={self.max_accuracy_drop}, whatever the thresholds. "
                 "A larger budget of the pruner (smaller ratios), or more repair_samples, keep "
                 "more; fallback='base' lets unsure samples through the whole network.",
@@ -571,93 +372,117 @@ n_features)
                 stacklevel=caller_level(),
             )
 
-    def _components(self) -> tuple[SemanticClusterer, DCSPruner]:
+    def _parts(self) -> tuple[SemanticClusterer, DCSPruner, RoutingOptions]:
         """Clone the nested estimators, with this one's device, seed, jobs and verbosity."""
-        clusterer, pruner = self._component("clusterer"), self._component("pruner")
-        for name, nested, kind, outer in (
-            ("clusterer", clusterer, SemanticClusterer, ("model", "model_classes")),
-            (
-                "pruner",
-                pruner,
-                DCSPruner,
-                ("model", "model_classes", "classes", "options__first_layer"),
-            ),
-        ):
-            if not isinstance(nested, kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {type(nested).__name__}.")
-            for parameter in outer:
-                if nested.get_params()[parameter] is not None:
-                    raise ValueError(
-                        f"{name}.{parameter} must be None: SINFClassifier supplies it."
-                    )
-        if isinstance(pruner.schedule, str) and pruner.schedule == "iterative":
+        kinds = {"clusterer": SemanticClusterer, "pruner": DCSPruner, "options": RoutingOptions}
+        found: dict[str, Any] = {}
+        for name, kind in kinds.items():
+            part = self._component(name)
+            if not isinstance(part, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(part).__name__}.")
+            found[name] = clone(part)
+        for name in ("clusterer", "pruner"):
+            _check_supplied(name, found[name])
+            default, known = kinds[name](), found[name].get_params(deep=False)
+            for parameter in ("device", "random_state", "n_jobs", "verbose", "batch_size"):
+                if parameter in known and known[parameter] == getattr(default, parameter):
+                    setattr(found[name], parameter, getattr(self, parameter))
+        with naming("clusterer"):
+            found["clusterer"]._check_parameters()
+        return found["clusterer"], found["pruner"], found["options"]
+
+    def _config(self, pruner: DCSPruner, options: RoutingOptions) -> RoutingConfig:
+        """Check what is wrong whatever the data, and put all that routing needs into one."""
+        if pruner.schedule == "iterative":
             raise ValueError(
                 "pruner.schedule='iterative' prunes one whole network; choose another schedule."
             )
-        clusterer, pruner = clone(clusterer), clone(pruner)
-        for nested, defaults in ((clusterer, SemanticClusterer()), (pruner, DCSPruner())):
-            for parameter in ("device", "random_state", "n_jobs", "verbose", "batch_size"):
-                if parameter not in nested.get_params(deep=False):
-                    continue
-                if getattr(nested, parameter) == getattr(defaults, parameter):
-                    setattr(nested, parameter, getattr(self, parameter))
-        with naming("clusterer"):
-            clusterer._check_parameters()
-        return clusterer, pruner
+        with naming("pruner"):
+            subgraphs = recipe_of(pruner)
+        if not isinstance(self.route_layer, str):
+            check_number("route_layer", self.route_layer, "(0, 1)")
+        return RoutingConfig(
+            subgraphs=subgraphs,
+            prefix=self._prefix_recipe(subgraphs),
+            fallback=self.fallback,
+            max_accuracy_drop=self.max_accuracy_drop,
+            target_speedup=self.target_speedup,
+            n_jobs=self.n_jobs,
+            memory=pruner.memory,
+            verbose=self.verbose,
+            **options.get_params(),
+        )
 
     def _check_parameters(self) -> None:
         """Raise for parameters that are wrong whatever the data."""
-        check_choice("fallback", self.fallback, FALLBACKS)
-        check_integer("top_k", self.top_k)
-        check_choice("answers", self.answers, ANSWERS)
-        if not isinstance(self.route_layer, str):
-            raise TypeError(f"route_layer must be a name, got {type(self.route_layer).__name__}.")
-        for name, interval in (
-            ("prefix_ratio", "[0, 1)"),
-            ("prefix_low_rank", "(0, 1]"),
-            ("route_accuracy", "[0, 1]"),
-            ("max_accuracy_drop", "[0, 1]"),
-            ("target_speedup", "[1, inf)"),
-            ("confidence_threshold", "[0, 1]"),
-            ("exit_threshold", "[0, 1]"),
-            ("router_weight", "[0, inf)"),
-            ("validation_fraction", "(0, 1)"),
-        ):
-            value = getattr(self, name)
-            if name in _AUTOMATIC and isinstance(value, str):
-                check_choice(name, value, ("auto",))
-                continue
-            check_number(name, value, interval, optional=name in _OPTIONAL)
+        _, pruner, options = self._parts()
+        self._config(pruner, options)
 
-    def _hold_out(
+    def _prefix_recipe(self, subgraphs: Recipe) -> Recipe:
+        """How the prefix is pruned: with the subgraphs' budget, or by ratios of its own."""
+        shares = subgraphs.schedule == "global"
+        if self.prefix_pruner is None:
+            return Recipe(
+                criterion="obs",  # what counts is what the other filters cannot make up for
+                schedule="global" if shares else "uniform",
+                pruning_ratios=_PREFIX_RATIOS,
+                max_ratio=subgraphs.max_ratio,
+                round_to=subgraphs.round_to,
+                penalty=subgraphs.penalty,
+                pool_size=subgraphs.pool_size,
+            )
+        if not isinstance(self.prefix_pruner, DCSPruner):
+            kind = type(self.prefix_pruner).__name__
+            raise TypeError(f"prefix_pruner must be a DCSPruner or None, got {kind}.")
+        _check_supplied("prefix_pruner", self.prefix_pruner)
+        with naming("prefix_pruner"):
+            recipe = recipe_of(self.prefix_pruner)
+        if recipe.schedule == "iterative" or recipe.budget is not None:
+            raise ValueError(
+                "prefix_pruner has either ratios of its own (schedule='linear', 'geometric' or "
+                "'uniform'), or shares the budget of `pruner` (schedule='global', budget=None)."
+            )
+        if recipe.schedule == "global" and not shares:
+            raise ValueError(
+                "prefix_pruner.schedule='global' shares the budget of `pruner`, which has none: "
+                f"pruner.schedule={subgraphs.schedule!r}."
+            )
+        if recipe.pool_size != subgraphs.pool_size:
+            raise ValueError("prefix_pruner and pruner must have the same pool_size.")
+        return replace(recipe, max_ratio=subgraphs.max_ratio)
+
+    def _split(
         self,
         calibration: Calibration,
         X_val: Any,
         y_val: Any,
         weight_val: Any,
         rng: np.random.Generator,
-    ) -> tuple[np.ndarray, Held]:
-        """Return fitting indices, and the held-out samples."""
+    ) -> tuple[Samples, Samples]:
+        """Samples that fit, and samples that are held out."""
+        X, y = calibration.X, calibration.y_encoded
         if X_val is None:
             if y_val is not None:
                 raise ValueError("y_val is given without X_val.")
             if weight_val is not None:
                 raise ValueError("sample_weight_val is given without X_val.")
-            fit, held = hold_out(calibration.y_encoded, self.validation_fraction, rng)
-            codes = calibration.y_encoded[held]
-            return fit, Held(calibration.X, held, codes, calibration.weights(held))
+            fit, held = (
+                Samples(X, rows, y[rows], calibration.weights(rows))
+                for rows in hold_out(y, self._component("options").validation_fraction, rng)
+            )
+            return fit, held
         with naming("X_val"):
             X_val = validate_X(self, X_val, reset=False)
         weight = validate_weight(weight_val, len(X_val), "sample_weight_val")
         with naming("y_val"), naming("X_val"):
             y_val = validate_y(y_val, len(X_val))
             X_val, y_val, weight = without_zeros(X_val, y_val, weight)
-            codes = calibration.table.encode(y_val)
-        if (codes < 0).any():
+            y_held = calibration.table.encode(y_val)
+        if (y_held < 0).any():
             raise ValueError("y_val has labels that are not in y.")
-        return np.arange(len(calibration.y_encoded)), Held(
-            X_val, np.arange(len(codes)), codes, weight
-        )
+        everything = np.arange(len(y))
+        fit = Samples(X, everything, y, calibration.weights(everything))
+        return fit, Samples(X_val, np.arange(len(y_held)), y_held, weight)
 
     def _link(self) -> None:
         """Let `clusterer_` route through this network's own prefix, which is stored once."""
@@ -857,15 +682,9 @@ n_features)
         return to_onnx(self.network_, folder, classes=classes, input_shape=shape, X=X, **options)
 
 
-def _shown(name: str, value: Any) -> str:
-    """A result in a few characters."""
-    return f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-
-
-def _some_of_each(
-    codes: np.ndarray, index: np.ndarray, n: int, rng: np.random.Generator
-) -> np.ndarray:
-    """At most `n` of the samples `index`, drawn by chance, but one of each class in any case."""
-    order = rng.permutation(index)
-    first = np.unique(codes[order], return_index=True)[1]
-    return np.concatenate((order[first], np.delete(order, first)[: max(n - len(first), 0)]))
+def _check_supplied(name: str, pruner: Any) -> None:
+    """Raise where a nested estimator has parameters that the outer one supplies."""
+    parameters = pruner.get_params()
+    for parameter in ("model", "model_classes", "classes", "options__first_layer"):
+        if parameters.get(parameter) is not None:
+            raise ValueError(f"{name}.{parameter} must be None: SINFClassifier supplies it.")

@@ -28,7 +28,7 @@ import numpy as np
 from helpers import blobs, small_cnn
 from torch import nn
 
-from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
+from sinfkit import DCSPruner, FrozenModel, RoutingOptions, SemanticClusterer, SINFClassifier
 
 GROWTH = 16 * 2**20  # bytes that memory may grow by in the second half of many predictions
 TOLERANCE = 1e-5
@@ -44,10 +44,10 @@ def classifier() -> SINFClassifier:
             clusterer=SemanticClusterer(n_clusters=3),
             pruner=DCSPruner(criterion="dcs", schedule="linear"),
             route_layer="3",
-            fallback="topk",
-            confidence_threshold=0.5,
+            fallback="top2",
             batch_size=32,
             random_state=0,
+            options=RoutingOptions(confidence_threshold=0.5),
         ).fit(X, y)
 
 

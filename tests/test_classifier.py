@@ -20,14 +20,15 @@ from sinfkit import (
     DCSPruner,
     FrozenModel,
     PruningOptions,
+    RoutingOptions,
     SemanticClusterer,
     SINFClassifier,
     train_network,
 )
-from sinfkit.classifier import _some_of_each
+from sinfkit.errors import UnreachableShareError
 from sinfkit.graph import count_macs, count_parameters
 from sinfkit.pruning import LayerTime
-from sinfkit.routing import Goal, Outcome, build_subgraph
+from sinfkit.routing import Goal, Outcome, Samples, build_subgraph, some_of_each
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +53,10 @@ def fitted(frozen, data):
         frozen,
         clusterer=SemanticClusterer(n_clusters=3),
         pruner=DCSPruner(criterion="dcs", schedule="linear"),
-        answers="cluster",
         fallback="base",
-        confidence_threshold=0.6,
-        exit_threshold=None,
         route_layer="3",
         random_state=0,
+        options=RoutingOptions(answers="cluster", confidence_threshold=0.6, exit_threshold=None),
     ).fit(X, y)
 
 
@@ -108,17 +107,22 @@ def test_subgraphs_have_their_clusters_outputs_and_fewer_filters(fitted, frozen)
 def test_the_prefix_has_a_criterion_of_its_own(frozen, data, criterion):
     X, y, X_test, y_test = data
     keywords = {
-        "prefix_ratio": 0.5,
         "route_layer": "3",
         "random_state": 0,
         "pruner": DCSPruner(criterion="dcs", schedule="linear"),
     }
-    clf = SINFClassifier(frozen, prefix_criterion=criterion, **keywords).fit(X, y)
+    clf = SINFClassifier(
+        frozen,
+        **keywords,
+        prefix_pruner=DCSPruner(criterion=criterion, schedule="uniform", pruning_ratios=(0.5, 0.5)),
+    ).fit(X, y)
     convs = [m for m in clf.network_.prefix.modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convs] == [4, 8]
     assert clf.score(X_test, y_test) > 0.6
     with pytest.raises(ValueError, match="criterion must be one of"):
-        SINFClassifier(frozen, prefix_criterion="nothing").fit(X, y)
+        SINFClassifier(frozen, prefix_pruner=DCSPruner(criterion="nothing", schedule="global")).fit(
+            X, y
+        )
 
 
 def test_dense_routing_reproduces_the_base(frozen, data):
@@ -128,10 +132,9 @@ def test_dense_routing_reproduces_the_base(frozen, data):
         frozen,
         clusterer=SemanticClusterer(n_clusters=1),
         pruner=DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0, 0)),
-        prefix_ratio=0,
-        router_weight=0.0,
-        exit_threshold=None,
         random_state=0,
+        prefix_pruner=DCSPruner(criterion="obs", schedule="uniform", pruning_ratios=(0, 0)),
+        options=RoutingOptions(router_weight=0.0, exit_threshold=None),
     ).fit(X, y)
     clf.network_.temperatures.fill_(1.0)
     with torch.inference_mode():
@@ -141,17 +144,16 @@ def test_dense_routing_reproduces_the_base(frozen, data):
     clf = SINFClassifier(
         frozen,
         pruner=DCSPruner(criterion="dcs", schedule="linear"),
-        prefix_ratio=0,
         fallback="base",
-        confidence_threshold=1.0,
-        exit_threshold=None,
         random_state=0,
+        prefix_pruner=DCSPruner(criterion="obs", schedule="uniform", pruning_ratios=(0, 0)),
+        options=RoutingOptions(confidence_threshold=1.0, exit_threshold=None),
     ).fit(X, y)
     clf.network_.threshold = 2.0
     np.testing.assert_allclose(clf.predict_proba(X_test), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("fallback", ["base", "topk", "none"])
+@pytest.mark.parametrize("fallback", ["base", "top2", "none"])
 def test_fallbacks(frozen, data, fallback):
     X, y, X_test, y_test = data
     clf = SINFClassifier(
@@ -187,7 +189,7 @@ def test_report(fitted, frozen, data):
         assert row.n_classes == len(classes) and row.n_samples == own.sum()
     assert report.latency.median["base"] > 0
     text = str(report)
-    assert "MACs per sample" in text and "restricted" in text
+    assert "MACs" in text and "restricted" in text
     assert report.to_dict()["accuracy"] == report.accuracy
     assert fitted.report(X, y, repeats=0).latency is None
 
@@ -210,11 +212,11 @@ def test_automatic_route_layer_and_its_warning(frozen, data):
     X, y, *_ = data
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        easy = SINFClassifier(frozen, route_accuracy=0.2, random_state=0).fit(X, y)
+        easy = SINFClassifier(frozen, route_layer=0.2, random_state=0).fit(X, y)
     assert easy.route_layer_ == "0"  # the earliest that is good enough
     with pytest.warns(UserWarning, match="No layer predicts the cluster"):
         hard = SINFClassifier(
-            frozen, clusterer=SemanticClusterer(n_clusters=5), route_accuracy=1.0, random_state=0
+            frozen, clusterer=SemanticClusterer(n_clusters=5), route_layer=0.99, random_state=0
         ).fit(X, y)
     assert hard.route_layer_ in ("0", "3", "7")
 
@@ -294,26 +296,49 @@ def test_nested_estimators_are_checked(frozen, data):
             "pruner.schedule",
         ),
         ({"fallback": "luck"}, ValueError, "fallback"),
-        ({"answers": "some"}, ValueError, "answers"),
-        ({"exit_threshold": "never"}, ValueError, "exit_threshold"),
-        ({"exit_threshold": 1.5}, ValueError, "exit_threshold"),
-        ({"top_k": 0}, ValueError, "top_k"),
-        ({"prefix_ratio": 1.0}, ValueError, "prefix_ratio"),
-        ({"prefix_low_rank": 0.0}, ValueError, "prefix_low_rank"),
-        ({"prefix_low_rank": "half"}, ValueError, "prefix_low_rank"),
-        ({"prefix_low_rank": 0.001}, ValueError, "prefix_low_rank: too few layers"),
-        ({"confidence_threshold": "high"}, ValueError, "confidence_threshold"),
-        ({"confidence_threshold": 1.2}, ValueError, "confidence_threshold"),
-        ({"router_weight": -1}, ValueError, "router_weight"),
-        ({"route_accuracy": 2}, ValueError, "route_accuracy"),
+        ({"prefix_pruner": "obs"}, TypeError, "prefix_pruner must be a DCSPruner"),
+        ({"prefix_pruner": DCSPruner(classes=[1])}, ValueError, "prefix_pruner.classes"),
+        ({"prefix_pruner": DCSPruner(repair="magic")}, ValueError, "prefix_pruner"),
+        ({"prefix_pruner": DCSPruner(budget=0.5)}, ValueError, "prefix_pruner has either"),
+        (
+            {
+                "prefix_pruner": DCSPruner(),
+                "pruner": DCSPruner(criterion="dcs", schedule="linear"),
+            },
+            ValueError,
+            "shares the budget of `pruner`, which has none",
+        ),
+        ({"options": {"answers": "all"}}, TypeError, "options must be a RoutingOptions"),
+        ({"target_speedup": 0.5}, ValueError, "target_speedup"),
+        ({"route_layer": 2.0}, ValueError, "route_layer"),
         ({"max_accuracy_drop": -0.1}, ValueError, "max_accuracy_drop"),
-        ({"validation_fraction": 0}, ValueError, "validation_fraction"),
         ({"route_layer": "nowhere"}, ValueError, "nowhere"),
     ):
         clf = SINFClassifier(frozen, **parameters)
         with pytest.raises(error, match=match):
             clf.fit(X, y)
         assert not [name for name in vars(clf) if name.endswith("_")]
+    for option, value in (
+        ("answers", "some"),
+        ("exit_threshold", "never"),
+        ("exit_threshold", 1.5),
+        ("prefix_low_rank", 0.0),
+        ("prefix_low_rank", "half"),
+        ("confidence_threshold", "high"),
+        ("confidence_threshold", 1.2),
+        ("confidence_threshold", 0.5),  # no effect without a fallback
+        ("router_weight", -1),
+        ("validation_fraction", 0),
+    ):
+        clf = SINFClassifier(frozen, options=RoutingOptions(**{option: value}))
+        with pytest.raises(ValueError, match=option):
+            clf.fit(X, y)
+    with pytest.raises(UnreachableShareError, match="prefix_low_rank: too few layers"):
+        SINFClassifier(
+            frozen,
+            pruner=DCSPruner(criterion="dcs", schedule="linear"),
+            options=RoutingOptions(prefix_low_rank=0.001),
+        ).fit(X, y)
     with pytest.raises(NotFittedError):
         SINFClassifier(frozen).predict(X)
 
@@ -367,7 +392,11 @@ def test_untraceable_networks_are_wrapped_in_two_halves(data):
         )
     with pytest.raises(ValueError, match="Sequential"):
         SINFClassifier(Untraceable(prefix, rest)).fit(X, y)
-    clf = SINFClassifier(nn.Sequential(prefix, rest), route_layer="0", prefix_ratio=0.0)
+    clf = SINFClassifier(
+        nn.Sequential(prefix, rest),
+        route_layer="0",
+        prefix_pruner=DCSPruner(criterion="obs", schedule="uniform", pruning_ratios=(0.0, 0.0)),
+    )
     clf.set_params(pruner=DCSPruner(criterion="dcs", schedule="linear"), random_state=0).fit(X, y)
     assert clf.route_layer_ == "0"
     assert all(len(s.get("1.0", range(8))) == 8 for s in clf.supports_)
@@ -379,10 +408,20 @@ def test_a_drop_beyond_reach_is_told(frozen, data):
     keywords = {"route_layer": "3", "max_accuracy_drop": 0.0, "random_state": 0}
     pruner = DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.8, 0.9), repair="none")
     with pytest.warns(UserWarning, match=r"loses .* more than max_accuracy_drop=0.0"):
-        SINFClassifier(frozen, pruner=pruner, prefix_ratio=0.8, **keywords).fit(X, y)
+        SINFClassifier(
+            frozen,
+            pruner=pruner,
+            **keywords,
+            prefix_pruner=DCSPruner(criterion="obs", schedule="uniform", pruning_ratios=(0.8, 0.8)),
+        ).fit(X, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        SINFClassifier(frozen, prefix_ratio=0.0, fallback="base", **keywords).fit(X, y)
+        SINFClassifier(
+            frozen,
+            fallback="base",
+            **keywords,
+            prefix_pruner=DCSPruner(criterion="obs", schedule="uniform", pruning_ratios=(0.0, 0.0)),
+        ).fit(X, y)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -406,7 +445,6 @@ def test_residual_and_depthwise_networks_are_routed(name, options, layer):
             options=PruningOptions(repair_samples=24),
         ),
         route_layer=layer,
-        confidence_threshold=0.0,
         random_state=0,
     ).fit(X, y)
     report = clf.report(X, y, repeats=0)
@@ -424,12 +462,11 @@ def test_sizes_clusters_and_route_layer_are_searched(frozen, data):
     assert len(tried) > 1 and len({row["budget"] for row in tried}) > 1
     within = [row for row in tried if row["accuracy_drop"] <= 0.02 + 1e-12]
     best = min(within, key=lambda row: row["relative_macs"])
+    assert clf.prefix_ratio_ is None
     chosen = {
         "route_layer": clf.route_layer_,
-        "prefix_ratio": clf.prefix_ratio_,
         "low_rank": clf.prefix_low_rank_,
         "budget": clf.pruner_.budget,
-        "max_ratio": clf.pruner_.options.max_ratio,
         "n_clusters": clf.network_.n_clusters,
     }
     assert chosen.items() <= best.items()
@@ -463,7 +500,7 @@ def test_time_can_be_what_counts(frozen, data):
         if (row["budget"], row["low_rank"], row["n_clusters"]) == chosen
     )
     assert not any(goal.better(other, kept) for other in outcomes)
-    assert clf.pruner_.budget_unit == "latency"
+    assert clf.pruner_.get_params()["options__budget_unit"] == "latency"
     counted = SINFClassifier(frozen, random_state=0, route_layer="3").fit(X, y)
     assert "relative_time" not in counted.search_results_[0]
 
@@ -477,7 +514,7 @@ def test_the_calls_of_each_cluster_are_paid_for(frozen, data, monkeypatch):
         names = [name for name, m in graph.named_modules() if isinstance(m, layers)]
         return {name: LayerTime(0.1, 0.0, 0.9 / 64) for name in names}
 
-    monkeypatch.setattr("sinfkit.routing.builder.fit_layer_times", same_for_all)
+    monkeypatch.setattr("sinfkit.routing.study.fit_layer_times", same_for_all)
     tried = [
         SINFClassifier(
             frozen,
@@ -489,9 +526,9 @@ def test_the_calls_of_each_cluster_are_paid_for(frozen, data, monkeypatch):
                 options=PruningOptions(budget_unit="latency"),
             ),
             route_layer="3",
-            exit_threshold=None,
             batch_size=64,
             random_state=0,
+            options=RoutingOptions(exit_threshold=None),
         )
         .fit(X, y)
         .search_results_[0]
@@ -504,14 +541,11 @@ def test_the_calls_of_each_cluster_are_paid_for(frozen, data, monkeypatch):
 def test_a_pruner_without_a_budget_has_it_searched(frozen, data):
     X, y, *_ = data
     keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}
-    clf = SINFClassifier(
-        frozen, pruner=DCSPruner(criterion="dcs", schedule="global"), **keywords
-    ).fit(X, y)
+    clf = SINFClassifier(frozen, pruner=DCSPruner(), **keywords).fit(X, y)
     default = SINFClassifier(frozen, **keywords).fit(X, y)
     assert clf.search_results_ == default.search_results_
     other = DCSPruner(criterion="l1", schedule="global", options=PruningOptions(max_ratio=0.6))
     clf = SINFClassifier(frozen, pruner=other, **keywords).fit(X, y)
-    assert {row["max_ratio"] for row in clf.search_results_} == {0.6}
     assert clf.pruner_.criterion == "l1"
 
 
@@ -527,8 +561,12 @@ def test_more_may_be_lost_and_less_is_left(frozen, data):
         frozen, pruner=DCSPruner(criterion="dcs", schedule="linear"), **keywords
     ).fit(X, y)
     assert len(given.search_results_) == 1 and given.prefix_ratio_ == 0.3
-    fixed = SINFClassifier(frozen, prefix_ratio=0.1, **keywords).fit(X, y)
-    assert {row["prefix_ratio"] for row in fixed.search_results_} == {0.1}
+    fixed = SINFClassifier(
+        frozen,
+        **keywords,
+        prefix_pruner=DCSPruner(criterion="obs", schedule="uniform", pruning_ratios=(0.1, 0.1)),
+    ).fit(X, y)
+    assert fixed.prefix_ratio_ == 0.1
 
 
 def test_a_low_rank_is_tried_and_can_be_given(frozen, data):
@@ -538,7 +576,7 @@ def test_a_low_rank_is_tried_and_can_be_given(frozen, data):
         frozen, pruner=DCSPruner(criterion="dcs", schedule="linear"), **keywords
     ).fit(X, y)
     assert whole.prefix_low_rank_ == 1.0  # nothing is searched
-    half = clone(whole).set_params(prefix_low_rank=0.5).fit(X, y)
+    half = clone(whole).set_params(options__prefix_low_rank=0.5).fit(X, y)
     assert half.prefix_low_rank_ == half.search_results_[0]["low_rank"] == 0.5
     costs = [count_macs(c.network_.prefix, torch.zeros(1, 1, 8, 8))[0] for c in (whole, half)]
     assert costs[1] <= 0.5 * costs[0]
@@ -553,7 +591,7 @@ def test_a_low_rank_is_tried_and_can_be_given(frozen, data):
     ]
     allowed = [row for row in searched.search_results_ if row["accuracy_drop"] <= 0.1]
     assert kept[0]["relative_macs"] == min(row["relative_macs"] for row in allowed)
-    off = clone(searched).set_params(prefix_low_rank=1.0).fit(X, y)
+    off = clone(searched).set_params(options__prefix_low_rank=1.0).fit(X, y)
     assert {row["low_rank"] for row in off.search_results_} == {1.0}
 
 
@@ -588,10 +626,9 @@ def test_prefix_and_subgraph_keep_to_a_budget_together(frozen, data, criterion):
         clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
         pruner=pruner,
         route_layer="0",
-        prefix_ratio=0.0,
-        answers="cluster",
-        exit_threshold=None,
         random_state=0,
+        prefix_pruner=DCSPruner(criterion="obs", schedule="uniform", pruning_ratios=(0.0, 0.0)),
+        options=RoutingOptions(answers="cluster", exit_threshold=None),
     ).fit(X, y)
     report = clf.report(X, y, repeats=0)
     shared = clf.network_.router.weight.numel()
@@ -616,8 +653,8 @@ def test_all_widths_under_a_budget_can_be_multiples(frozen, data):
             options=PruningOptions(max_ratio=0.9, round_to=4),
         ),
         route_layer="3",
-        exit_threshold=None,
         random_state=0,
+        options=RoutingOptions(exit_threshold=None),
     ).fit(X, y)
     widths = [len(kept) for support in clf.supports_ for kept in support.values()]
     network = clf.network_
@@ -639,9 +676,10 @@ def test_one_budget_decides_about_both_sides_of_the_cut(frozen, data, fallback):
         ),
         route_layer="3",
         fallback=fallback,
-        confidence_threshold=0.0,
-        exit_threshold=None,
         random_state=0,
+        options=RoutingOptions(
+            exit_threshold=None, confidence_threshold=0.0 if fallback == "base" else "auto"
+        ),
     ).fit(X, y)
     assert clf.prefix_ratio_ is None and clf.pruner_.budget == 0.45
     report = clf.report(X_test, y_test, repeats=0)
@@ -665,10 +703,8 @@ def test_subgraphs_answer_all_classes_and_lose_less_on_the_wrong_route(frozen, d
             clusterer=SemanticClusterer(n_clusters=3, max_cluster_size=2),
             pruner=DCSPruner(criterion="dcs", schedule="linear"),
             route_layer="0",
-            answers=answers,
-            router_weight=0.0,
-            exit_threshold=None,
             random_state=0,
+            options=RoutingOptions(answers=answers, router_weight=0.0, exit_threshold=None),
         ).fit(X, y)
         out = [m for m in clf.network_.subgraphs["0"].modules() if isinstance(m, nn.Linear)][-1]
         assert out.out_features == (6 if answers == "all" else 2)
@@ -688,14 +724,14 @@ def test_subgraphs_are_made_for_what_they_will_answer(frozen, data, monkeypatch,
         samples.append(arguments[-1])
         return build_subgraph(*arguments)
 
-    monkeypatch.setattr("sinfkit.routing.builder.build_subgraph", watched)
+    monkeypatch.setattr("sinfkit.routing.assembly.build_subgraph", watched)
     clf = SINFClassifier(
         frozen,
         clusterer=SemanticClusterer(n_clusters=2, max_cluster_size=3),
         pruner=DCSPruner(criterion="dcs", schedule="linear"),
         route_layer="0",
-        answers=answers,
         random_state=0,
+        options=RoutingOptions(answers=answers),
     ).fit(X, y, X_val=X_test, y_val=y_test)
     routed, own = clf.predict_cluster(X), clf.class_clusters_[y]
     assert (routed != own).any()  # else the two forms could not be told apart
@@ -713,7 +749,7 @@ def test_sure_samples_leave_at_the_router_within_the_drop(frozen, data):
         "route_layer": "3",
         "random_state": 0,
     }
-    stay = SINFClassifier(frozen, exit_threshold=None, **keywords)
+    stay = SINFClassifier(frozen, **keywords, options=RoutingOptions(exit_threshold=None))
     stay.fit(X, y, X_val=X_test, y_val=y_test)
     assert stay.exit_threshold_ > 1 and stay.search_results_[0]["exit_share"] == 0
     allowed = stay.search_results_[0]["accuracy_drop"]
@@ -728,7 +764,7 @@ def test_sure_samples_leave_at_the_router_within_the_drop(frozen, data):
         assert row["accuracy_drop"] <= max(drop, allowed) + 1e-12
         shares.append(row["exit_share"])
     assert 0 < shares[0] <= shares[1]
-    given = SINFClassifier(frozen, exit_threshold=0.9, **keywords).fit(X, y)
+    given = SINFClassifier(frozen, **keywords, options=RoutingOptions(exit_threshold=0.9)).fit(X, y)
     assert given.exit_threshold_ == 0.9
 
 
@@ -751,8 +787,7 @@ def test_outputs_of_readers_count_by_their_dcs_in_subgraphs_too(frozen, data):
     keywords = {
         "clusterer": SemanticClusterer(n_clusters=2, max_cluster_size=3),
         "route_layer": "3",
-        "prefix_ratio": 0.0,
-        "confidence_threshold": 0.5,
+        "prefix_pruner": DCSPruner(criterion="obs", schedule="uniform", pruning_ratios=(0, 0)),
         "random_state": 0,
     }
     plain, joined = (
@@ -775,7 +810,7 @@ def test_ratios_that_a_budget_ignores_are_no_obstacle(frozen, data):
     )
     clusterer = SemanticClusterer(n_clusters=2)
     clf = SINFClassifier(frozen, clusterer=clusterer, pruner=pruner, random_state=0).fit(X, y)
-    assert all(row["max_ratio"] == 0.08 for row in clf.search_results_)
+    assert len(clf.search_results_) == 1
 
 
 @settings(max_examples=30, deadline=None)
@@ -784,9 +819,11 @@ def test_a_few_samples_hold_some_of_each_class(seed, n):
     rng = np.random.default_rng(seed)
     codes = rng.permutation(np.repeat(np.arange(5), [1, 2, 3, 10, 20]))
     index = np.flatnonzero(rng.random(36) < 0.8)
-    found = _some_of_each(codes, index, n, rng)
-    assert set(codes[found]) == set(codes[index]) and set(found) <= set(index)
-    assert len(found) == len(set(found)) == min(len(index), max(n, len(set(codes[index]))))
+    found = some_of_each(Samples(codes, index, codes[index]), n, rng)
+    assert set(found.y) == set(codes[index]) and set(found.index) <= set(index)
+    assert (found.y == codes[found.index]).all()
+    n_classes = len(set(codes[index]))
+    assert len(found.y) == len(set(found.index)) == min(len(index), max(n, n_classes))
 
 
 def test_warnings_point_at_the_call_of_fit(frozen, data):
@@ -796,7 +833,7 @@ def test_warnings_point_at_the_call_of_fit(frozen, data):
             frozen,
             clusterer=SemanticClusterer(n_clusters=5),
             pruner=DCSPruner(criterion="dcs", schedule="linear"),
-            route_accuracy=1.0,
+            route_layer=0.99,
             random_state=0,
         ).fit(X, y)
     assert {warning.filename for warning in caught} == {__file__}

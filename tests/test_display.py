@@ -43,7 +43,6 @@ def fitted(data):
         clusterer=SemanticClusterer(method="given", mapping={c: "abb"[c // 2] for c in range(6)}),
         pruner=DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.4, 0.6)),
         route_layer="3",
-        confidence_threshold=0.2,
         random_state=0,
     ).fit(*data)
 

@@ -34,6 +34,7 @@ from sinfkit import (
     DCSPruner,
     FrozenModel,
     PruningOptions,
+    RoutingOptions,
     SemanticClusterer,
     SINFClassifier,
     resnet50,
@@ -323,11 +324,10 @@ def test_one_host_copy_per_batch(fallback, trained, dispatch):
         pruner=DCSPruner(criterion="dcs", schedule="linear"),
         fallback=fallback,
         route_layer="3",
-        confidence_threshold=0.9,
-        exit_threshold=0.999,
         batch_size=100,
         random_state=0,
         device="cpu",
+        options=RoutingOptions(confidence_threshold=0.9, exit_threshold=0.999),
     ).fit(X, y)
     x = torch.as_tensor(X)
     with HostReads() as reads:
@@ -450,7 +450,9 @@ def test_reprs_are_short_with_a_resnet50_inside():
         "DCSPruner(model=_ResNet50(23.5M parameters))"
     )
     # Lines break where scikit-learn breaks them.
-    long = SINFClassifier(route_layer="3", max_accuracy_drop=0.02, validation_fraction=0.3, top_k=3)
+    long = SINFClassifier(
+        route_layer="3", max_accuracy_drop=0.02, options=RoutingOptions(validation_fraction=0.3)
+    )
     assert repr(long).count("\n") == 1
 
 

@@ -30,6 +30,7 @@ from ..inference.network import FALLBACKS, Normalise, SINFNetwork
 from ..inference.router import RoutePredictor
 from ..pruner import DCSPruner, recipe_of
 from ..pruning.options import PruningOptions
+from ..routing.config import RoutingOptions
 from ..utils.device import loaded_device, resolve_device
 from ..utils.params import check_integer, check_path
 from ..utils.pickling import versions
@@ -55,13 +56,18 @@ MAX_BYTES = 8 * 2**30
 _KINDS: dict[str, type[TorchEstimator]] = {
     kind.__name__: kind for kind in (DCSPruner, SemanticClusterer, SINFClassifier)
 }
-_NESTED: dict[str, type[Any]] = {
-    "clusterer": SemanticClusterer,
-    "pruner": DCSPruner,
-    "options": PruningOptions,
+_NESTED: dict[str, dict[str, type[Any]]] = {
+    "DCSPruner": {"options": PruningOptions},
+    "SINFClassifier": {
+        "clusterer": SemanticClusterer,
+        "pruner": DCSPruner,
+        "prefix_pruner": DCSPruner,
+        "options": RoutingOptions,
+    },
 }
+_PARTS = {part.__name__: part for parts in _NESTED.values() for part in parts.values()}
 # A cache is a folder of pickles: a file must not say where a later fit looks for one.
-_NOT_STORED = ("model", "memory", *_NESTED)
+_NOT_STORED = ("model", "memory")
 _LONGEST = 800  # characters of an error
 _TOLERANCE = 1e-3  # of the largest logit; another activation function is far beyond
 
@@ -279,13 +285,14 @@ def _describe_estimator(estimator: Any, name: str, tensors: dict[str, Tensor]) -
 def _describe_parameters(estimator: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Parameters, those of nested estimators within; what such a one was fitted to is left out."""
     parameters: dict[str, Any] = {}
+    parts = _NESTED.get(type(estimator).__name__, {})
     for key, value in estimator.get_params(deep=False).items():
         what = f"{name}{key}"
-        if key in _NESTED:
+        if key in parts:
             if value is not None:
-                if type(value) is not _NESTED[key]:
+                if type(value) is not parts[key]:
                     raise NotPlainError(
-                        f"{what} is a {type(value).__name__}, not a {_NESTED[key].__name__}."
+                        f"{what} is a {type(value).__name__}, not a {parts[key].__name__}."
                     )
                 value = _describe_parameters(value, f"{what}.", tensors)
             parameters[key] = value
@@ -498,15 +505,15 @@ class _Reader:
 
     def _estimator(self, kind: str, stored: Any, frozen: FrozenModel | None) -> Any:
         """An estimator with its parameters."""
-        factory = {**_KINDS, **{part.__name__: part for part in _NESTED.values()}}[kind]
+        factory, parts = {**_KINDS, **_PARTS}[kind], _NESTED.get(kind, {})
         known = set(factory._get_param_names()) - {"memory"}
         if not isinstance(stored, dict) or not set(stored) <= known:
             raise StorageError(f"The parameters of {kind} are not those that it has.")
         parameters = {}
         for key, value in stored.items():
-            if key in _NESTED:
+            if key in parts:
                 if value is not None:
-                    value = self._estimator(_NESTED[key].__name__, value, None)
+                    value = self._estimator(parts[key].__name__, value, None)
             elif key == "model":
                 if type(value) is not bool:
                     raise StorageError(f"{kind}.model is neither true nor false.")

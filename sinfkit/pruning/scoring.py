@@ -86,9 +86,16 @@ class ClassSamples:
 
 
 def score_classes(
-    graph: fx.GraphModule, groups: Sequence[ChannelGroup], samples: ClassSamples, recipe: Recipe
+    graph: fx.GraphModule,
+    groups: Sequence[ChannelGroup],
+    samples: ClassSamples,
+    recipe: Recipe,
+    losses: bool | None = None,
 ) -> Scored:
-    """Score the filters of some groups: the criterion is called with the record of each layer."""
+    """Score the filters of some groups: the criterion is called with the record of each layer.
+
+    `losses` says whether it is measured what consumers lose; by default as the recipe has it.
+    """
     needs, options = recipe.criterion.needs, recipe.options
     nodes = observation_nodes(graph, [layer for group in groups for layer in group.layers])
     record = _records(graph, groups, nodes, samples, needs)
@@ -97,17 +104,17 @@ def score_classes(
         layers = group.layers[:1] if needs & _PER_GROUP else group.layers
         by_layer |= {layer: recipe.criterion(record(layer), **options) for layer in layers}
         by_layer |= {layer: by_layer[group.name] for layer in group.layers if layer not in by_layer}
-    by_group, losses = group_scores(groups, by_layer, nodes), {}
-    if recipe.measures_losses:
+    by_group, lost = group_scores(groups, by_layer, nodes), {}
+    if recipe.measures_losses if losses is None else losses:
         consumers = _consumers(graph, groups, samples)
-        losses = {
+        lost = {
             group.name: costs_in_order(
                 consumers[group.name], removal_order(by_group[group.name], group.n_runs)
             )
             for group in groups
             if consumers[group.name]
         }
-    return Scored(by_layer, by_group, losses)
+    return Scored(by_layer, by_group, lost)
 
 
 def group_scores(
@@ -257,21 +264,23 @@ def score(
     recipe: Recipe,
     memory: Any,
     rows: Rows | None = None,
+    losses: bool | None = None,
 ) -> Scored:
     """Score filters for a set of classes, or find the scores in the cache.
 
     `statistics` come from `gather`, `index` are the samples of `classes` (ascending positions in
     ``calibration.table.classes``), `rows` hold the samples where `calibration` is without them.  Of
-    the recipe, ratios, budget and repair do not matter.
+    the recipe, ratios, budget and repair do not matter.  `losses` is as in `score_classes`.
     """
+    losses = recipe.measures_losses if losses is None else losses
     criterion = recipe.criterion
     # A function of the user's may depend on what no cache can see.
     if CRITERIA.get(criterion.name) is not criterion or not _stores(memory):
-        return _score(None, calibration, groups, statistics, index, classes, recipe, rows)
+        return _score(None, calibration, groups, statistics, index, classes, recipe, rows, losses)
     key: tuple[Any, ...] = (
         *calibration.key,
         criterion.name,
-        recipe.measures_losses,
+        losses,
         sorted(recipe.options.items()),
         recipe.pool_size,
         calibration.seed,
@@ -283,9 +292,12 @@ def score(
     )
     cached = check_memory(memory).cache(
         _score,
-        ignore=["calibration", "groups", "statistics", "index", "classes", "recipe", "rows"],
+        ignore=[
+            *("calibration", "groups", "statistics", "index"),
+            *("classes", "recipe", "rows", "losses"),
+        ],
     )
-    return cached(key, calibration, groups, statistics, index, classes, recipe, rows)
+    return cached(key, calibration, groups, statistics, index, classes, recipe, rows, losses)
 
 
 def selected(
@@ -308,6 +320,7 @@ def _score(
     classes: np.ndarray,
     recipe: Recipe,
     rows: Rows | None,
+    losses: bool,
 ) -> Scored:
     """Score filters for a set of classes; `key` stands, in a cache, for what cannot be hashed."""
     names = {name for group in groups for name in group.layers}
@@ -323,4 +336,4 @@ def _score(
         weight=torch.as_tensor(calibration.weight[index]),
         seed=calibration.seed,
     )
-    return score_classes(calibration.graph, groups, samples, recipe)
+    return score_classes(calibration.graph, groups, samples, recipe, losses)

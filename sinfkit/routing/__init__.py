@@ -1,40 +1,41 @@
 """ROUTE, at fit time: where to put the route predictor, which clusters, and the search."""
 
-from .assembly import (
-    ROUTER_WEIGHTS,
-    TEMPERATURES,
-    HeldOut,
-    build_subgraph,
-    choose_weight,
-    pooled_output,
-    routed_answers,
-)
+from .assembly import build_subgraph, pooled_output
 from .clusters import (
     activation_affinity,
     agglomerate,
     confusion_affinity,
     read_mapping,
 )
-from .placement import Candidate, rank_candidates
-from .search import LADDER, Goal, Outcome, Size, climb
+from .config import BUDGETS
+from .fusion import ROUTER_WEIGHTS, TEMPERATURES, HeldOut, choose_weight, routed_answers
+from .gates import Gates, Passage, Signals, let_through
+from .goal import Goal, Outcome, hill_climb
+from .placement import Candidate, rank_candidates, some_of_each
+from .study import Samples
 
 __all__ = [
+    "BUDGETS",
     "Candidate",
+    "Gates",
     "Goal",
     "HeldOut",
-    "LADDER",
     "Outcome",
+    "Passage",
     "ROUTER_WEIGHTS",
-    "Size",
+    "Samples",
+    "Signals",
     "TEMPERATURES",
     "activation_affinity",
     "agglomerate",
     "build_subgraph",
     "choose_weight",
-    "climb",
     "confusion_affinity",
+    "hill_climb",
+    "let_through",
     "pooled_output",
     "rank_candidates",
     "read_mapping",
     "routed_answers",
+    "some_of_each",
 ]

@@ -1,95 +1,58 @@
-"""The parts of a `SINFNetwork`: sliced prefix, subgraphs, and what they say on held-out samples."""
+"""The parts of a routed network: prefix, subgraphs, and how they are put together."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from joblib import delayed
 from torch import Tensor, fx, nn
 
 from ..criteria.activations import pool
-from ..criteria.discriminability import average
-from ..data.calibration import Calibration
+from ..data.calibration import Calibration, progress
+from ..graph.cost import fold_batch_norm
 from ..graph.cuts import CutPoint, layer_names, split
-from ..inference.network import SINFNetwork
-from ..inference.router import fuse
-from ..pruning.recipe import extract
+from ..inference.network import Normalise, SINFNetwork, own_classes
+from ..inference.router import RouteFit, cluster_posterior
+from ..pruning.budget import shared_widths
+from ..pruning.recipe import choose_channels, extract, sliceable
 from ..pruning.scoring import Scored
-from ..repair.sequential import RepairSettings, repair
+from ..repair.low_rank import factorize
+from ..repair.sequential import RepairSettings, affordable_images, repair
 from ..repair.walk import graph_of
+from ..slicing.groups import ChannelGroup
 from ..utils.device import in_pieces
-from ..utils.jobs import Rows
+from ..utils.jobs import Rows, Shared, run, with_shared
+from ..utils.params import naming
 from ..utils.pickling import Packed, pack
+from .config import Size
+from .study import Study, sides
 
-__all__ = [
-    "HeldOut",
-    "ROUTER_WEIGHTS",
-    "TEMPERATURES",
-    "build_subgraph",
-    "choose_weight",
-    "pooled_output",
-    "routed_answers",
-]
-
-ROUTER_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TEMPERATURES = tuple(float(t) for t in np.geomspace(0.5, 4.0, 13))
+_FEW_ROUTED = 64  # samples, too few to repair a subgraph with
 
 
-def slice_prefix(
-    calibration: Calibration,
-    cut: CutPoint,
-    keep: Mapping[str, np.ndarray],
-    samples: Tensor,
-    method: str,
-    weight: np.ndarray | None = None,
-) -> fx.GraphModule:
-    """Slice what lies before the cut, for all classes, and refit it to the dense prefix.
+@dataclass(frozen=True)
+class Prefix:
+    """What lies before the cut.
 
-    Parameters
-    ----------
-    calibration : Calibration
-    cut : CutPoint
-    keep : mapping of str to int ndarray
-        Channels kept, by group.  Those of the last layer cross the cut: where they are among them,
-        every subgraph has to do with the same ones, and the base's rest does not fit any more.
-    samples : Tensor of shape (n, ...)
-        Normalised samples for the check and the repair.
-    method : str
-        Of repair.
-    weight : ndarray of shape (n,), optional
-        How many times each sample counts.  Default: once.
-
-    Returns
-    -------
-    GraphModule
+    `keep` has the channels kept, by group, of the groups that it has to do with; `widths` how many
+    stay in each group behind the cut, where one budget decides about both sides.
     """
-    graph = calibration.graph
-    dense = split(graph, cut)[0]
-    if not keep:
-        return dense
-    sliced = extract(graph, calibration.groups, keep, samples[:64])
-    prefix = split(graph_of(sliced), cut)[0]
-    settings = RepairSettings(
-        method, batch_size=calibration.batcher.batch_size, seed=calibration.seed
-    )
-    repair(dense, replace(sliced, model=prefix), samples, settings, sample_weight=weight)
-    return prefix
+
+    module: fx.GraphModule
+    keep: dict[str, np.ndarray] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Subgraph:
-    """One cluster's part of the network.
+    """One cluster's part: from the prefix's output to the logits of the classes it answers.
 
-    Attributes
-    ----------
-    module : nn.Module
-        From the prefix's output to the logits of the classes that it answers.
-    scores : dict of str to ndarray
-    support : dict of str to ndarray
-    repair_error : dict of str to float
+    `scores`, `support` and `repair_error` go by layer.
     """
 
     module: nn.Module
@@ -127,6 +90,189 @@ def _packed(module: nn.Module | Packed) -> Packed:
     return module if isinstance(module, Packed) else pack(module)
 
 
+def build_prefix(study: Study, cut: CutPoint, size: Size, n_clusters: int) -> Prefix:
+    """Slice what lies before the cut, for all classes, and refit it to the dense prefix."""
+    calibration, recipe = study.calibration, study.config.prefix
+    dense, (groups, late) = study.halves(cut)[0], study.groups(cut)
+    widths: dict[str, int] | None = None
+    if study.config.shares_budget:
+        groups, widths = _shared_widths(study, cut, size, n_clusters)
+        behind = {group.name for group in late}
+        both, groups = groups, [group for group in groups if group.name not in behind]
+    elif study.config.prunes_prefix:
+        both = groups
+    else:
+        groups = []
+    if not groups:
+        return Prefix(dense, {}, widths or {})
+    # Scored with those behind the cut, where they are: one pass serves both, for every cut.
+    with naming("prefix_pruner"):
+        (scored,) = study.score(both, [study.classes], recipe)
+    keep = choose_channels(groups, scored.groups, recipe, widths)
+    sample = _repair_sample(study, dense)
+    samples = torch.cat(list(calibration.batcher(calibration.X, sample)))
+    small = extract(calibration.graph, calibration.groups, keep, samples[:64])
+    module = split(graph_of(small), cut)[0]
+    repair(
+        dense,
+        replace(small, model=module),
+        samples,
+        _repair_settings(calibration, recipe.repair),
+        sample_weight=calibration.weights(sample),
+    )
+    return Prefix(module, keep, widths or {})
+
+
+def _shared_widths(
+    study: Study, cut: CutPoint, size: Size, n_clusters: int
+) -> tuple[list[ChannelGroup], dict[str, int]]:
+    """Groups on both sides of the cut, and their widths under one budget.
+
+    They are chosen by what all classes would lose.
+    """
+    groups, recipe = study.calibration.groups, study.config.prefix
+    both = sliceable(groups, layer_names(study.calibration.graph))
+    if study.config.fallback == "base":
+        # Behind the prefix the dense tail must find the channels that it was trained with.
+        known = {group.name for side in study.groups(cut) for group in side}
+        both = [group for group in both if group.name in known]
+    with naming("prefix_pruner"):
+        scored = study.score(both, [study.classes], recipe)
+    cost = study.cost(both, {}, cut, n_clusters)
+    return both, shared_widths(both, scored, cost, recipe, size.budget)
+
+
+def lower_rank(study: Study, prefix: Prefix, cut: CutPoint, share: float) -> Prefix:
+    """Turn the prefix's layers into products of two, so that `share` of its cost stays."""
+    calibration = study.calibration
+    sample = _repair_sample(study, study.halves(cut)[0])
+    module = factorize(
+        prefix.module,
+        share,
+        torch.cat(list(calibration.batcher(calibration.X, sample))),
+        weight=calibration.weights(sample),
+        batch_size=calibration.batcher.batch_size,
+        seed=calibration.seed,
+    )
+    return replace(prefix, module=module)
+
+
+def _repair_sample(study: Study, prefix: fx.GraphModule) -> np.ndarray:
+    """The samples on which a prefix is repaired."""
+    wanted = study.config.subgraphs.repair_samples
+    n_images = affordable_images(prefix, study.calibration.example, wanted)
+    return study.rng().permutation(study.fit.index)[:n_images]
+
+
+def _repair_settings(calibration: Calibration, method: str) -> RepairSettings:
+    batch_size = calibration.batcher.batch_size
+    return RepairSettings(method, batch_size=batch_size, seed=calibration.seed)
+
+
+def routed_samples(
+    study: Study, features: Tensor, route: RouteFit, class_clusters: np.ndarray
+) -> list[np.ndarray]:
+    """The calibration samples that each cluster's subgraph is made for.
+
+    `features` are the prefix's pooled output on the samples that fit.
+    """
+    fit, clusters = study.fit, torch.as_tensor(class_clusters)
+    n_clusters = int(class_clusters.max()) + 1
+    own = class_clusters[fit.y]
+    if study.config.answers == "cluster":
+        return [fit.index[own == c] for c in range(n_clusters)]
+    # Whatever is sent there, rightly or not: that is what it will have to answer.
+    log_posterior = route.predictor.of_pooled(features)
+    sent = cluster_posterior(log_posterior, clusters, n_clusters).argmax(1).numpy()
+    few = np.bincount(sent, weights=fit.weight, minlength=n_clusters) < _FEW_ROUTED
+    return [fit.index[(sent == c) | ((own == c) & few[c])] for c in range(n_clusters)]
+
+
+def build_subgraphs(
+    study: Study,
+    cut: CutPoint,
+    size: Size,
+    prefix: Prefix,
+    class_clusters: np.ndarray,
+    routed: Sequence[np.ndarray],
+) -> list[Subgraph | None]:
+    """One subgraph per cluster, side by side where `n_jobs` says so; None for a single class."""
+    calibration, config = study.calibration, study.config
+    groups, (dense, tail) = study.groups(cut)[1], study.halves(cut)
+    with torch.inference_mode():
+        h = dense(calibration.example)
+    n_images = affordable_images(tail, h, config.subgraphs.repair_samples)
+    clusters = [np.flatnonzero(class_clusters == c) for c in range(int(class_clusters.max()) + 1)]
+    several = [c for c, classes in enumerate(clusters) if len(classes) > 1]
+    ranks_alone = bool(prefix.widths) or config.subgraphs.schedule != "global"
+    scored = study.score(
+        groups,
+        [clusters[c] for c in several],
+        config.subgraphs,
+        losses=not ranks_alone and config.subgraphs.measures_losses,
+    )
+    widths = prefix.widths or None
+    if not ranks_alone:
+        widths = _widths(study, cut, size, prefix, clusters, scored) if scored else {}
+    sliced = None if prefix.module is dense else SlicedPrefix(prefix.module)
+    rng, shared, jobs = study.rng(), Shared(calibration), []
+    for c, scores in zip(several, scored, strict=True):
+        sample = rng.permutation(routed[c])[:n_images]
+        outputs = calibration.table.outputs[_answered_by(study, clusters[c])]
+        keep = choose_channels(groups, scores.groups, config.subgraphs, widths)
+        keep |= _crossing(study, cut, prefix) | {study.output_group: outputs}
+        jobs.append(
+            delayed(with_shared)(
+                build_subgraph,
+                shared,
+                cut,
+                keep,
+                scores,
+                outputs,
+                sliced,
+                config.subgraphs.repair,
+                Rows(calibration.X, sample),
+                sample,
+            )
+        )
+    built = run(progress(jobs, "Subgraphs", config.verbose), config.n_jobs)
+    subgraphs: list[Subgraph | None] = [None] * len(clusters)
+    for c, subgraph in zip(several, built, strict=True):
+        subgraphs[c] = subgraph.unpacked()
+    return subgraphs
+
+
+def _widths(
+    study: Study,
+    cut: CutPoint,
+    size: Size,
+    prefix: Prefix,
+    clusters: Sequence[np.ndarray],
+    scored: Sequence[Scored],
+) -> dict[str, int]:
+    """One width per layer for all clusters: with the given prefix they keep to a budget."""
+    groups, recipe = study.groups(cut)[1], study.config.subgraphs
+    kept = {name: len(channels) for name, channels in prefix.keep.items()}
+    kept[study.output_group] = max(len(_answered_by(study, own)) for own in clusters)
+    cost = study.cost(groups, kept, cut, len(clusters))
+    return shared_widths(groups, scored, cost, recipe, size.budget)
+
+
+def _answered_by(study: Study, classes: np.ndarray) -> np.ndarray:
+    """The classes that the subgraph of a cluster answers."""
+    return classes if study.config.answers == "cluster" else study.classes
+
+
+def _crossing(study: Study, cut: CutPoint, prefix: Prefix) -> dict[str, np.ndarray]:
+    """The channels left of what crosses the cut: the same for every cluster."""
+    behind = set(sides(study.calibration.graph, cut)[1])
+    return {
+        group.name: prefix.keep[group.name]
+        for group in study.calibration.groups
+        if group.name in prefix.keep and behind.intersection((*group.layers, *group.consumers))
+    }
+
+
 def build_subgraph(
     calibration: Calibration,
     cut: CutPoint,
@@ -138,37 +284,16 @@ def build_subgraph(
     rows: Rows,
     sample: np.ndarray,
 ) -> Subgraph:
-    """Extract the subgraph of one cluster.
+    """Extract and repair the subgraph of one cluster: a job, which may run elsewhere.
 
-    Parameters
-    ----------
-    calibration : Calibration
-    cut : CutPoint
-    keep : mapping of str to int ndarray
-        Channels kept, by group; of groups behind the cut, of those that cross it, and the output
-        layer's.
-    scored : Scored
-        What they were chosen by.
-    outputs : int ndarray
-        The network's outputs for the classes that the subgraph answers.
-    prefix : SlicedPrefix or None
-        It feeds the subgraph; the dense one gives the repair's targets.  None: the dense one feeds
-        the subgraph as well.
-    method : str
-        Of repair.
-    rows : Rows
-        The samples, of which `sample` are needed.
-    sample : int ndarray
-        Samples for the check and the repair.
-
-    Returns
-    -------
-    Subgraph
+    `keep` has channels by group, `outputs` the network's outputs that it answers.  A sliced
+    `prefix` feeds it, the dense one gives the repair's targets.  `sample` are the numbers of the
+    samples that are needed, `rows` holds them.
     """
     graph, batcher = calibration.graph, calibration.batcher
     check = torch.cat(list(batcher(rows, sample[:64])))
     small = extract(graph, calibration.groups, keep, check, outputs.tolist())
-    (dense, dense_rest), rest = split(graph, cut), split(graph_of(small), cut)[1]
+    (dense, dense_tail), tail = split(graph, cut), split(graph_of(small), cut)[1]
     sliced = None if prefix is None else prefix.on(batcher.device)
     h_dense, h_sliced = [], []
     with torch.inference_mode():
@@ -177,16 +302,16 @@ def build_subgraph(
             if sliced is not None:
                 h_sliced.append(sliced(x))
     error = repair(
-        dense_rest,
-        replace(small, model=rest),
+        dense_tail,
+        replace(small, model=tail),
         torch.cat(h_dense),
-        RepairSettings(method, batch_size=batcher.batch_size, seed=calibration.seed),
+        _repair_settings(calibration, method),
         X_sliced=torch.cat(h_sliced) if h_sliced else None,
         sample_weight=calibration.weights(sample),
     )
-    behind = set(layer_names(rest))
+    behind = set(layer_names(tail))
     kept = {k: v for k, v in small.support.items() if k in behind and k != calibration.output}
-    return Subgraph(rest, scored.layers, kept, error)
+    return Subgraph(tail, scored.layers, kept, error)
 
 
 def pooled_output(prefix: nn.Module, batches: Iterable[Tensor], pool_size: int) -> Tensor:
@@ -195,103 +320,39 @@ def pooled_output(prefix: nn.Module, batches: Iterable[Tensor], pool_size: int) 
         return torch.cat(list(in_pieces(lambda x: pool(prefix(x), pool_size).cpu(), batches)))
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What the branches of a routed network say on held-out samples.
-
-    Attributes
-    ----------
-    log_posterior : Tensor of shape (n_samples, n_classes)
-    cluster : int Tensor of shape (n_samples,)
-    confidence : Tensor of shape (n_samples,)
-    logits : Tensor of shape (n_samples, n_classes)
-        The routed subgraph's, without temperature.
-    """
-
-    log_posterior: Tensor
-    cluster: Tensor
-    confidence: Tensor
-    logits: Tensor
-
-
-def observe(network: SINFNetwork, batches: Iterable[Tensor]) -> HeldOut:
-    """Route normalised samples and run each one's own cluster."""
-
-    def run(x: Tensor) -> tuple[Tensor, ...]:
-        h = network.prefix(x)
-        route = network.route_features(h)
-        logits = network.branch_logits(h, route.cluster)
-        return route.log_posterior, route.cluster, route.confidence, logits
-
-    with torch.inference_mode():
-        columns = zip(*in_pieces(run, batches), strict=True)
-        return HeldOut(*(torch.cat(column).cpu() for column in columns))
-
-
-def choose_weight(
-    held: HeldOut,
-    codes: np.ndarray,
-    answered: Tensor,
-    weights: Sequence[float],
-    sample_weight: np.ndarray | None = None,
-) -> tuple[float, Tensor]:
-    """Choose the router's weight and one temperature per subgraph by held-out log loss.
-
-    Parameters
-    ----------
-    held : HeldOut
-    codes : int ndarray of shape (n_samples,)
-    answered : bool Tensor of shape (n_clusters, n_classes)
-        The classes that each subgraph answers.
-    weights : sequence of float
-        Candidates.
-    sample_weight : ndarray of shape (n_samples,), optional
-        How many times each sample counts.  Default: once.
-
-    Returns
-    -------
-    weight : float
-    temperatures : Tensor of shape (n_clusters,)
-        Fitted on the samples whose class is among those that their subgraph answers; 1 where there
-        are fewer than ten of them.
-    """
-    y = torch.as_tensor(codes)
-    members = answered[held.cluster]
-    open_ = members.gather(1, y[:, None])[:, 0]
-    counts = None if sample_weight is None else torch.as_tensor(sample_weight)
-    best: tuple[float, float, Tensor] | None = None
-    for weight in weights:
-        temperatures = torch.ones(len(answered), dtype=held.logits.dtype)
-        losses = []
-        for t in TEMPERATURES:
-            joint = held.logits / t + weight * held.log_posterior
-            log_p = torch.log_softmax(joint.masked_fill(~members, -torch.inf), 1)
-            losses.append(-log_p.gather(1, y[:, None])[:, 0])
-        table = torch.stack(losses)
-        for c in range(len(answered)):
-            rows = open_ & (held.cluster == c)
-            if counts is not None and float(counts[rows].sum()) >= 10:
-                mean = table[:, rows].to(counts) @ counts[rows]
-                temperatures[c] = TEMPERATURES[int(mean.argmin())]
-            elif counts is None and int(rows.sum()) >= 10:
-                temperatures[c] = TEMPERATURES[int(table[:, rows].mean(1).argmin())]
-        fused = _fused(held, answered, temperatures, weight)
-        each = -fused.gather(1, y[:, None]).clamp_min(1e-12).log()
-        loss = float(each.mean() if counts is None else average(each, counts.to(each)))
-        if best is None or loss < best[0]:
-            best = (loss, weight, temperatures)
-    assert best is not None
-    return best[1], best[2]
-
-
-def routed_answers(
-    held: HeldOut, answered: Tensor, temperatures: Tensor, weight: float
-) -> np.ndarray:
-    """Predicted classes where every sample takes its own cluster's subgraph."""
-    return _fused(held, answered, temperatures, weight).argmax(1).numpy()
-
-
-def _fused(held: HeldOut, answered: Tensor, temperatures: Tensor, weight: float) -> Tensor:
-    """Probabilities where every sample takes its own cluster's subgraph."""
-    logits = held.logits / temperatures[held.cluster][:, None]
-    return fuse(held.log_posterior, logits, answered[held.cluster], weight)
+def assemble(
+    study: Study,
+    cut: CutPoint,
+    prefix: nn.Module,
+    predictor: nn.Module,
+    subgraphs: Sequence[Subgraph | None],
+    class_clusters: np.ndarray,
+) -> SINFNetwork:
+    """Put the parts together, batch-norms folded; nobody leaves early or falls back yet."""
+    calibration, config = study.calibration, study.config
+    frozen, dtype = calibration.frozen, calibration.batcher.dtype
+    clusters = torch.as_tensor(class_clusters)
+    network = SINFNetwork(
+        Normalise(
+            None if frozen.mean is None else torch.tensor(frozen.mean, dtype=dtype),
+            None if frozen.std is None else torch.tensor(frozen.std, dtype=dtype),
+        ),
+        fold_batch_norm(prefix),
+        predictor,  # type: ignore[arg-type]
+        [None if s is None else fold_batch_norm(s.module) for s in subgraphs],
+        fold_batch_norm(study.halves(cut)[1]) if config.fallback == "base" else None,
+        clusters,
+        torch.as_tensor(calibration.table.outputs),
+        torch.ones(len(subgraphs), dtype=dtype),
+        router_weight=0.5,
+        threshold=0.0,
+        fallback="topk" if config.fallback == "top2" else config.fallback,
+        top_k=2,
+        answered=own_classes(clusters, len(subgraphs)) | (config.answers == "all"),
+    )
+    # A copy: what folding left as it was is the frozen model's own.
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network = network.to(calibration.batcher.device)
+    if calibration.example.ndim == 4:
+        network = network.to(memory_format=torch.channels_last)
+    return network

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,42 +11,31 @@ import torch
 from torch import Tensor, fx
 
 from ..criteria.activations import collect
-from ..data.calibration import Calibration
-from ..data.validation import mean
 from ..graph.cost import count_macs
-from ..graph.cuts import CutPoint, layer_names, split
-from ..inference.router import (
-    choose_exit,
-    choose_threshold,
-    cluster_posterior,
-    fit_route_predictor,
-    fuse,
-)
-from ..pruning.recipe import Recipe, choose_channels, sliceable
+from ..graph.cuts import CutPoint, cut_points, find_cut
+from ..inference.router import cluster_posterior, fit_route_predictor, fuse
+from ..pruning.recipe import Recipe, choose_channels
 from ..slicing.groups import ChannelGroup, slice_channels
 from ..utils.params import caller_level, naming
-from .clusters import Grouping, group_classes
-from .search import Size
+from .clusters import Clusters, Grouping, group_classes
+from .config import Plan, Size
+from .gates import Signals, choose_gates, let_through
+from .study import Samples, Study, sides
 
 __all__ = ["Candidate", "rank_candidates"]
+
+_PROBE_SAMPLES = 5_000
+_CLUSTERS = (1, 2, 5, 10, 20)  # tried where no number is given
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A place for the route predictor, and what is expected of it on held-out samples.
 
-    Attributes
-    ----------
-    cut : CutPoint
-    n_clusters : int
-        As asked for; what a given mapping has may differ.
-    route_accuracy : float
-        Share of samples whose cluster the probe predicts.
-    accuracy : float
-        Of the unpruned network (restricted to the routed cluster, where subgraphs answer no other
-        classes), fused with the probe, fallback and exits included: what routing alone costs.
-    macs : float
-        Expected multiplications per sample, after slicing, with fallback and exits.
+    `n_clusters` is what was asked for; `route_accuracy` the share of samples whose cluster the
+    probe predicts.  `accuracy` is that of the unpruned network (restricted to the routed cluster,
+    where subgraphs answer no other classes), fused with the probe, fallback and exits included:
+    what routing alone costs.  `macs` are the expected multiplications per sample after slicing.
     """
 
     cut: CutPoint
@@ -56,36 +45,67 @@ class Candidate:
     macs: float
 
 
+def plan_networks(
+    study: Study,
+    groupings: Mapping[int, Grouping],
+    route_layer: str | float,
+    rng: np.random.Generator,
+) -> list[Plan]:
+    """Where to cut and how many clusters to make: the most promising plan first.
+
+    One plan for each number of clusters, with the cut that suits it best, of middle size.  Nothing
+    is tried where there is nothing to choose.
+    """
+    graph, size = study.calibration.graph, study.config.middle_size
+    if isinstance(route_layer, str) and route_layer != "auto":
+        with naming("route_layer"):
+            cuts = [find_cut(graph, route_layer)]
+    else:
+        cuts = usable_cuts(graph, cut_points(graph), study.calibration.output)
+    if not cuts:
+        raise ValueError(
+            "The model has no place where it can be cut in two. Pass it as "
+            "nn.Sequential(prefix, rest)."
+        )
+    if len(cuts) == 1 and len(groupings) == 1:
+        return [Plan(cuts[0], next(iter(groupings.values())), size)]
+    few = some_of_each(study.fit, _PROBE_SAMPLES, rng)
+    candidates = try_cuts(study, cuts, groupings, few)
+    reach = None if isinstance(route_layer, str) else float(route_layer)
+    target = study.held.mean(study.base_right) - study.config.max_accuracy_drop
+    best: dict[int, Plan] = {}
+    for found in rank_candidates(candidates, reach, target):
+        best.setdefault(found.n_clusters, Plan(found.cut, groupings[found.n_clusters], size))
+    return list(best.values())
+
+
+def groupings_to_try(grouping: Grouping, n_classes: int) -> dict[int, Grouping]:
+    """Groupings of several numbers of clusters, of two classes or more on average."""
+    most = min(n_classes, max(2, n_classes // 2))
+    return {n: replace(grouping, n_clusters=n) for n in _CLUSTERS if n <= most}
+
+
+def some_of_each(samples: Samples, n: int, rng: np.random.Generator) -> Samples:
+    """At most `n` of the samples, drawn by chance, but one of each class in any case."""
+    order = rng.permutation(len(samples.y))
+    first = np.unique(samples.y[order], return_index=True)[1]
+    rows = np.concatenate((order[first], np.delete(order, first)[: max(n - len(first), 0)]))
+    return samples.some(rows)
+
+
 def usable_cuts(graph: fx.GraphModule, cuts: Sequence[CutPoint], output: str) -> list[CutPoint]:
     """Cuts with a hidden layer behind them, so that a subgraph has something to leave out."""
-    names = set(layer_names(graph)) - {output}
-    return [cut for cut in cuts if names - set(layer_names(split(graph, cut)[0]))]
+    return [cut for cut in cuts if set(sides(graph, cut)[1]) - {output}]
 
 
 def rank_candidates(
     candidates: Sequence[Candidate], route_accuracy: float | None, target: float
 ) -> list[Candidate]:
-    """Order the places of the route predictor, the best first.
+    """Order the candidates, which come in forward order, the best first.
 
-    Parameters
-    ----------
-    candidates : sequence of Candidate
-        In forward order.
-    route_accuracy : float or None
-        Those that reach it come first, the earliest in front (stated by the paper, with 75 %).
-        None leaves this rule out.
-    target : float
-        Accuracy to keep.  By it the others are ordered: first those whose expected accuracy
-        reaches it, the cheapest in front; then the rest, the most accurate in front.
-
-    Returns
-    -------
-    list of Candidate
-
-    Warns
-    -----
-    UserWarning
-        Where no candidate routes as well as `route_accuracy` demands.
+    Those that reach `route_accuracy` are in front, the earliest first (stated by the paper, with
+    75 %).  Then those expected to keep the accuracy `target`, the cheapest first; then the rest,
+    the most accurate first.  Warns where none reaches `route_accuracy`.
     """
     good = [c for c in candidates if c.accuracy >= target]
     poor = [c for c in candidates if c.accuracy < target]
@@ -107,40 +127,29 @@ def rank_candidates(
     return early + [c for c in ranked if c not in early]
 
 
-def expected_macs(
-    calibration: Calibration, cut: CutPoint, recipe: Recipe, size: Size
-) -> tuple[float, float, float]:
-    """Multiplications per sample of each part if the network were cut at `cut`.
+def expected_macs(study: Study, cut: CutPoint, size: Size) -> tuple[float, float, float]:
+    """Multiplications of prefix, subgraph and dense tail for one sample, as shares of the base's.
 
-    Returns
-    -------
-    prefix, subgraph, rest : float
-        The sliced prefix, one sliced subgraph with all outputs, and the dense rest.
+    Prefix and subgraph are sliced; the subgraph answers all classes.
     """
-    graph = calibration.graph
-    inside, behind = sides(graph, cut)
-    dense = count_macs(graph, calibration.example)[1]
-    before, rest = (sum(dense.get(name, 0) for name in part) for part in (inside, behind))
-    if size.prefix_ratio is None:
+    config, (total, dense) = study.config, study.macs
+    names = sides(study.calibration.graph, cut)
+    before, tail = (sum(dense.get(name, 0) for name in part) / total for part in names)
+    if config.shares_budget:
         assert size.budget is not None
         # Which layers will lose how much depends on scores that are not known yet.
-        return size.budget * before, size.budget * rest, rest
-    groups = calibration.groups
-    early = replace(
-        recipe, schedule="uniform", budget=None, pruning_ratios=(0.0, size.prefix_ratio)
-    )
-    keep = first_channels(sliceable(groups, inside), early)
+        return size.budget * before, size.budget * tail, tail
+    early, late = study.groups(cut)
+    keep = first_channels(early, config.prefix)
     if size.budget is None:
-        late = replace(recipe, pruning_ratios=(size.min_ratio, size.max_ratio))
-        keep |= first_channels(sliceable(groups, behind), late)
-    smaller = slice_channels(graph, calibration.example, keep, groups=groups).model
-    sliced = count_macs(smaller, calibration.example)[1]
-    prefix, subgraph = (
-        float(sum(sliced.get(name, 0) for name in part)) for part in (inside, behind)
-    )
+        keep |= first_channels(late, config.subgraphs)
+    graph, example = study.calibration.graph, study.calibration.example
+    smaller = slice_channels(graph, example, keep, groups=study.calibration.groups).model
+    sliced = count_macs(smaller, example)[1]
+    prefix, subgraph = (sum(sliced.get(name, 0) for name in part) / total for part in names)
     if size.budget is not None:
-        subgraph = max(size.budget * (before + rest) - prefix, 0.0)
-    return prefix, subgraph, rest
+        subgraph = max(size.budget - prefix, 0.0)
+    return prefix, subgraph, tail
 
 
 def first_channels(groups: Sequence[ChannelGroup], recipe: Recipe) -> dict[str, np.ndarray]:
@@ -149,115 +158,77 @@ def first_channels(groups: Sequence[ChannelGroup], recipe: Recipe) -> dict[str, 
     return choose_channels(groups, zeros, recipe)
 
 
-def sides(graph: fx.GraphModule, cut: CutPoint) -> tuple[list[str], list[str]]:
-    """Names of the layers before and behind a cut."""
-    names = layer_names(graph)
-    inside = set(layer_names(split(graph, cut)[0]))
-    return [n for n in names if n in inside], [n for n in names if n not in inside]
-
-
 def try_cuts(
-    calibration: Calibration,
-    cuts: Sequence[CutPoint],
-    recipe: Recipe,
-    *,
-    train: tuple[Iterable[Tensor], np.ndarray, np.ndarray | None],
-    held: tuple[Iterable[Tensor], np.ndarray, np.ndarray | None],
-    base_logits: Tensor,
-    groupings: Mapping[int, Grouping],
-    size: Size,
-    fallback: str,
-    answers: str,
-    exits: bool,
-    target: float,
+    study: Study, cuts: Sequence[CutPoint], groupings: Mapping[int, Grouping], few: Samples
 ) -> list[Candidate]:
-    """Fit a probe behind each cut and estimate what routing there would give.
+    """Fit a probe behind each cut, on `few` samples, and estimate what routing there would give.
 
-    Parameters
-    ----------
-    calibration : Calibration
-    cuts : sequence of CutPoint
-    recipe : Recipe
-    train, held : (batches, codes, weight)
-        Normalised batches, their classes and how many times each sample counts (None: once), for
-        the probes and for the estimates.
-    base_logits : Tensor of shape (n_held_out, n_classes)
-        The base's answers on the held-out samples.
-    groupings : mapping of int to Grouping
-        For each number of clusters to try: how the classes are grouped.
-    size : Size
-    fallback : str
-    answers : str
-        Whether a subgraph answers ``"all"`` classes or those of its ``"cluster"``.
-    exits : bool
-        Whether samples may leave at the probe.
-    target : float
-        Accuracy to keep; sets the thresholds of the estimate.
-
-    Returns
-    -------
-    list of Candidate
-        One for each cut and number of clusters.
+    Returns one candidate for each cut and each number of clusters, those of `groupings`.
     """
     nodes = {cut.name: cut.node for cut in cuts}
     pool_size = next(iter(groupings.values())).pool_size
-    seen = collect(calibration.graph, train[0], nodes, pool_size)
-    unseen = collect(calibration.graph, held[0], nodes, pool_size)
-    codes, weight = held[1:]
-    base_correct = base_logits.argmax(1).numpy() == codes
+    seen, held = (
+        collect(study.calibration.graph, study.batches(samples), nodes, pool_size).pooled
+        for samples in (few, study.held)
+    )
     found = []
     for cut in cuts:
         route = fit_route_predictor(
-            seen.pooled[cut.name],
-            train[1],
-            unseen.pooled[cut.name],
-            codes,
+            seen[cut.name],
+            few.y,
+            held[cut.name],
+            study.held.y,
             pool_size=pool_size,
-            weight=train[2],
-            held_out_weight=weight,
+            weight=few.weight,
+            held_out_weight=study.held.weight,
         )
-        prefix, subgraph, rest = expected_macs(calibration, cut, recipe, size)
         for n_clusters, grouping in groupings.items():
             with naming("clusterer"):
-                class_clusters = group_classes(
+                clusters = group_classes(
                     grouping,
-                    calibration.table.classes,
-                    seen.pooled[cut.name],
-                    train[1],
+                    study.calibration.table.classes,
+                    seen[cut.name],
+                    few.y,
                     route.penalty,
-                    calibration.seed,
-                    train[2],
-                ).class_clusters
-            clusters = torch.as_tensor(class_clusters)
-            posterior = cluster_posterior(
-                route.log_posterior, clusters, int(class_clusters.max()) + 1
-            )
-            confidence, chosen = posterior.max(1)
-            members = (clusters == chosen[:, None]) | (answers == "all")
-            fused = fuse(route.log_posterior, base_logits, members, 0.5)
-            correct = fused.argmax(1).numpy() == codes
-            below = np.zeros(len(codes), dtype=bool)
-            if fallback == "base":
-                threshold = choose_threshold(
-                    confidence.numpy(), correct, base_correct, target=target, weight=weight
+                    study.calibration.seed,
+                    few.weight,
                 )
-                below = confidence.numpy() < threshold
-                correct = np.where(below, base_correct, correct)
-            leaves = np.zeros(len(codes), dtype=bool)
-            if exits:
-                sure, early = (part.numpy() for part in route.log_posterior.exp().max(1))
-                leaves = sure >= choose_exit(
-                    sure, early == codes, correct, target=target, weight=weight
-                )
-                correct = np.where(leaves, early == codes, correct)
-            unsure, routed = mean(below & ~leaves, weight), mean(~below & ~leaves, weight)
-            found.append(
-                Candidate(
-                    cut,
-                    n_clusters,
-                    mean(chosen.numpy() == class_clusters[codes], weight),
-                    mean(correct, weight),
-                    prefix + routed * subgraph + unsure * rest,
-                )
-            )
+            found.append(estimate(study, cut, n_clusters, route.log_posterior, clusters))
     return found
+
+
+def estimate(
+    study: Study, cut: CutPoint, n_clusters: int, log_posterior: Tensor, clusters: Clusters
+) -> Candidate:
+    """What routing by a probe is expected to give: subgraphs as good as the base, but smaller."""
+    config, held, size = study.config, study.held, study.config.middle_size
+    class_clusters = torch.as_tensor(clusters.class_clusters)
+    posterior = cluster_posterior(log_posterior, class_clusters, len(clusters.names))
+    confidence, chosen = posterior.max(1)
+    members = (class_clusters == chosen[:, None]) | (config.answers == "all")
+    routed = fuse(log_posterior, study.base_logits, members, 0.5).argmax(1).numpy() == held.y
+    sure, early = (part.numpy() for part in log_posterior.max(1))
+    prefix, subgraph, tail = expected_macs(study, cut, size)
+    base = config.fallback == "base"
+    signals = Signals(
+        study.base_right,
+        sure,
+        early == held.y,
+        confidence.numpy(),
+        routed,
+        study.base_right if base else routed,
+        np.full(len(held.y), subgraph),
+        np.full(len(held.y), tail if base else subgraph),
+        prefix,
+        held.weight,
+    )
+    # Given thresholds are for the finished network, whose subgraphs are worse than the base.
+    exits = None if config.exit_threshold is None else "auto"
+    passage = let_through(signals, choose_gates(signals, exits, "auto", config.max_accuracy_drop))
+    return Candidate(
+        cut,
+        n_clusters,
+        held.mean(chosen.numpy() == clusters.class_clusters[held.y]),
+        held.mean(passage.right),
+        passage.cost,
+    )

@@ -1,147 +1,92 @@
-"""How small may the network be? A ladder of sizes, and the climb to the best of its rungs."""
+"""Searches the sizes, numbers of clusters and ranks for the network that serves the goal best."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
-__all__ = ["LADDER", "Goal", "Outcome", "Size", "climb"]
+from ..errors import OutOfReachError, UnreachableShareError
+from .builder import Builder, Built
+from .config import Plan
+from .goal import Goal, Outcome, hill_climb
 
-
-@dataclass(frozen=True)
-class Size:
-    """How much of a network a sample may cost.
-
-    Attributes
-    ----------
-    prefix_ratio : float or None
-        Fraction of filters removed from each layer before the route predictor.  None: prefix and
-        subgraphs share the budget.
-    min_ratio, max_ratio : float
-        Fraction of filters removed from the first and from the last layer behind it; with a budget,
-        `max_ratio` is the most that any layer may lose.
-    budget : float or None
-        Cost of prefix and one subgraph that may stay, as a fraction of the base's.
-    low_rank : float
-        Fraction of the sliced prefix's multiplications that stay when its layers become products
-        of two; 1 leaves them as they are.
-    """
-
-    prefix_ratio: float | None
-    min_ratio: float
-    max_ratio: float
-    budget: float | None = None
-    low_rank: float = 1.0
+_LOW_RANK = 0.5  # tried in a search; at three quarters, two layers take as long as the one
 
 
-# Our choice: each step costs about a fifth less than the one before.
-LADDER = tuple(
-    Size(None, 0.0, 0.95, budget) for budget in (0.8, 0.63, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16)
-)
-"""Sizes from careful to bold."""
+class Search:
+    """What was tried, and the best of it."""
 
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        self.config = builder.study.config
+        self.goal = Goal(self.config.max_accuracy_drop, self.config.target_speedup)
+        self.best: Built | None = None
+        self.rows: list[dict[str, object]] = []
+        self.missed: OutOfReachError | UnreachableShareError | None = None
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a size gave on held-out samples.
+    def run(self, plans: Sequence[Plan]) -> Built:
+        """Try plans in several sizes.
 
-    Attributes
-    ----------
-    drop : float
-        Accuracy of the base minus that of the routed network.
-    cost : float
-        Expected multiplications per sample, as a fraction of the base's.
-    speedup : float
-        Measured time of the base over that of the routed network; NaN where it was not asked for.
-    """
-
-    drop: float
-    cost: float
-    speedup: float = float("nan")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What the search is for: the cheapest within a loss, or the most accurate at a speed.
-
-    Attributes
-    ----------
-    max_drop : float
-        Accuracy that may be given away.
-    speedup : float or None
-        Where given, the most accurate network that is so many times as fast as the base.
-    """
-
-    max_drop: float
-    speedup: float | None = None
-
-    def reached(self, outcome: Outcome) -> bool:
-        """Tell whether an outcome is within the limit."""
-        if self.speedup is not None:
-            return outcome.speedup >= self.speedup
-        return outcome.drop <= self.max_drop + 1e-12
-
-    def better(self, a: Outcome, b: Outcome) -> bool:
-        """Tell whether `a` serves the goal better than `b`.
-
-        Within the limit, the cheaper (for a speed: the more accurate) is better; outside, the one
-        that is nearer to the limit.
+        The first plan climbs; the others start where it stopped, and become bolder as long as they
+        are better than all before.  Then the best one's prefix gets a low rank, in the same size
+        and, while that is better, in others.
         """
-        inside = self.reached(a)
-        if inside != self.reached(b):
-            return inside
-        if self.speedup is None:
-            return a.cost < b.cost if inside else a.drop < b.drop
-        return a.drop < b.drop if inside else a.speedup > b.speedup
+        config, goal, n_sizes = self.config, self.goal, len(self.config.sizes)
+        index, found = hill_climb(lambda i: self._try(plans[0], i), n_sizes, config.first, goal)
+        for plan in plans[1:]:
+            for i in range(index, n_sizes):
+                outcome = self._try(plan, i)
+                if not goal.better(outcome, found):
+                    break
+                index, found = i, outcome
+        if self.best is None:
+            assert self.missed is not None
+            raise self.missed
+        if config.searches_size and isinstance(config.prefix_low_rank, str):
+            plan = self.best.plan
+            hill_climb(lambda i: self._try(plan, i, _LOW_RANK), n_sizes, index, goal)
+        return self.best
 
-    @property
-    def away(self) -> int:
-        """Which way on the ladder leads away from the limit."""
-        return 1 if self.speedup is None else -1
+    def _try(self, plan: Plan, index: int, low_rank: float | None = None) -> Outcome:
+        """Build one network, and remember it if it is the best so far."""
+        size = self.config.sizes[index]
+        if low_rank is not None:
+            size = replace(size, low_rank=low_rank)
+        try:
+            built = self.builder.build(
+                replace(plan, size=size), time_it=self.config.target_speedup is not None
+            )
+        except (OutOfReachError, UnreachableShareError) as error:
+            if not self.config.searches_size:
+                reach = isinstance(error, OutOfReachError)
+                name = "pruner" if reach else "options.prefix_low_rank"
+                raise type(error)(f"{name}: {error}") from error
+            self.missed = self.missed or error
+            return Outcome(drop=1.0, cost=math.inf, speedup=0.0)
+        self._note(built)
+        if self.best is None or self.goal.better(built.outcome, self.best.outcome):
+            self.best = built  # the others' weights are let go
+        return built.outcome
 
-
-def climb(
-    evaluate: Callable[[int], Outcome], n_rungs: int, start: int, goal: Goal
-) -> tuple[int, Outcome]:
-    """Find the best rung of a ladder on which the outcome has one summit.
-
-    Parameters
-    ----------
-    evaluate : callable
-        From the number of a rung to its outcome; called at most once per rung.
-    n_rungs : int
-    start : int
-    goal : Goal
-
-    Returns
-    -------
-    rung : int
-    outcome : Outcome
-
-    Notes
-    -----
-    From `start` one step at a time, up while that is better, else (or where that stays outside the
-    limit, by noise) down: a bolder size does less work, but sends more samples to the base, so that
-    the cost has a minimum.  Towards a limit that has not been met yet, the way goes on over steps
-    that are no better, which noise can make.
-
-    Examples
-    --------
-    >>> from sinfkit.routing import Goal, Outcome, climb
-    >>> drops = [0.0, 0.002, 0.004, 0.008, 0.02, 0.05]
-    >>> climb(lambda i: Outcome(drops[i], 1 - i / 10), 6, 1, Goal(max_drop=0.01))[0]
-    3
-    """
-    best, found = start, evaluate(start)
-    for step in (1, -1):
-        rung = start + step
-        while 0 <= rung < n_rungs:
-            outcome = evaluate(rung)
-            if goal.better(outcome, found):
-                best, found = rung, outcome
-            elif goal.reached(found) or step == goal.away:
-                break
-            rung += step
-        if best != start and (goal.reached(found) or step != goal.away):
-            break
-    return best, found
+    def _note(self, built: Built) -> None:
+        """Write down what was tried."""
+        outcome, plan, passage = built.outcome, built.plan, built.passage
+        row: dict[str, object] = {
+            "route_layer": plan.cut.name,
+            "n_clusters": built.network.n_clusters,
+            "budget": plan.size.budget,
+            "low_rank": plan.size.low_rank,
+            "accuracy_drop": outcome.drop,
+            "relative_macs": passage.cost,
+            "fallback_share": passage.fallback_share,
+            "exit_share": passage.exit_share,
+        }
+        if not math.isnan(built.relative_time):
+            row["relative_time"] = built.relative_time
+        if not math.isnan(outcome.speedup):
+            row["speedup"] = outcome.speedup
+        self.rows.append(row)
+        if self.config.verbose:
+            shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print("SINFClassifier: " + ", ".join(shown))

@@ -9,7 +9,14 @@ from helpers import blobs, small_cnn
 from sklearn import config_context
 from sklearn.model_selection import GridSearchCV, cross_validate
 
-from sinfkit import DCSPruner, FrozenModel, PruningOptions, SemanticClusterer, SINFClassifier
+from sinfkit import (
+    DCSPruner,
+    FrozenModel,
+    PruningOptions,
+    RoutingOptions,
+    SemanticClusterer,
+    SINFClassifier,
+)
 from sinfkit.criteria import CRITERIA, discriminative_capability, fit_probe
 from sinfkit.data import validate_weight
 from sinfkit.graph import trace
@@ -338,12 +345,12 @@ def test_sinf_with_given_held_out_samples(fallback, frozen, data):
         frozen,
         clusterer=SemanticClusterer(method="given", mapping={"a": [0, 1], "b": [2, 3]}),
         pruner=DCSPruner(criterion="dcs", schedule="linear", repair="static_least_squares"),
-        prefix_criterion="dcs",
         route_layer="3",
         fallback=fallback,
-        answers="cluster",  # which samples go where is then no matter of the probe's last digits
         random_state=0,
         device="cpu",
+        prefix_pruner=DCSPruner(criterion="dcs", schedule="global"),
+        options=RoutingOptions(answers="cluster"),
     )
     sinf.set_params(prefix_ratio=0.0)
     weighted = sinf.fit(X, y, weight, X_val=X_val, y_val=y_val, sample_weight_val=weight_val)

@@ -15,7 +15,14 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
+from sinfkit import (
+    DCSPruner,
+    FrozenModel,
+    RoutingOptions,
+    SemanticClusterer,
+    SINFClassifier,
+    train_network,
+)
 from sinfkit.export import to_exported
 from sinfkit.export.onnx import _check_target, _describe, _labels, _require
 from sinfkit.export.onnx_loader import load
@@ -43,10 +50,10 @@ def fitted(data):
         clusterer=SemanticClusterer(n_clusters=2),
         pruner=DCSPruner(criterion="dcs", schedule="linear"),
         fallback="base",
-        confidence_threshold=0.6,
         route_layer="3",
         device="cpu",
         random_state=0,
+        options=RoutingOptions(confidence_threshold=0.6),
     ).fit(X, y)
 
 
@@ -312,7 +319,6 @@ def digits():
         FrozenModel(network),
         clusterer=SemanticClusterer(n_clusters=2),
         pruner=DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.1, 0.3)),
-        confidence_threshold=0.7,
         route_layer="3",
         device="cpu",
         random_state=0,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import blobs, small_cnn
 
-from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier
+from sinfkit import DCSPruner, FrozenModel, RoutingOptions, SemanticClusterer, SINFClassifier
 from sinfkit.graph import Latency, count_macs, count_parameters
 from sinfkit.inference import Promise, PruningReport, SINFReport, base_for_timing, branch_costs
 
@@ -26,9 +26,8 @@ def fitted():
         pruner=DCSPruner(criterion="dcs", schedule="linear", pruning_ratios=(0.5, 0.5)),
         route_layer="3",
         fallback="base",
-        confidence_threshold=0.5,
-        exit_threshold=None,
         random_state=0,
+        options=RoutingOptions(confidence_threshold=0.5, exit_threshold=None),
     ).fit(X, y)
 
 

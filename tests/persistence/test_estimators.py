@@ -30,6 +30,7 @@ from sinfkit import (
     DCSPruner,
     FrozenModel,
     PruningOptions,
+    RoutingOptions,
     SemanticClusterer,
     SINFClassifier,
     StorageError,
@@ -110,7 +111,7 @@ def forge(path: Path, change) -> None:
         lambda frozen: SINFClassifier(
             frozen,
             pruner=DCSPruner(criterion="dcs", schedule="linear", repair="none"),
-            fallback="topk",
+            fallback="top2",
             **SLICES,
             **TWO,
         ),
@@ -121,8 +122,8 @@ def forge(path: Path, change) -> None:
             frozen,
             pruner=DCSPruner(criterion="dcs", schedule="linear"),
             route_layer="3",
-            prefix_low_rank=0.6,
             **TWO,
+            options=RoutingOptions(prefix_low_rank=0.6),
         ),
     ],
     ids=["classes", "iterative", "clusterer", "base", "topk", "module", "low rank"],
@@ -535,7 +536,7 @@ def weights_of(estimator) -> int:
     return sum(t.nbytes for module in modules for t in module.state_dict().values())
 
 
-@pytest.mark.parametrize("kind", [DCSPruner, SemanticClusterer, SINFClassifier])
+@pytest.mark.parametrize("kind", [DCSPruner, RoutingOptions, SemanticClusterer, SINFClassifier])
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_joblib_files_are_no_larger_than_the_weights(kind, is_frozen, tmp_path):
     X, y = blobs(per_class=20)

@@ -1,4 +1,4 @@
-"""The ladder of sizes, and the climb."""
+"""The budgets that are tried, and hill climbing over them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinfkit.routing import LADDER, Goal, Outcome, climb
+from sinfkit.routing import BUDGETS, Goal, Outcome, hill_climb
 
 
-def test_the_ladder_costs_less_from_rung_to_rung():
-    budgets = np.array([size.budget for size in LADDER])
-    assert (np.diff(budgets) < 0).all() and (budgets > 0).all() and (budgets < 1).all()
-    assert all(size.prefix_ratio is None for size in LADDER)  # one budget for both sides
+def test_budgets_go_from_careful_to_bold():
+    assert (np.diff(BUDGETS) < 0).all() and 0 < BUDGETS[-1] and BUDGETS[0] < 1
 
 
 def test_within_the_limit_the_cheaper_is_better_and_outside_the_nearer():
@@ -32,7 +30,7 @@ def test_within_the_limit_the_cheaper_is_better_and_outside_the_nearer():
     st.floats(0, 0.1),
 )
 def test_the_climb_finds_the_boldest_rung_within_the_limit(steps, start, limit):
-    """Drops rise and costs fall along the ladder: every rung below the best one is within."""
+    """Drops rise and costs fall with the size: every one before the best is within."""
     drops = np.cumsum(steps)
     n, seen = len(drops), []
 
@@ -40,30 +38,30 @@ def test_the_climb_finds_the_boldest_rung_within_the_limit(steps, start, limit):
         seen.append(i)
         return Outcome(float(drops[i]), 1 - i / 10)
 
-    best, outcome = climb(evaluate, n, min(start, n - 1), Goal(limit))
+    best, outcome = hill_climb(evaluate, n, min(start, n - 1), Goal(limit))
     within = np.flatnonzero(drops <= limit + 1e-12)
     # Outside the limit the nearer is better; of equal drops the first seen is kept.
     assert outcome.drop == (drops[within[-1]] if len(within) else drops.min())
     assert best == within[-1] if len(within) else drops[best] == drops.min()
-    assert len(seen) == len(set(seen)), "each rung is built once"
+    assert len(seen) == len(set(seen)), "each size is built once"
 
 
-def test_a_rung_that_falls_back_too_often_is_passed_over():
+def test_a_size_that_falls_back_too_often_is_passed_over():
     costs = [0.7, 0.6, 0.5, 0.45, 0.55, 0.8]
-    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 3, Goal(0.01))[0] == 3
-    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 1, Goal(0.01))[0] == 3
-    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 5, Goal(0.01))[0] == 3
+    assert hill_climb(lambda i: Outcome(0.01, costs[i]), 6, 3, Goal(0.01))[0] == 3
+    assert hill_climb(lambda i: Outcome(0.01, costs[i]), 6, 1, Goal(0.01))[0] == 3
+    assert hill_climb(lambda i: Outcome(0.01, costs[i]), 6, 5, Goal(0.01))[0] == 3
 
 
-def test_for_a_speed_the_first_rung_that_reaches_it_is_taken():
+def test_for_a_speed_the_first_size_that_reaches_it_is_taken():
     speeds, drops = [1.2, 1.6, 2.1, 2.6], [0.0, 0.01, 0.02, 0.03]
 
     def evaluate(i):
         return Outcome(drops[i], 1 / speeds[i], speeds[i])
 
     for start in range(4):
-        assert climb(evaluate, 4, start, Goal(0.01, speedup=2.0))[0] == 2
-    assert climb(evaluate, 4, 1, Goal(0.01, speedup=9.0))[0] == 3
+        assert hill_climb(evaluate, 4, start, Goal(0.01, speedup=2.0))[0] == 2
+    assert hill_climb(evaluate, 4, 1, Goal(0.01, speedup=9.0))[0] == 3
 
 
 def test_a_step_away_that_noise_makes_better_does_not_hide_the_way_to_the_limit():
@@ -74,5 +72,5 @@ def test_a_step_away_that_noise_makes_better_does_not_hide_the_way_to_the_limit(
         seen.append(i)
         return Outcome(drops[i], 1 - i / 10)
 
-    assert climb(evaluate, 6, 3, Goal(0.01))[0] == 1
-    assert len(seen) == len(set(seen)), "each rung is built once"
+    assert hill_climb(evaluate, 6, 3, Goal(0.01))[0] == 1
+    assert len(seen) == len(set(seen)), "each size is built once"

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from sinfkit import (
     DCSPruner,
     FrozenModel,
+    RoutingOptions,
     SemanticClusterer,
     SINFClassifier,
     save,
@@ -69,17 +70,18 @@ def estimators() -> dict[str, object]:
             pruner=DCSPruner(criterion="dcs", schedule="linear"), **two
         ).fit(X, y),
         "low_rank": SINFClassifier(
-            pruner=DCSPruner(criterion="dcs", schedule="linear"), prefix_low_rank=0.5, **two
+            pruner=DCSPruner(criterion="dcs", schedule="linear"),
+            **two,
+            options=RoutingOptions(prefix_low_rank=0.5),
         ).fit(X, y),
         "images": SINFClassifier(
             frozen,
             pruner=DCSPruner(criterion="dcs", schedule="linear", repair="none"),
             route_layer="features.7",
-            prefix_ratio=0.0,
-            confidence_threshold=0.6,
-            exit_threshold=None,
             fallback="base",
             **two,
+            prefix_pruner=DCSPruner(criterion="obs", schedule="uniform", pruning_ratios=(0.0, 0.0)),
+            options=RoutingOptions(confidence_threshold=0.6, exit_threshold=None),
         ).fit(Z, labels),
     }
 
