@@ -30,8 +30,6 @@ extensions = [
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build"]
-# Pages of tables are made where the tables are; without them the pages are whole, too.
-suppress_warnings = ["toc.empty_glob"]
 default_role = "code"  # numpydoc writes parameters in single backticks.
 
 autosummary_generate = True
