@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import nn
 
 from .data.calibration import Batcher, Calibration
+from .data.heads import check_logits, with_two_outputs
 from .data.labels import check_order, match_classes, warn_if_mismatched
 from .data.pixels import Images, check_normalisation, spread
 from .data.shapes import count_outputs, looks_like_nhwc
@@ -32,7 +33,8 @@ from .data.validation import (
 )
 from .frozen import FrozenModel, as_frozen, describe
 from .graph.cuts import output_layer, trace
-from .graph.fidelity import check_traced
+from .graph.fidelity import check_traced, output_of
+from .graph.heads import without_head
 from .utils.device import in_pieces, loaded_device, resolve_device
 from .utils.params import check_integer, check_jobs, check_verbose, naming
 from .utils.pickling import pack, versions, warn_of_versions
@@ -212,6 +214,9 @@ class TorchEstimator(BaseEstimator):
         check_normalisation(frozen, X)
         samples = batcher.normalise(batcher.load(spread(X, _FEW)))
         n_outputs = count_outputs(module, samples, tuple(X.shape))
+        if n_outputs == 1:
+            frozen = with_two_outputs(frozen, samples)
+            module, n_outputs = frozen.module(device), 2
         table = match_classes(y, n_outputs, self.model_classes, classes, complete=not unlabelled)
         self.input_shape_ = tuple(X.shape[1:])
         self.classes_ = table.classes
@@ -220,6 +225,8 @@ class TorchEstimator(BaseEstimator):
         with naming("model"):
             graph = trace(module, samples[:1])
             check_traced(graph, module, samples)
+            graph = without_head(graph, samples)
+            check_logits(graph, samples)
             output = output_layer(graph, n_outputs)
         return Calibration(
             frozen,
@@ -243,8 +250,10 @@ class TorchEstimator(BaseEstimator):
         batcher = Batcher(frozen, device, dtype, int(self.batch_size))
         samples = batcher.normalise(batcher.load(spread(X, _FEW)))
         n_outputs = count_outputs(module, samples, tuple(X.shape))
+        if n_outputs == 1:
+            module, n_outputs = with_two_outputs(frozen, samples).module(device), 2
         with torch.inference_mode():
-            rows = list(in_pieces(lambda x: module(x).argmax(1).cpu(), batcher(X)))
+            rows = list(in_pieces(lambda x: output_of(module, x).argmax(1).cpu(), batcher(X)))
         labels = np.arange(n_outputs) if self.model_classes is None else self.model_classes
         return np.asarray(labels)[torch.cat(rows).numpy()]
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..frozen import FrozenModel
 from ..graph.cuts import trace
+from ..graph.heads import without_head
 from ..slicing.groups import ChannelGroup, find_groups
 from ..utils.device import host_tensor, loaded_device, settle_after_fork
 from ..utils.params import naming
@@ -103,7 +104,7 @@ class Calibration:
         self.__dict__.update(state)
         self.example = state["example"].unpack(device)
         self.batcher = Batcher(self.frozen, device, dtype, batch_size)
-        self.graph = trace(self.frozen.module(device), self.example)
+        self.graph = without_head(trace(self.frozen.module(device), self.example), self.example)
 
 
 class Batcher:

@@ -115,11 +115,8 @@ def _range(X: Images) -> tuple[float, float]:
 
 def _as_bytes(X: Images) -> Images | None:
     """The same values as uint8, or None where they are no bytes."""
-    if isinstance(X, torch.Tensor):
-        small = X.to(torch.uint8)
-        return small if bool((small == X).all()) else None
     with np.errstate(invalid="ignore"):
-        small = X.astype(np.uint8)
+        small: Any = X.to(torch.uint8) if isinstance(X, torch.Tensor) else X.astype(np.uint8)
     return small if bool((small == X).all()) else None
 
 

@@ -40,6 +40,8 @@ def count_outputs(module: nn.Module, samples: Tensor, shape: Shape) -> int:
         raise ValueError(
             f"The model cannot take samples of shape {shape[1:]}.{hint or f' It says: {error}'}"
         ) from error
+    if isinstance(logits, Tensor) and logits.shape == (len(samples),):
+        return 1
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(samples):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(

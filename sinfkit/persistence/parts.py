@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import NotPlainError, StorageError
+from ..graph.heads import without_head
 from ..graph.tracing import copy_sharing_weights, trace
 from ..repair.low_rank import NARROW, WIDE, insert_factors
 from ..slicing.channels import NARROWABLE, is_depthwise
@@ -176,7 +177,7 @@ def traced(module: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
     example = torch.zeros((1, *shape), dtype=dtype, device="meta" if large else where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return trace(module, example)
+        return without_head(trace(module, example))
 
 
 def describe_part(

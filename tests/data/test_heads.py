@@ -1,0 +1,169 @@
+"""Networks that end in a softmax, a log-softmax or a sigmoid, or in one logit: right or refused."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from sinfkit import DCSPruner, FrozenModel
+
+K = 4
+
+
+class Network(nn.Module):
+    """Two convolutions, and a head that is given as a function of the logits."""
+
+    def __init__(self, head, n_outputs=K, seed=0, pointwise=False):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.body = nn.Sequential(
+                nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+            )
+            last = nn.Conv2d(6, n_outputs, 1) if pointwise else nn.Linear(6, n_outputs)
+            self.last = last if pointwise else nn.Sequential(nn.Flatten(), last)
+        self.softmax, self.log_softmax, self.sigmoid = (
+            nn.Softmax(1),
+            nn.LogSoftmax(-1),
+            nn.Sigmoid(),
+        )
+        self.head, self.pointwise = head, pointwise
+        with torch.no_grad():
+            last.weight.mul_(20)
+
+    def logits(self, x):
+        return self.last(self.body(x)).flatten(1)
+
+    def forward(self, x):
+        h = self.last(self.body(x))
+        return HEADS[self.head](self, h) if self.pointwise else HEADS[self.head](self, h.flatten(1))
+
+
+HEADS = {
+    "none": lambda net, z: z.flatten(1),
+    "softmax module": lambda net, z: net.softmax(z).flatten(1),
+    "softmax method": lambda net, z: z.softmax(dim=1).flatten(1),
+    "softmax function": lambda net, z: F.softmax(z.flatten(1), dim=-1),
+    "torch.softmax": lambda net, z: torch.softmax(z.flatten(1), 1),
+    "log-softmax module": lambda net, z: net.log_softmax(z.flatten(1)),
+    "log-softmax function": lambda net, z: F.log_softmax(z, 1).flatten(1),
+    "log of softmax": lambda net, z: torch.log(torch.softmax(z, 1)).flatten(1),
+    "sigmoid": lambda net, z: torch.sigmoid(z).flatten(1),
+    "sigmoid module": lambda net, z: net.sigmoid(z.flatten(1)),
+    "of a temperature": lambda net, z: torch.softmax(z.flatten(1) / 2.5, 1),
+}
+OWN = {  # by hand, which no graph tells from something else
+    "softmax by hand": lambda net, z: z.flatten(1).exp() / z.flatten(1).exp().sum(1, keepdim=True),
+    "mean of two": lambda net, z: (z.flatten(1).softmax(1) + (2 * z.flatten(1)).softmax(1)) / 2,
+}
+HEADS |= OWN
+
+
+def images(seed, n=24):
+    return np.random.default_rng(seed).normal(size=(n, 1, 6, 6)).astype(np.float32)
+
+
+def fitted(network, X, y=None, **parameters):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        # All filters stay, so that the answers are the network's own.
+        return DCSPruner(
+            network, criterion="l1", budget=1.0, repair="none", device="cpu", **parameters
+        ).fit(X, y)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    head=st.sampled_from(sorted(HEADS.keys() - OWN)),
+    pointwise=st.booleans(),
+    seed=st.integers(0, 50),
+)
+def test_probabilities_are_not_softmaxed_twice(head, pointwise, seed):
+    network, X = Network(head, seed=seed, pointwise=pointwise).eval(), images(seed)
+    z = network.logits(torch.from_numpy(X)).detach()
+    expected = torch.softmax(z / 2.5 if head == "of a temperature" else z, 1).numpy()
+    pruner = fitted(network, X)
+    np.testing.assert_allclose(pruner.predict_proba(X), expected, atol=1e-4)
+    again = pickle.loads(pickle.dumps(pruner))
+    np.testing.assert_allclose(again.predict_proba(X), expected, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(head=st.sampled_from(sorted(HEADS.keys() - OWN)), seed=st.integers(0, 50))
+def test_some_of_the_classes_can_be_kept(head, seed):
+    network, X = Network(head, seed=seed).eval(), images(seed)
+    z = network.logits(torch.from_numpy(X)).detach() / (2.5 if head == "of a temperature" else 1)
+    y = z[:, [0, 2]].argmax(1).numpy() * 2
+    y[:2] = 0, 2  # both occur
+    pruner = fitted(network, X, y, classes=[0, 2])
+    expected = torch.softmax(z[:, [0, 2]], 1).numpy()
+    np.testing.assert_allclose(pruner.predict_proba(X), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", sorted(OWN))
+def test_probabilities_made_by_hand_are_refused(head):
+    with pytest.raises(ValueError, match="probabilities"):
+        fitted(Network(head).eval(), images(0), np.arange(24) % K)
+
+
+class Attention(Network):
+    def forward(self, x):
+        z = self.last(self.body(x)).flatten(1)
+        return z + torch.softmax(z, 1)
+
+
+class Square(Network):
+    def forward(self, x):
+        z = self.last(self.body(x)).flatten(1)
+        return z * z.mean(1, keepdim=True)
+
+
+def test_a_softmax_over_something_else_stays():
+    network, X = Attention("none").eval(), images(1)
+    expected = torch.softmax(network(torch.from_numpy(X)).detach(), 1).numpy()
+    np.testing.assert_allclose(fitted(network, X).predict_proba(X), expected, atol=1e-5)
+
+
+SQUEEZES = {
+    "column": lambda net, z: z.flatten(1),
+    "squeeze": lambda net, z: z.flatten(1).squeeze(1),
+    "sigmoid": lambda net, z: torch.sigmoid(z.flatten(1)),
+    "sigmoid, squeezed": lambda net, z: net.sigmoid(z.flatten(1)).squeeze(-1),
+}
+HEADS |= SQUEEZES
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    head=st.sampled_from(sorted(SQUEEZES)),
+    pointwise=st.booleans(),
+    labels=st.sampled_from([[0, 1], ["no", "yes"], None]),
+    seed=st.integers(0, 20),
+)
+def test_one_logit_is_that_of_the_second_class(head, pointwise, labels, seed):
+    network, X = Network(head, 1, seed, pointwise).eval(), images(seed)
+    z = network.logits(torch.from_numpy(X)).detach()[:, 0]
+    z = z.numpy()
+    y = None
+    if labels is not None:
+        y = np.array(labels)[(z > 0).astype(int)]
+        y[:2] = labels  # both occur
+    pruner = fitted(FrozenModel(network), X, y)
+    p = pruner.predict_proba(X)
+    np.testing.assert_allclose(p[:, 1], 1 / (1 + np.exp(-z)), atol=1e-4)
+    assert pruner.classes_.tolist() == (labels or [0, 1])
+    base = pruner.base_model_.module()(torch.from_numpy(X)).argmax(1).numpy()
+    np.testing.assert_array_equal(base, z > 0)
+
+
+def test_one_output_that_cannot_be_made_two_is_refused():
+    with pytest.raises(ValueError, match="two outputs"):
+        fitted(Square("column", 1).eval(), images(0), np.arange(24) % 2)
