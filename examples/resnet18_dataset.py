@@ -57,11 +57,12 @@ for _ in range(5):
 network.eval()
 
 # %%
-# The pruner takes the Dataset as it is, of images that the network was not trained on, and finds
-# the smallest network that keeps the accuracy. Layers behind removed filters are repaired by least
-# squares; nothing is trained.
+# The pruner sees images that the network was not trained on, here all of them as one batch, and
+# finds the smallest network that keeps the accuracy. Layers behind removed filters are repaired by
+# least squares; nothing is trained.
 
-pruner = DCSPruner(network, max_accuracy_drop=0.02, random_state=0).fit(new)
+X, y = next(iter(DataLoader(new, batch_size=len(new))))
+pruner = DCSPruner(network, max_accuracy_drop=0.02, random_state=0).fit(X, y)
 
 
 def accuracy(module: nn.Module) -> float:
