@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--drops", nargs="*", type=float, default=DROPS, help="of IterTVSPrune")
     options = made.parse_args(arguments)
     if options.quick:
-        options.draws, options.images, options.drops = 1, 30, options.drops[-1:]
+        options.draws, options.images, options.drops = 1, 20, options.drops[-1:]
         options.removed, options.scopes = options.removed[-1:], options.scopes or ["all", "a"]
         options.criteria = [c for c in options.criteria if c in ("dcs", "l1", *CONTROLS)]
     return options

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", type=float, default=(0.5, 0.3))
     options = parser.parse_args(arguments)
     if options.quick:
-        options.draws, options.images, options.n_clusters = 1, 40, (2, 4)
+        options.draws, options.images, options.n_clusters = 1, 40, (4,)
         options.sizes, options.cuts = (0.5,), options.cuts or CUTS["tiny"][-1:]
     if not options.show:
         study = base.open_study(options)

@@ -87,14 +87,13 @@ def test_the_fastest_that_is_fast_enough_is_shown(examples_on_path, tmp_path):
 
 
 def test_criteria_lose_the_same_filters_by_number(table, out):
-    path = table("criteria", out)
-    rows = rows_of(path)
+    few = ("--criteria", "dcs", "activation_std")
+    rows = rows_of(table("criteria", out, *few, "--repairs", "none"))
     tested = [row for row in rows if row["removed"] == "0.3-0.7"]
     for scope in ("all", "a"):
         own = [row for row in tested if row["scope"] == scope]
         assert len({row["macs"] for row in own}) == 1  # whichever filters they are
-        assert {row["criterion"] for row in own} == {"dcs", "l1", "activation_std"}
-        assert {row["repair"] for row in own} == {"none", "least_squares"}
+        assert {row["criterion"] for row in own} == {"dcs", "activation_std"}
     rounds, matched = (
         next(row for row in rows if row["criterion"].startswith(name))
         for name in ("IterTVSPrune", "dcs at")
@@ -112,10 +111,9 @@ def test_cluster_by_cluster_with_the_restricted_base(table, out):
 
 
 def test_where_routing_pays(table, out):
-    path = table("routing", out)
-    rows = rows_of(path)
+    rows = rows_of(table("routing", out))
     totals = [row for row in rows if row["cluster"] == "all"]
-    assert [row["n_clusters"] for row in totals] == ["2", "4"]
+    assert [row["n_clusters"] for row in totals] == ["4"]
     for total in totals:
         own = [r for r in rows if r["n_clusters"] == total["n_clusters"] and r is not total]
         assert sum(int(r["images"]) for r in own) == int(total["images"]) == 96
@@ -212,10 +210,11 @@ def test_every_form_computes_what_the_network_does(table, main_table, out, examp
     from benchmarks.forms import FORMS, answers, forms_of
 
     quick = study.made_up_study("choose")
-    for name, size in ((BASE, 1.0), (GIVEN, 0.6)):
+    # Files of routed networks have tests of their own.
+    for name, size, wanted in ((BASE, 1.0, FORMS), (GIVEN, 0.6, FORMS[:2])):
         made = make(quick, Contestant(name, size, 0), 40, out / "fitted")
-        forms = forms_of(made, FORMS, quick.X)
-        assert list(forms) == list(FORMS)
+        forms = forms_of(made, wanted, quick.X)
+        assert list(forms) == list(wanted)
         expected = made.answers(quick.X_test)
         for form, run in forms.items():
             same = (answers(run, quick.X_test) == expected).mean()
@@ -258,4 +257,5 @@ def test_rows_intervals_and_the_command(tmp_path, capsys, examples_on_path):
     assert np.isnan(estimate(np.array([1.0])).low)
     with pytest.raises(SystemExit):
         main(["nothing"])
-    assert all(name in capsys.readouterr().out for name in TABLES)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in TABLES)
