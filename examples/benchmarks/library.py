@@ -16,6 +16,7 @@ from sinfkit import (
     DCSPruner,
     FrozenModel,
     PruningOptions,
+    RoutingOptions,
     SemanticClusterer,
     SINFClassifier,
     __version__,
@@ -75,16 +76,20 @@ __all__ = [
 
 def pruner(model: Any = None, **settings: Any) -> DCSPruner:
     """A `DCSPruner` whose options are given beside its parameters."""
-    named = [name for name in settings if name in PruningOptions().get_params()]
-    options = {name: settings.pop(name) for name in named}
-    if options:
-        settings["options"] = PruningOptions(**options)
-    return DCSPruner(model, **settings)
+    return DCSPruner(model, **_sorted(settings, PruningOptions))
 
 
 def routed(model: Any, **settings: Any) -> SINFClassifier:
     """A `SINFClassifier` whose options are given beside its parameters."""
-    return SINFClassifier(model, **settings)
+    return SINFClassifier(model, **_sorted(settings, RoutingOptions))
+
+
+def _sorted(settings: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Parameters as they are, options in an object of their own."""
+    names = kind().get_params()
+    options = {name: value for name, value in settings.items() if name in names}
+    plain = {name: value for name, value in settings.items() if name not in names}
+    return {**plain, "options": kind(**options)} if options else plain
 
 
 def fast(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
