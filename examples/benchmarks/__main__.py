@@ -18,6 +18,7 @@ TABLES = {
     "networks": ("networks", "pretrained networks: all classes, and twenty of them"),
     "front": ("front", "loss against time: every form, batch size and number of threads"),
     "fit_cost": ("fit_cost", "time of a fit by images, classes and clusters"),
+    "fit_profile": ("fit_profile", "how many files and functions a call of fit touches"),
     "workers": ("workers", "what Dask's workers cost: bytes and seconds"),
     "pages": ("pages", "answers, tables and figures of all results, as documentation pages"),
 }

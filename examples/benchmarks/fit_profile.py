@@ -1,6 +1,6 @@
 """How far does a call of `fit` reach?  Counts files, functions and the depth of calls.
 
-    python examples/benchmarks/fit_profile.py [--list]
+    python -m benchmarks fit_profile [--list]
 
 Only frames of the package count: its files, its functions, and how many of its calls lie on top of
 one another.  The fewer, the easier a `fit` is to follow.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,11 +53,11 @@ def profile(call: Callable[[], Any]) -> tuple[set[str], list[str]]:
     return functions, deepest
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Profile `SINFClassifier.fit` on the digits."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--list", action="store_true", help="list the files and the deepest calls")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     X, y = load_digits(return_X_y=True)
     warnings.simplefilter("ignore")
     model = sinfkit.DCSPruner(random_state=0).fit(X[:300], y[:300]).base_model_
@@ -65,7 +65,7 @@ def main() -> None:
     functions, deepest = profile(lambda: classifier.fit(X[:1000], y[:1000]))
     files = sorted({name.split(":")[0] for name in functions})
     print(f"{len(files)} files, {len(functions)} functions, {len(deepest)} calls deep")
-    if arguments.list:
+    if options.list:
         print("\n".join(files))
         print("\n".join("  " * i + name for i, name in enumerate(deepest)))
 
