@@ -16,6 +16,7 @@ TABLES = {
     "promise": ("promise_simulation", "the promise on synthetic losses: how often it is broken"),
     "promise_fits": ("promise_fits", "the promise on real fits: how often it is broken"),
     "networks": ("networks", "pretrained networks: all classes, and twenty of them"),
+    "any_network": ("any_network", "how much of any network can be removed, beside torch-pruning"),
     "front": ("front", "loss against time: every form, batch size and number of threads"),
     "fit_cost": ("fit_cost", "time of a fit by images, classes and clusters"),
     "fit_profile": ("fit_profile", "how many files and functions a call of fit touches"),

@@ -121,7 +121,7 @@ def is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node normalises, channel by channel or over channels."""
     module = called_module(gm, node)
     if module is None:
-        return _function_name(node) in _NORMS
+        return function_name(node) in _NORMS
     return _from_file(module, "batchnorm", "instancenorm", "normalization")
 
 
@@ -129,7 +129,7 @@ def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node applies an elementwise activation function."""
     module = called_module(gm, node)
     if module is None:
-        return _function_name(node) in _ACTIVATIONS
+        return function_name(node) in _ACTIVATIONS
     return _from_file(module, "activation") and not isinstance(module, _NOT_ACTIVATIONS)
 
 
@@ -137,7 +137,7 @@ def is_pool(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node pools over positions."""
     module = called_module(gm, node)
     if module is None:
-        name = _function_name(node)
+        name = function_name(node)
         return ("pool" in name and "unpool" not in name) or name == "mean"
     return _from_file(module, "pooling") and "Unpool" not in type(module).__name__
 
@@ -146,7 +146,7 @@ def is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node returns its first argument as it is in eval mode."""
     module = called_module(gm, node)
     if module is None:
-        return _function_name(node) in _IDENTITIES
+        return function_name(node) in _IDENTITIES
     if isinstance(module, nn.Identity) or _from_file(module, "dropout"):
         return True
     return is_switched(module) and _returns_its_argument(module)
@@ -154,12 +154,12 @@ def is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def is_arithmetic(node: fx.Node) -> bool:
     """Whether a node adds, subtracts, multiplies or divides elementwise."""
-    return _function_name(node) in _ARITHMETIC
+    return function_name(node) in _ARITHMETIC
 
 
 def is_addition(node: fx.Node) -> bool:
     """Whether a node adds two different computed values, as at the end of a residual block."""
-    if _function_name(node) != "add" or len(node.args) != 2 or node.args[0] is node.args[1]:
+    if function_name(node) != "add" or len(node.args) != 2 or node.args[0] is node.args[1]:
         return False
     return all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args)
 
@@ -233,7 +233,7 @@ def _is_input(value: object) -> bool:
     return isinstance(value, fx.Node) and value.op == "placeholder"
 
 
-def _function_name(node: fx.Node) -> str:
+def function_name(node: fx.Node) -> str:
     """Name of the function or method that a node calls, without the underscore of in-place."""
     if node.op == "call_method":
         name = str(node.target)

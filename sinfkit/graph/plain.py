@@ -83,6 +83,11 @@ def made_plain(root: nn.Module, graph: fx.Graph) -> None:
         call.meta = node.meta
         node.replace_all_uses_with(call)
         graph.erase_node(node)
+    for node in graph.nodes:
+        if "sizes" in node.meta:  # parts need not stay of equal size
+            sizes, dim = node.meta["sizes"]
+            node.target = "split" if node.op == "call_method" else torch.split
+            node.args, node.kwargs = (node.args[0], sizes, dim), {}
     for node in reversed(list(graph.nodes)):
         if not node.users and constants.is_constant(node):
             graph.erase_node(node)

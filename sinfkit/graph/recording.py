@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.fx._symbolic_trace
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from .fidelity import logits_of
 from .nodes import is_layer, is_switched
@@ -32,6 +33,12 @@ __all__ = ["EVAL", "NeedsDataError", "Recorder", "Replayer", "UntraceableError"]
 _STRICT = (
     "arange batch_norm dropout empty eye full linspace ones rand randint randn tensor zeros".split()
 )
+# What they make does not depend on values, and if not on the number of samples, is a constant.
+_FACTORIES = frozenset(
+    "arange empty eye full linspace ones zeros new_empty new_full new_ones new_zeros".split()
+)
+# Sizes in these are written out where they do not depend on the number of samples.
+_SIZED = frozenset("expand reshape repeat split unflatten view".split())
 # What these read of a tensor is known before it is computed.
 _FACTS = frozenset(
     "shape ndim dtype device layout is_cuda is_sparse is_quantized requires_grad names itemsize "
@@ -204,8 +211,20 @@ class Recorder(Replayer):
         **more: Any,
     ) -> Any:
         """Create a node and, where the values of its arguments are known, compute its own."""
-        if target is torch._assert and self.batches:
-            return None
+        if self.batches:
+            if target is torch._assert:
+                return None
+            name = target if kind == "call_method" else getattr(target, "__name__", "")
+            if name in _FACTORIES and kind in ("call_method", "call_function"):
+                made = self._made(name, args, kwargs)
+                if made is not None:
+                    return made
+            elif name in _SIZED and kind in ("call_method", "call_function"):
+                args = (args[0], *_mapped(args[1:], _written))
+                kwargs = _mapped(kwargs, _written)
+            elif target is F.scaled_dot_product_attention and kwargs.get("scale") is None:
+                width = args[0].values[0].shape[-1] if isinstance(args[0], _Proxy) else None
+                kwargs = kwargs if width is None else {**kwargs, "scale": width**-0.5}
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if not self.batches or not isinstance(proxy, _Proxy) or kind in ("placeholder", "output"):
             return proxy
@@ -238,9 +257,38 @@ class Recorder(Replayer):
         value = proxy.values[0]
         if isinstance(value, Tensor):
             proxy.node.meta["n_axes"] = value.ndim
+        elif getattr(target, "__name__", target) in ("chunk", "split"):
+            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+            sizes = [[part.shape[dim] for part in parts] for parts in proxy.values]
+            if sizes[0] == sizes[1]:
+                proxy.node.meta["sizes"] = sizes[0], dim
         elif isinstance(value, torch.dtype | torch.device):
             proxy.node.meta["told"] = value
         return proxy
+
+    def _made(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The tensor that a function makes of facts, which is a constant; None for others."""
+        given: list[_Proxy] = []
+        rest = args[1:] if name.startswith("new_") else args
+        _mapped((rest, kwargs), lambda a: _noted(a, given))
+        like = args[0] if name.startswith("new_") else None
+        for one in (*given, *([like] if isinstance(like, fx.Proxy) else [])):
+            if not isinstance(one, _Proxy) or one.values is None or one.from_data:
+                return None
+        if any(one.values[0] != one.values[1] for one in given):
+            return None
+        rest, kwargs = _at(0, (rest, kwargs))
+        where = next((t.device for t in self.root.parameters()), torch.device("cpu"))
+        if kwargs.get("device") is not None:
+            kwargs["device"] = where
+        self._computing = True
+        try:
+            if like is None:
+                return getattr(torch, name)(*rest, **kwargs)
+            kind = like.values[0].dtype if isinstance(like, _Proxy) else like.dtype
+            return getattr(torch.empty(0, dtype=kind, device=where), name)(*rest, **kwargs)
+        finally:
+            self._computing = False
 
     def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one node; note who writes into a tensor."""
@@ -373,6 +421,13 @@ def _at(i: int, arguments: Any) -> Any:
         return False if a is EVAL else a
 
     return _mapped(arguments, value)
+
+
+def _written(a: Any) -> Any:
+    """A number in place of a proxy, where it is one and the same for any number of samples."""
+    if isinstance(a, _Proxy) and a.values and type(a.values[0]) is int and not a.from_data:
+        return a.values[0] if a.values[0] == a.values[1] else a
+    return a
 
 
 def _mapped(a: Any, value: Callable[[Any], Any]) -> Any:

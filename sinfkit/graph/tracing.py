@@ -198,7 +198,8 @@ def _record(
         if example is not None:
             row = example.detach()[:1].to(places[0])
             batches = [row.expand(n, *row.shape[1:]).clone() for n in (2, 3)]
-            twin = on_meta(root) if row.is_meta else root
+            twin = on_meta(root) if row.is_meta else copy_sharing_weights(root)
+            twin.eval()
         recorder = Recorder(opaque, batches, twin)
         try:
             return recorder.trace(root), recorder.writers

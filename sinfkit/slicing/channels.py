@@ -7,13 +7,14 @@ of groups that run through it.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..graph.nodes import is_layer
@@ -25,12 +26,17 @@ NARROWABLE = (nn.Conv2d, nn.Linear, _BatchNorm, nn.PReLU)
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Where a group's channels sit in one module: position ``index[i]`` holds ``channel[i]``."""
+    """Where a group's channels sit in one module: position ``index[i]`` holds ``channel[i]``.
+
+    Sides are "in" and "out" of a module, or say what else goes by the number of channels: an axis
+    of a parameter, a size that is written out in the graph, outputs that a mask sets to zero.
+    """
 
     module: str
-    side: str  # "in" or "out"
+    side: str
     index: np.ndarray
     channel: np.ndarray
+    length: int = 0  # of the side, where it is no module's
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ class ChannelGroup:
         a multiple of it.
     consumers : tuple of str
         Layers that read the channels, in order of execution, depthwise convolutions included.
+    carried : tuple of str
+        Layers that have some of the channels as outputs, or several outputs for each, and lose them
+        along with the others.
     is_output : bool
         Whether these are the network's outputs.
     reason_unsliceable : str
@@ -63,6 +72,7 @@ class ChannelGroup:
     n_channels: int
     n_runs: int = 1
     consumers: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
     is_output: bool = False
     reason_unsliceable: str = ""
     _members: tuple[Member, ...] = field(default=(), repr=False, compare=False)
@@ -86,6 +96,8 @@ class Sliced:
         Batch-norm and PReLU modules that were sliced -> their kept ORIGINAL channels.
     outputs : ndarray of int64 or None
         The network's kept ORIGINAL outputs, in order; None if all are kept as they were.
+    zeroed : dict of str to ndarray of int64
+        Layers whose removed outputs are consumed by no layer, but by a product (attention): these.
     """
 
     model: nn.Module
@@ -93,6 +105,7 @@ class Sliced:
     removed_inputs: dict[str, np.ndarray]
     norm_support: dict[str, np.ndarray] = field(default_factory=dict)
     outputs: np.ndarray | None = None
+    zeroed: dict[str, np.ndarray] = field(default_factory=dict)
 
     def after(self, earlier: Sliced) -> Sliced:
         """The same in terms of what `earlier` was sliced from; this was from ``earlier.model``."""
@@ -112,6 +125,7 @@ class Sliced:
             removed,
             _composed(earlier.norm_support, self.norm_support),
             outputs,
+            earlier.zeroed | self.zeroed,
         )
 
 
@@ -215,7 +229,7 @@ def take_out(
     """Slice groups whose kept channels are valid, in a copy; `layers` are listed in the support."""
     model = copy_sharing_weights(model)
     modules = dict(model.named_modules())
-    alive: dict[str, dict[str, np.ndarray]] = {"out": {}, "in": {}}
+    alive: dict[str, dict[str, np.ndarray]] = defaultdict(dict, {"out": {}, "in": {}})
     ordered: dict[str, np.ndarray] = {}
     outputs = None
     for group, kept in chosen:
@@ -224,9 +238,10 @@ def take_out(
         for member in group._members:
             module, side = member.module, member.side
             if module not in alive[side]:
-                alive[side][module] = np.ones(width(modules[module], side), dtype=bool)
+                n = member.length or width(modules[module], side)
+                alive[side][module] = np.ones(n, dtype=bool)
             alive[side][module][member.index[~stays[member.channel]]] = False
-            if group.is_output and side == "out":
+            if group.is_output and side == "out" and is_layer(modules[module]):
                 position = np.empty(group.n_channels, dtype=np.int64)
                 position[member.channel] = member.index
                 ordered[module] = position[kept]
@@ -243,7 +258,66 @@ def take_out(
     with torch.inference_mode(False):
         for name in kept_out.keys() | kept_in.keys():
             narrow(modules[name], kept_out.get(name), kept_in.get(name))
-    return Sliced(model, support, removed, norms, outputs)
+        written = {side: masks for side, masks in alive.items() if side not in ("in", "out")}
+        zeroed = {n: np.flatnonzero(~m) for n, m in written.pop("zero", {}).items()}
+        rewrite(model, written)
+    return Sliced(model, support, removed, norms, outputs, zeroed)
+
+
+def rewrite(model: nn.Module, alive: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Adapt what a graph has written out, in place: parameters, sizes of views, parts of splits."""
+    nodes = {node.name: node for node in model.graph.nodes} if hasattr(model, "graph") else {}
+    parts: dict[str, dict[int, int]] = defaultdict(dict)
+    for side, masks in alive.items():
+        kind, _, number = side.partition(" ")
+        for name, mask in masks.items():
+            kept = np.flatnonzero(mask)
+            if kind == "axis":
+                path, _, leaf = name.rpartition(".")
+                _select(model.get_submodule(path), leaf, kept, dim=int(number))
+            elif kind == "part":
+                parts[name][int(number)] = len(kept)
+            elif kind == "size":
+                _resize(nodes[name], int(number), len(kept))
+            elif kind == "slice":
+                _shift(nodes[name], int(number), mask)
+    for name, sizes in parts.items():
+        node = nodes[name]
+        given = node.args[1]
+        if isinstance(given, int):
+            raise ValueError("a split into equal parts cannot become unequal")
+        new = [sizes.get(i, n) for i, n in enumerate(given)]
+        node.args = (node.args[0], new, *node.args[2:])
+    if isinstance(model, fx.GraphModule) and alive:
+        model.recompile()
+
+
+def _resize(node: fx.Node, axis: int, n: int) -> None:
+    """Write another size into a view."""
+    rest = node.args[1:]
+    if node.target in ("unflatten", torch.unflatten):
+        dim, sizes = rest
+        at = axis - dim
+        node.args = (node.args[0], dim, [n if i == at else s for i, s in enumerate(sizes)])
+        return
+    packed = len(rest) == 1 and isinstance(rest[0], tuple | list)
+    sizes = list(rest[0] if packed else rest)
+    if not sizes or axis >= len(sizes):
+        raise ValueError("a size that is not written out")
+    if sizes[axis] != -1:
+        sizes[axis] = n
+    node.args = (node.args[0], tuple(sizes)) if packed else (node.args[0], *sizes)
+
+
+def _shift(node: fx.Node, axis: int, alive: np.ndarray) -> None:
+    """Write another range into a slice."""
+    index = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
+    at = axis if Ellipsis not in index or index.index(Ellipsis) > axis else None
+    if at is None:  # counted from the end
+        raise ValueError("a slice behind an ellipsis")
+    start, stop, _ = index[at].indices(len(alive))
+    index[at] = slice(int(alive[:start].sum()), int(alive[:stop].sum()), None)
+    node.args = (node.args[0], tuple(index) if len(index) > 1 else index[0])
 
 
 def narrow(module: nn.Module, outputs: np.ndarray | None, inputs: np.ndarray | None) -> None:
@@ -264,6 +338,10 @@ def narrow(module: nn.Module, outputs: np.ndarray | None, inputs: np.ndarray | N
         return
     for name in ("weight", "bias", "running_mean", "running_var"):
         _select(module, name, outputs, dim=0)
+    if isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (len(outputs),)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(outputs)
     if isinstance(module, nn.Conv2d):
         if is_depthwise(module):
             module.in_channels = module.groups = len(outputs)
@@ -297,6 +375,10 @@ def width(module: nn.Module, side: str) -> int:
         return module.num_features
     if isinstance(module, nn.PReLU):
         return module.num_parameters
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.LayerNorm):
+        return int(module.normalized_shape[-1])
     raise TypeError(f"{type(module).__name__} cannot be narrowed")
 
 

@@ -26,6 +26,7 @@ import torch_pruning as tp
 from torch import Tensor, fx, nn
 
 from ..graph.nodes import is_layer
+from .assembly import followed_groups
 from .channels import (
     NARROWABLE,
     ChannelGroup,
@@ -92,23 +93,29 @@ def find_groups(model: nn.Module, example: Tensor, output_layer: str) -> list[Ch
     0 8 ('3',) False
     3 10 () True
     """
-    trace = _trace(model, example)
-    if output_layer not in trace.layers:
+    if isinstance(model, fx.GraphModule):
+        found = followed_groups(model, example)
+    else:
+        trace = _trace(model, example)
+        found = []
+        covered: set[str] = set()
+        for layer in trace.layers:
+            if layer not in covered:
+                found.append(_read_group(trace, layer))
+                covered.update(found[-1].layers)
+    layers = [layer for group in found for layer in group.layers]
+    if output_layer not in layers:
         raise ValueError(
-            f"output_layer must be a layer that the model executes ({', '.join(trace.layers)}); "
+            f"output_layer must be a layer that the model executes ({', '.join(layers)}); "
             f"got {output_layer!r}."
         )
     groups: list[ChannelGroup] = []
-    covered: set[str] = set()
-    for layer in trace.layers:
-        if layer not in covered:
-            group = _read_group(trace, layer)
-            covered.update(group.layers)
-            is_output = output_layer in group.layers
-            if group.is_output and not is_output:
-                why = "its channels reach the network's output past the output layer"
-                group = replace(group, reason_unsliceable=group.reason_unsliceable or why)
-            groups.append(replace(group, is_output=is_output))
+    for group in found:
+        is_output = output_layer in group.layers
+        if group.is_output and not is_output:
+            why = "its channels reach the network's output past the output layer"
+            group = replace(group, reason_unsliceable=group.reason_unsliceable or why)
+        groups.append(replace(group, is_output=is_output))
     able = [group for group in groups if not group.reason_unsliceable]
     reasons = {group.name: group.reason_unsliceable for group in groups}
     reasons |= try_groups(model, able, example)
@@ -161,12 +168,14 @@ def slice_channels(
     >>> sliced.support["3"]
     array([9, 1])
     """
+    if groups is None and isinstance(model, fx.GraphModule):
+        groups = followed_groups(model, example)
     if groups is None:
         trace = _trace(model, example)
         layers = trace.layers
         found = {name: _read_group(trace, name) for name in keep if name in layers}
     else:
-        layers = [layer for group in groups for layer in group.layers]
+        layers = [n for group in groups for n in (*group.layers, *group.carried)]
         found = {layer: group for group in groups for layer in group.layers}
     chosen: list[tuple[ChannelGroup, np.ndarray]] = []
     for name, indices in keep.items():

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import SlicingError
 from ..utils.device import full_float32
@@ -32,9 +33,9 @@ def try_groups(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor
     noise = torch.from_numpy(rng.standard_normal((2, *example.shape[1:])))
     x = precision(model, example[:1])
     x = x + (float(x.std(correction=0)) or 1.0) * noise.to(x)
-    dense = Comparison(model, model, {})
+    dense = Comparison(model, Sliced(model, {}, {}))
     with exact_inference(x):
-        if not torch.isfinite(dense.masked(x.clone())).all():
+        if not torch.isfinite(run(dense.masked, x.clone())).all():
             raise ValueError(
                 "The model gives values that are not finite: check its weights and the scale of X."
             )
@@ -71,9 +72,9 @@ def _half(group: ChannelGroup, rng: np.random.Generator) -> np.ndarray:
 
 def _trial(model: nn.Module, tried: list[tuple[ChannelGroup, np.ndarray]], x: Tensor) -> str:
     """Say why slicing these groups does not equal masking them; nothing if it does."""
-    sliced = take_out(model, [], tried)
     try:
-        comparison = Comparison(model, sliced.model, sliced.removed_inputs)
+        sliced = take_out(model, [], tried)
+        comparison = Comparison(model, sliced)
         difference = comparison.of_outputs(x, sliced.outputs)
     except Exception as error:
         return f"the forward pass fails where it is narrower ({str(error).splitlines()[0]})"
@@ -139,7 +140,7 @@ def check_sliced(
     if len(X) == 0:
         raise ValueError("X is empty; the comparison needs images.")
     kept = sliced.outputs if keep_outputs is None else np.asarray(keep_outputs)
-    comparison = Comparison(dense, sliced.model, sliced.removed_inputs)
+    comparison = Comparison(dense, sliced)
     X = precision(dense, X[:_MOST_IMAGES])
     try:
         difference = comparison.of_outputs(X, kept)
@@ -162,13 +163,43 @@ def check_sliced(
 class Comparison:
     """A masked and a sliced network, both private copies in eval mode."""
 
-    def __init__(
-        self, dense: nn.Module, small: nn.Module, removed_inputs: Mapping[str, np.ndarray]
-    ) -> None:
+    def __init__(self, dense: nn.Module, sliced: Sliced) -> None:
         self.masked = _private(dense)
-        self.small = _private(small)
-        for name, removed in removed_inputs.items():
+        self.small = _private(sliced.model)
+        for name, removed in sliced.removed_inputs.items():
             self._zero(self.masked.get_submodule(name), torch.from_numpy(removed))
+        for name, removed in sliced.zeroed.items():
+            self._silence(self.masked.get_submodule(name), torch.from_numpy(removed))
+        for name, kept in sliced.norm_support.items():
+            norm = self.masked.get_submodule(name)
+            if isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):
+                self._restrict(norm, torch.from_numpy(kept))
+
+    @staticmethod
+    def _silence(layer: nn.Module, removed: Tensor) -> None:
+        """Make a layer give zeros in place of its removed outputs."""
+
+        def zero(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output.index_fill(_channel_dim(layer), removed.to(output.device), 0)
+
+        layer.register_forward_hook(zero)
+
+    @staticmethod
+    def _restrict(norm: nn.LayerNorm | nn.GroupNorm, kept: Tensor) -> None:
+        """Make a norm over channels look at those that are left."""
+
+        def restrict(norm: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            index = kept.to(output.device)
+            dim = _channel_dim(norm)
+            x = args[0].index_select(dim, index)
+            weight, bias = (t if t is None else t[index] for t in (norm.weight, norm.bias))
+            if isinstance(norm, nn.LayerNorm):
+                some = F.layer_norm(x, (len(index),), weight, bias, norm.eps)
+            else:
+                some = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+            return torch.zeros_like(output).index_copy(dim, index, some)
+
+        norm.register_forward_hook(restrict)
 
     @staticmethod
     def _zero(layer: nn.Module, removed: Tensor) -> None:
@@ -188,7 +219,7 @@ class Comparison:
         values = []
         with exact_inference(X):
             for x in X.split(_CHUNK):
-                reference, output = self.masked(x.clone()), self.small(x.clone())
+                reference, output = run(self.masked, x.clone()), run(self.small, x.clone())
                 if kept is not None:
                     reference = reference.index_select(1, torch.from_numpy(kept).to(x.device))
                 values.append(_relative(reference, output))
@@ -213,6 +244,12 @@ class Comparison:
             if not difference <= tol:
                 return name, f"by {difference:.2g} of its largest value"
         return "", ""
+
+
+def run(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a module; a graph's own call would print a traceback where a trial fails."""
+    output: Tensor = nn.Module.__call__(module, x)
+    return output
 
 
 def precision(model: nn.Module, x: Tensor) -> Tensor:
@@ -245,7 +282,13 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _channel_dim(module: nn.Module) -> int:
     """Which dimension of a module's input and output holds the channels."""
-    return -1 if isinstance(module, nn.Linear) else -3 if isinstance(module, nn.Conv2d) else 1
+    return (
+        -1
+        if isinstance(module, (nn.Linear, nn.LayerNorm))
+        else -3
+        if isinstance(module, nn.Conv2d)
+        else 1
+    )
 
 
 def _relative(masked: Tensor, small: Tensor) -> float:
@@ -270,7 +313,7 @@ def _record(model: nn.Module, names: Mapping[str, Any], x: Tensor) -> dict[str, 
 
     handles = [model.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
     with contextlib.suppress(RuntimeError):
-        model(x.clone())
+        run(model, x.clone())
     for handle in handles:
         handle.remove()
     return values

@@ -17,11 +17,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sinfkit import SlicingError
 from sinfkit.graph import layer_names, output_layer, trace
 from sinfkit.slicing import (
     ChannelGroup,
     Sliced,
-    SlicingError,
     check_sliced,
     find_groups,
     slice_channels,

@@ -1,0 +1,579 @@
+"""Where the channels of each layer go, followed through a traced network.
+
+Every axis of every value has labels: which channel of which layer sits at each position, or none.
+Layers give new labels and consume old ones; what works element by element joins those that meet;
+what only moves values (reshape, split, concatenation) is run on the labels themselves. Labels that
+are joined can only leave together. What is not known pins the labels that reach it, so that it
+costs their group and nothing else.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..graph.nodes import (
+    called_layer,
+    called_module,
+    function_name,
+    holds_layers,
+    is_activation,
+    is_identity,
+    is_pool,
+    is_shape_query,
+)
+from ..graph.tracing import on_meta
+from .channels import groups_of, is_depthwise
+
+__all__ = ["Follower"]
+
+Axes = list[np.ndarray | None]
+
+_MOVES = frozenset(
+    "cat channel_shuffle chunk clone concat concatenate contiguous detach expand flatten flip "
+    "float getitem half movedim moveaxis narrow pad permute pixel_shuffle pixel_unshuffle repeat "
+    "repeat_interleave reshape roll select split squeeze stack swapaxes swapdims t tensor_split "
+    "tile to transpose type_as unbind unflatten unsqueeze view".split()
+)
+_ELEMENTWISE = frozenset(
+    "abs add bernoulli clamp clip cos div divide erf exp float_power floor floordiv lerp log "
+    "masked_fill maximum minimum mul multiply neg pow reciprocal relu round rsqrt rsub sigmoid "
+    "sign sin sqrt square sub subtract tanh truediv true_divide where".split()
+)
+_REDUCTIONS = frozenset("amax amin logsumexp max mean min norm prod std sum var".split())
+_MOVING_MODULES = (
+    nn.Flatten,
+    nn.Unflatten,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+    nn.modules.padding._ConstantPadNd,
+    nn.ZeroPad2d,
+)
+_SIZES = frozenset("expand reshape unflatten view".split())
+
+
+class Follower:
+    """Follows the channels of a network.
+
+    Attributes
+    ----------
+    produced : dict of str to ndarray
+        Labels of each layer's outputs, in order of execution.
+    consumed : dict of str to ndarray
+        Labels of its inputs.
+    places : list of tuple
+        What else is sliced along: module or node, side, labels.
+    products : set of int
+        Labels that meet in a product of two computed values, where a zero has no effect.
+    outputs : list of ndarray
+        Labels that reach the network's output.
+    """
+
+    def __init__(self, gm: fx.GraphModule, example: Tensor) -> None:
+        self.gm = gm
+        self.produced: dict[str, np.ndarray] = {}
+        self.consumed: dict[str, np.ndarray] = {}
+        self.places: list[tuple[str, str, np.ndarray]] = []
+        self.products: list[np.ndarray] = []
+        self.outputs: list[np.ndarray] = []
+        self._parents: list[int] = []
+        self._pins: list[tuple[int, str]] = []
+        self._axes: dict[fx.Node, Any] = {}
+        self._calls = Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
+        self._values = _values(gm, example)
+        for node in gm.graph.nodes:
+            self._axes[node] = self._visit(node)
+
+    # Labels ---------------------------------------------------------------------------------------
+
+    def fresh(self, n: int) -> np.ndarray:
+        """New labels."""
+        start = len(self._parents)
+        self._parents.extend(range(start, start + n))
+        return np.arange(start, start + n)
+
+    def root(self, label: int) -> int:
+        """What stands for all that a label is joined with."""
+        parents = self._parents
+        while parents[label] != label:
+            parents[label] = parents[parents[label]]
+            label = parents[label]
+        return label
+
+    def roots(self, labels: np.ndarray) -> np.ndarray:
+        """Those of several labels; -1 where there is none."""
+        return np.array([self.root(a) if a >= 0 else -1 for a in labels.tolist()], dtype=np.int64)
+
+    def join(self, some: np.ndarray, others: np.ndarray, why: str) -> None:
+        """Labels that meet; where only one side has any, it cannot leave."""
+        if some is others:
+            return
+        for a, b in zip(some.tolist(), others.tolist(), strict=True):
+            if a < 0 or b < 0:
+                if max(a, b) >= 0:
+                    self._pins.append((max(a, b), why))
+            else:
+                a, b = self.root(a), self.root(b)
+                self._parents[max(a, b)] = min(a, b)
+
+    def pin(self, labels: np.ndarray | None, why: str) -> None:
+        """Keep channels for good."""
+        if labels is not None:
+            self._pins.extend((a, why) for a in labels.tolist() if a >= 0)
+
+    def pinned(self) -> dict[int, str]:
+        """Why labels cannot leave, by root."""
+        reasons: dict[int, str] = {}
+        for label, why in self._pins:
+            reasons.setdefault(self.root(label), why)
+        return reasons
+
+    # Nodes ----------------------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> Any:
+        """The labels of a node's value: for each axis, or for each part of a tuple."""
+        value = self._values.get(node)
+        if node.op == "placeholder":
+            return [None] * value.ndim
+        if node.op == "get_attr":
+            return self._of_attribute(node)
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                self.outputs += [labels for labels in self._flat(source) if labels is not None]
+            return None
+        if is_shape_query(node) or not _holds_tensors(value):
+            return None
+        module = called_module(self.gm, node)
+        try:
+            if module is not None:
+                return self._of_module(node, module)
+            return self._of_function(node, function_name(node))
+        except Exception:  # a form of call that is not known
+            return self._unknown(node)
+
+    def _of_attribute(self, node: fx.Node) -> Axes | None:
+        """A parameter is sliced along with the channels that it meets."""
+        value = self._values.get(node)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return None if not isinstance(value, Tensor) else [None] * value.ndim
+        axes: Axes = []
+        for axis, n in enumerate(value.shape):
+            labels = self.fresh(n) if n > 1 else None
+            axes.append(labels)
+            if labels is not None:
+                self.places.append((str(node.target), f"axis {axis}", labels))
+        return axes
+
+    def _of_module(self, node: fx.Node, module: nn.Module) -> Any:
+        name = str(node.target)
+        source = node.all_input_nodes[0]
+        axes, shape = self._axes[source], self._values[node]
+        layer = called_layer(self.gm, node)
+        if layer is not None:
+            return self._of_layer(node, layer, axes)
+        if isinstance(module, _BatchNorm) or (
+            isinstance(module, nn.PReLU) and module.num_parameters > 1
+        ):
+            return self._along(name, axes, 1)
+        if isinstance(module, nn.LayerNorm):
+            if len(module.normalized_shape) > 1:
+                return self._unknown(node)
+            return self._along(name, axes, -1)
+        if isinstance(module, nn.GroupNorm):
+            labels = axes[1]
+            if labels is not None:
+                self._in_runs(labels, module.num_groups)
+            return self._along(name, axes, 1)
+        if is_activation(self.gm, node) or is_identity(self.gm, node):
+            return axes
+        if isinstance(module, (nn.Softmax, nn.LogSoftmax)):
+            self.pin(axes[module.dim], f"its channels run through the softmax {name!r}")
+            return axes
+        if is_pool(self.gm, node) or isinstance(module, (nn.Upsample, nn.InstanceNorm2d)):
+            return [*axes[:2], *[None] * (shape.ndim - 2)] if shape.ndim > 2 else axes
+        if isinstance(module, _MOVING_MODULES):
+            return self._moved(node, lambda x: module(x))
+        if holds_layers(module):
+            return self._unknown(
+                node, f"its channels run through {name!r}, which torch.fx cannot look into"
+            )
+        return self._unknown(
+            node,
+            f"its channels run through the {type(module).__name__} {name!r}, which is not sliced",
+        )
+
+    def _of_layer(self, node: fx.Node, layer: nn.Conv2d | nn.Linear, axes: Axes) -> Axes:
+        name, out = str(node.target), len(layer.weight)
+        channels = 1 if isinstance(layer, nn.Conv2d) else len(axes) - 1
+        if isinstance(layer, nn.Conv2d) and len(axes) != 4:
+            return self._unknown(node)
+        given = axes[channels]
+        if self._calls[name] > 1:
+            why = (
+                f"its channels run through the {type(layer).__name__} {name!r}, which is executed "
+                f"{self._calls[name]} times"
+            )
+            self.pin(given, why)
+            self.produced.setdefault(name, self.fresh(out))
+            self.pin(self.produced[name], why)
+        elif is_depthwise(layer):
+            labels = given if given is not None else np.full(out, -1)
+            self.produced[name] = self.fresh(out)
+            self.join(self.produced[name], labels, "the network's input is one of its channels")
+            self.consumed[name] = labels
+        else:
+            if given is not None:
+                self.consumed[name] = given
+            self.produced[name] = self.fresh(out)
+            runs = groups_of(layer)
+            if runs > 1:
+                self._in_runs(self.produced[name], runs)
+                if given is not None:
+                    self._in_runs(given, runs)
+        rest = list(axes)
+        for axis in range(1, len(axes)):  # a convolution mixes positions
+            if isinstance(layer, nn.Conv2d) and axis > 1:
+                self.pin(axes[axis], f"its channels are positions for {name!r}")
+                rest[axis] = None
+        rest[channels] = self.produced[name]
+        return rest
+
+    def _in_runs(self, labels: np.ndarray, runs: int) -> None:
+        """The same channels leave each of several equal runs."""
+        parts = labels.reshape(runs, -1)
+        for part in parts[1:]:
+            self.join(parts[0], part, "a grouped layer reads constants beside its channels")
+
+    def _along(self, name: str, axes: Axes, axis: int) -> Axes:
+        """A module with one weight for each channel."""
+        labels = axes[axis]
+        if labels is not None:
+            if self._calls[name] > 1:
+                self.pin(labels, f"its channels run through {name!r}, which is executed twice")
+            self.places.append((name, "out", labels))
+        return axes
+
+    def _of_function(self, node: fx.Node, name: str) -> Any:
+        if name in _MOVES:
+            return self._moved_function(node, name)
+        if name in ("softmax", "log_softmax"):
+            axes = self._axes[node.args[0]]
+            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
+            self.pin(axes[dim], "its channels run through a softmax")
+            return axes
+        if name in _REDUCTIONS:
+            return self._reduced(node)
+        if "pool" in name or name in ("interpolate", "upsample"):
+            axes, n = self._axes[node.args[0]], self._values[node].ndim
+            return [*axes[:2], *[None] * (n - 2)]
+        if name in ("matmul", "bmm"):
+            return self._product(node)
+        if name == "scaled_dot_product_attention":
+            return self._attention(node)
+        if name == "einsum":
+            return self._einsum(node)
+        if name in _ELEMENTWISE or is_activation(self.gm, node) or is_identity(self.gm, node):
+            return self._elementwise(node)
+        return self._unknown(node)
+
+    def _elementwise(self, node: fx.Node) -> Axes:
+        """Axes that are broadcast against each other meet."""
+        found: Axes = [None] * self._values[node].ndim
+        widths = list(self._values[node].shape)
+        known: list[bool] = [False] * len(found)
+        for source in node.all_input_nodes:
+            value = self._values.get(source)
+            if not isinstance(value, Tensor):
+                continue
+            axes = self._axes[source]
+            for back in range(1, value.ndim + 1):
+                if value.shape[-back] != widths[-back] or widths[-back] == 1:
+                    continue
+                mine, at = axes[-back], len(found) - back
+                if not known[at]:
+                    found[at], known[at] = mine, True
+                elif mine is not None or found[at] is not None:
+                    none = np.full(widths[-back], -1)
+                    first = none if found[at] is None else found[at]
+                    other = none if mine is None else mine
+                    self.join(first, other, "its channels meet values that stay")
+                    found[at] = first if found[at] is not None else other
+        return found
+
+    def _reduced(self, node: fx.Node) -> Any:
+        """A mean or sum over axes: over channels it would change with them."""
+        axes, value = list(self._axes[node.args[0]]), self._values[node]
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        if isinstance(dims, fx.Node):
+            return self._unknown(node)
+        every = range(len(axes)) if dims is None else ([dims] if isinstance(dims, int) else dims)
+        gone = {d % len(axes) for d in every}
+        for axis in gone:
+            self.pin(axes[axis], f"its channels are reduced by {function_name(node)}")
+        keeps = (value if isinstance(value, Tensor) else value[0]).ndim == len(axes)
+        left = [None if a in gone else labels for a, labels in enumerate(axes)]
+        if not keeps:
+            left = [labels for a, labels in enumerate(axes) if a not in gone]
+        return left if isinstance(value, Tensor) else [left for _ in value]
+
+    def _product(self, node: fx.Node) -> Axes:
+        """A product of two matrices: what is summed over meets."""
+        one, other = node.args[:2]
+        a, b = self._axes[one], self._axes[other]
+        if len(a) < 2 or len(b) < 2:
+            return self._unknown(node)
+        self._meet(a[-1], b[-2], self._values[one].shape[-1])
+        return [*self._batched(a[:-2], b[:-2]), a[-2], b[-1]]
+
+    def _meet(self, some: np.ndarray | None, others: np.ndarray | None, n: int) -> None:
+        """Axes that are multiplied and summed over."""
+        if some is None and others is None:
+            return
+        none = np.full(n, -1)
+        some, others = none if some is None else some, none if others is None else others
+        self.join(some, others, "its channels are multiplied with values that stay")
+        self.products.append(np.where(some >= 0, some, others))
+
+    def _batched(self, a: Axes, b: Axes) -> Axes:
+        """Leading axes of two factors."""
+        if len(a) != len(b):
+            for labels in (*a, *b):
+                self.pin(labels, "its channels are the batch of a product")
+            return [None] * max(len(a), len(b))
+        for some, others in zip(a, b, strict=True):
+            if some is not None or others is not None:
+                self.pin(some, "its channels are the batch of a product")
+                self.pin(others, "its channels are the batch of a product")
+        return list(a)
+
+    def _attention(self, node: fx.Node) -> Axes:
+        """Queries and keys meet over their dimensions, weights and values over tokens."""
+        q, k, v = (self._axes[a] for a in node.args[:3])
+        n = self._values[node.args[0]].shape[-1]
+        self._meet(q[-1], k[-1], n)
+        for labels in (q[-2], k[-2], v[-2]):
+            self.pin(labels, "its channels are the tokens of attention")
+        self._batched(self._batched(q[:-2], k[:-2]), v[:-2])
+        if node.kwargs.get("scale") is None:
+            self.pin(q[-1], "its attention is scaled by their number")
+        return [*q[:-1], v[-1]]
+
+    def _einsum(self, node: fx.Node) -> Axes:
+        """The same by letters."""
+        equation, *operands = node.args
+        inputs, output = str(equation).replace(" ", "").split("->")
+        found: dict[str, Any] = {}
+        where: Counter[str] = Counter()
+        for letters, operand in zip(inputs.split(","), operands, strict=True):
+            for letter, labels, n in zip(
+                letters, self._axes[operand], self._values[operand].shape, strict=True
+            ):
+                where[letter] += 1
+                if letter not in found:
+                    found[letter] = labels
+                elif letter in output:
+                    if labels is not None or found[letter] is not None:
+                        self.pin(labels, "its channels are the batch of a product")
+                        self.pin(found[letter], "its channels are the batch of a product")
+                else:
+                    self._meet(found[letter], labels, n)
+        for letter, labels in found.items():
+            if letter not in output and where[letter] == 1:
+                self.pin(labels, "its channels are summed")
+        return [found[letter] for letter in output]
+
+    def _moved_function(self, node: fx.Node, name: str) -> Any:
+        if name == "getitem" and not isinstance(self._values[node.args[0]], Tensor):
+            return self._axes[node.args[0]][node.args[1]]
+        if name in ("float", "half", "to", "type_as", "contiguous", "clone", "detach"):
+            return self._axes[node.args[0]]
+        if node.op == "call_method":
+            found = self._moved(node, lambda x, *a, **k: getattr(x, str(node.target))(*a, **k))
+        else:
+            found = self._moved(node, node.target)  # type: ignore[arg-type]
+        self._note_sizes(node, name, found)
+        return found
+
+    def _moved(self, node: fx.Node, run: Callable[..., Any]) -> Any:
+        """Run an operation on labels: one axis of its inputs after the other."""
+        sources = [n for n in node.all_input_nodes if isinstance(self._values.get(n), Tensor)]
+        value = self._values[node]
+        parts = [value] if isinstance(value, Tensor) else list(value)
+        found: list[Axes] = [[None] * part.ndim for part in parts]
+        for axis in range(max(self._values[s].ndim for s in sources)):
+            if not any(axis < len(a) and a[axis] is not None for a in map(self._axes.get, sources)):
+                continue
+
+            def given(n: fx.Node, axis: int = axis) -> Any:
+                known = self._values[n]
+                if not isinstance(known, Tensor):
+                    return known
+                if not known.is_floating_point():
+                    return operator.attrgetter(str(n.target))(self.gm)
+                shape = torch.Size(known.shape)
+                labels = self._axes[n][axis] if axis < known.ndim else None
+                if labels is None:
+                    return torch.zeros(shape, dtype=torch.float64)
+                along = [1] * known.ndim
+                along[axis] = -1
+                ids = torch.from_numpy(labels.astype(np.float64) + 1)
+                return ids.reshape(along).expand(shape)
+
+            args, kwargs = fx.map_arg((node.args, node.kwargs), given)
+            with torch.no_grad():
+                result = run(*args, **kwargs)
+            for axes, ids in zip(
+                found, [result] if isinstance(result, Tensor) else result, strict=True
+            ):
+                self._read(axes, ids)
+        return found[0] if isinstance(value, Tensor) else found
+
+    def _read(self, axes: Axes, ids: Tensor) -> None:
+        """Say along which axis labels lie now."""
+        first = [ids.narrow(a, 0, 1) for a in range(ids.ndim)]
+        varying = [a for a in range(ids.ndim) if bool((ids != first[a]).any())]
+        if not varying:
+            self.pin(np.unique(ids.numpy()).astype(np.int64) - 1, "its only channel is moved")
+            return
+        axis = varying[-1]
+        rows = ids.movedim(axis, -1).flatten(0, -2)
+        profile = rows[0].numpy().astype(np.int64) - 1
+        if len(varying) > 1:  # split in two: the same channels leave each of the parts
+            for row in torch.unique(rows, dim=0).numpy().astype(np.int64) - 1:
+                self.join(profile, row, "its channels are split unevenly")
+        if axes[axis] is not None:
+            self.pin(axes[axis], "two kinds of channels share an axis")
+            self.pin(profile, "two kinds of channels share an axis")
+        axes[axis] = profile
+
+    def _note_sizes(self, node: fx.Node, name: str, found: Any) -> None:
+        """Sizes that are written out in the graph, and change with the channels."""
+        if name in _SIZES:
+            for axis, labels in enumerate(found):
+                if labels is not None:
+                    self.places.append((node.name, f"size {axis}", labels))
+        elif name in ("split", "chunk"):
+            for part, axes in enumerate(found):
+                for labels in axes:
+                    if labels is not None:
+                        self.places.append((node.name, f"part {part}", labels))
+        elif name == "getitem":
+            axes = self._axes[node.args[0]]
+            index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            if any(i is Ellipsis for i in index):
+                after = len(index) - 1 - index.index(Ellipsis)
+                filler = [slice(None)] * (len(axes) - len(index) + 1)
+                index = (*index[: index.index(Ellipsis)], *filler, *index[len(index) - after :])
+            for axis, one in enumerate(index):
+                if axis >= len(axes) or axes[axis] is None or one == slice(None):
+                    continue
+                if isinstance(one, slice) and one.step in (None, 1):
+                    self.places.append((node.name, f"slice {axis}", axes[axis]))
+                else:
+                    self.pin(axes[axis], "the forward pass takes a part of its channels")
+        elif name not in ("cat", "concat", "stack", "permute", "transpose", "flatten", "unsqueeze"):
+            moved = {
+                "narrow",
+                "select",
+                "roll",
+                "flip",
+                "pad",
+                "tile",
+                "repeat",
+                "repeat_interleave",
+                "channel_shuffle",
+                "pixel_shuffle",
+                "pixel_unshuffle",
+                "tensor_split",
+            }
+            if name in moved:
+                for source in node.all_input_nodes:
+                    for before in self._flat(source):
+                        now = [labels for labels in _every(found) if labels is not None]
+                        kept = any(np.array_equal(before, labels) for labels in now)
+                        if before is not None and not kept:
+                            self.pin(before, f"its channels are moved by {name}")
+
+    def _flat(self, node: fx.Node) -> list[np.ndarray | None]:
+        """All labels of a node's value."""
+        return list(_every(self._axes.get(node)))
+
+    def _unknown(self, node: fx.Node, why: str = "") -> Any:
+        """Whatever reaches a node that is not known stays."""
+        why = why or f"its channels run through {function_name(node) or node.target}"
+        for source in node.all_input_nodes:
+            for labels in self._flat(source):
+                self.pin(labels, why)
+        value = self._values.get(node)
+        if isinstance(value, Tensor):
+            return [None] * value.ndim
+        if isinstance(value, (tuple, list)):
+            return [[None] * v.ndim if isinstance(v, Tensor) else None for v in value]
+        return None
+
+
+def _every(axes: Any) -> Iterable[np.ndarray | None]:
+    """All labels in nested lists."""
+    if isinstance(axes, np.ndarray) or axes is None:
+        yield axes
+    else:
+        for part in axes:
+            yield from _every(part)
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a tensor, or a tuple of them."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, Tensor)
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a network and keeps every value, on the meta device."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Keep what a node gives."""
+        value = super().run_node(n)
+        self.values[n] = _shape_only(value)
+        return value
+
+
+def _shape_only(value: Any) -> Any:
+    """A value without data."""
+    if isinstance(value, Tensor):
+        return value.detach().to("meta")
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return (
+            type(value)(map(_shape_only, value))
+            if type(value) in (tuple, list)
+            else [_shape_only(v) for v in value]
+        )
+    return value
+
+
+def _values(gm: fx.GraphModule, example: Tensor) -> dict[fx.Node, Any]:
+    """The value of each node for two samples, without data."""
+    x = example.detach()[:1]
+    with torch.no_grad():
+        try:
+            twin = on_meta(gm)
+            run = _Shapes(twin)
+            run.run(x.to("meta").expand(2, *x.shape[1:]))
+            nodes = dict(zip(twin.graph.nodes, gm.graph.nodes, strict=True))
+            return {nodes[node]: value for node, value in run.values.items()}
+        except Exception:  # no form of it on the meta device
+            run = _Shapes(gm)
+            run.run(x.expand(2, *x.shape[1:]).clone())
+            return run.values
