@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import NotPlainError, StorageError
 from ..graph.heads import without_head
+from ..graph.nodes import function_name
 from ..graph.tracing import copy_sharing_weights, trace
 from ..repair.low_rank import NARROW, WIDE, insert_factors
 from ..slicing.channels import NARROWABLE, is_depthwise
@@ -30,6 +31,8 @@ __all__ = ["describe"]
 CUSTOM = "custom"
 _LARGEST = 2**20  # classes or channels of an architecture
 _WIDEST = 64.0
+_SLICED = (*NARROWABLE, nn.LayerNorm, nn.GroupNorm)
+_SIZED = frozenset("expand getitem reshape split unflatten view".split())
 _MOST_NUMBERS = 2**24  # of one sample, to run a network on it
 _FLOATS = (torch.float32, torch.float64, torch.float16)
 # What each architecture that is known by name takes, apart from `n_classes`.
@@ -193,7 +196,8 @@ def describe_part(
         reference = insert_factors(reference, ranks)
     except ValueError as error:
         raise NotPlainError(f"The {name} cannot be built again: {error}") from error
-    if not isinstance(part, fx.GraphModule) or _program(part) != _program(reference):
+    sizes = _sizes(part, reference) if isinstance(part, fx.GraphModule) else None
+    if sizes is None:
         raise NotPlainError(
             f"The {name} does not run the same operations as that part of the base network, so "
             "that it cannot be built from it again."
@@ -212,7 +216,7 @@ def describe_part(
             )
         stored.append(key)
         tensors[f"{name}/{key}"] = tensor
-    return {"stored": stored, "ranks": ranks}
+    return {"stored": stored, "ranks": ranks, "sizes": sizes}
 
 
 def _ranks(part: nn.Module) -> dict[str, int]:
@@ -225,18 +229,58 @@ def _ranks(part: nn.Module) -> dict[str, int]:
     return found
 
 
+def _sizes(part: fx.GraphModule, reference: fx.GraphModule) -> dict[str, list[int]] | None:
+    """Numbers that are written out in a graph and differ, by node; None if more than that does."""
+    if _program(part) != _program(reference):
+        return None
+    both = zip(part.graph.nodes, reference.graph.nodes, strict=True)
+    pairs = ((_numbers(own), _numbers(base)) for own, base in both)
+    return {str(i): own for i, (own, base) in enumerate(pairs) if own != base}
+
+
+def _numbers(node: fx.Node) -> list[int]:
+    """Sizes and positions among the arguments of a call that reshapes or takes parts."""
+    found: list[int] = []
+    if function_name(node) in _SIZED:
+        fx.node.map_aggregate(node.args, lambda a: found.append(a) if type(a) is int else None)
+    return found
+
+
+def _write_numbers(name: str, part: fx.GraphModule, sizes: Any) -> None:
+    """Write others into a graph."""
+    nodes = list(part.graph.nodes)
+    for position, numbers in sizes.items():
+        known = isinstance(position, str) and position.isdecimal() and len(position) < 10
+        at = int(position) if known else len(nodes)
+        right = at < len(nodes) and isinstance(numbers, list) and len(numbers) > 0
+        right = right and len(numbers) == len(_numbers(nodes[at]))
+        if not right or any(type(n) is not int or abs(n) > 2**31 for n in numbers):
+            raise StorageError(f"The manifest's entry for the {name} has sizes that do not fit.")
+        rest = iter(numbers)
+        written = fx.node.map_aggregate(
+            nodes[at].args,
+            lambda a, rest=rest: next(rest) if type(a) is int else a,  # type: ignore[misc]
+        )
+        assert isinstance(written, tuple)
+        nodes[at].args = written
+    if sizes:
+        part.recompile()
+
+
 def _program(gm: fx.GraphModule) -> list[Any]:
-    """What a graph does, whatever its nodes are called."""
+    """What a graph does, whatever its nodes are called and which sizes are written out."""
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
 
-    def argument(value: Any) -> Any:
+    def argument(node: fx.Node, value: Any) -> Any:
+        if function_name(node) in _SIZED:
+            value = fx.node.map_aggregate(value, lambda a: "n" if type(a) is int else a)
         return repr(fx.map_arg(value, lambda node: f"%{place[node]}"))
 
     rows = []
     for node in gm.graph.nodes:
         target = node.target if node.op != "placeholder" else "x"
         kind = type(gm.get_submodule(str(target))) if node.op == "call_module" else None
-        rows.append((node.op, target, kind, argument(node.args), argument(node.kwargs)))
+        rows.append((node.op, target, kind, argument(node, node.args), argument(node, node.kwargs)))
     return rows
 
 
@@ -253,7 +297,7 @@ class PartReader:
 
     def read(self, name: str, reference: fx.GraphModule, entry: Any) -> fx.GraphModule:
         """Build one part; it shares with `reference` what equals it."""
-        stored, ranks = _checked_entry(name, entry)
+        stored, ranks, sizes = _checked_entry(name, entry)
         try:
             reference = insert_factors(reference, ranks)
         except ValueError as error:
@@ -261,6 +305,8 @@ class PartReader:
         known = reference.state_dict()
         own = {key: take(f"{name}/{key}", self.tensors, self.used) for key in stored}
         part = copy_sharing_weights(reference)
+        _write_numbers(name, part, sizes)
+        free = {str(node.target) for node in part.graph.nodes if node.op == "get_attr"}
         modules = dict(part.named_modules())
         for key in own:
             module = modules.get(key.rpartition(".")[0])
@@ -280,7 +326,7 @@ class PartReader:
         for key, value in own.items():
             path, _, attribute = key.rpartition(".")
             module, base = modules[path], known.get(key)
-            _check_tensor(f"The {name}'s {key!r:.80}", value, base, module)
+            _check_tensor(f"The {name}'s {key!r:.80}", value, base, module, key in free)
             if attribute in module._buffers:
                 module._buffers[attribute] = value
             else:
@@ -290,19 +336,22 @@ class PartReader:
         return part
 
 
-def _checked_entry(name: str, entry: Any) -> tuple[list[str], dict[str, int]]:
+def _checked_entry(name: str, entry: Any) -> tuple[list[str], dict[str, int], dict[str, Any]]:
     """What `describe_part` wrote."""
-    if not isinstance(entry, dict) or set(entry) != {"stored", "ranks"}:
-        raise StorageError(f"The manifest's entry for the {name} is not stored and ranks.")
-    stored, ranks = entry["stored"], entry["ranks"]
+    if not isinstance(entry, dict) or set(entry) != {"stored", "ranks", "sizes"}:
+        raise StorageError(f"The manifest's entry for the {name} is not stored, ranks and sizes.")
+    stored, ranks, sizes = entry["stored"], entry["ranks"], entry["sizes"]
     right = isinstance(stored, list) and all(isinstance(key, str) for key in stored)
     right = right and len(set(stored)) == len(stored) and isinstance(ranks, dict)
+    right = right and isinstance(sizes, dict)
     if not right or not all(type(rank) is int for rank in ranks.values()):
         raise StorageError(f"The manifest's entry for the {name} is malformed.")
-    return stored, ranks
+    return stored, ranks, sizes
 
 
-def _check_tensor(what: str, value: Tensor, base: Tensor | None, module: nn.Module) -> None:
+def _check_tensor(
+    what: str, value: Tensor, base: Tensor | None, module: nn.Module, is_free: bool
+) -> None:
     """Type and shape of a part's tensor: as the base's, or narrower where layers can be."""
     dtype = base.dtype if base is not None else next(module.parameters()).dtype
     if value.dtype != dtype:
@@ -312,7 +361,10 @@ def _check_tensor(what: str, value: Tensor, base: Tensor | None, module: nn.Modu
     if base is None:
         return
     shape, largest = tuple(value.shape), tuple(base.shape)
-    if isinstance(module, NARROWABLE) and len(shape) == len(largest):
+    if is_free and len(shape) == len(largest):  # of no layer, but used by the graph itself
+        if all(1 <= n <= most for n, most in zip(shape, largest, strict=True)):
+            return
+    if isinstance(module, _SLICED) and len(shape) == len(largest):
         narrower = all(1 <= n <= most for n, most in zip(shape[:2], largest[:2], strict=True))
         if narrower and shape[2:] == largest[2:]:
             return
@@ -322,7 +374,7 @@ def _check_tensor(what: str, value: Tensor, base: Tensor | None, module: nn.Modu
 
 def _fit_widths(what: str, module: nn.Module) -> None:
     """Let a layer's numbers of channels say what its tensors have."""
-    if not isinstance(module, NARROWABLE):
+    if not isinstance(module, _SLICED):
         return
     tensors = [
         t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
@@ -339,6 +391,13 @@ def _fit_widths(what: str, module: nn.Module) -> None:
             module.out_channels, module.in_channels = out, inputs * module.groups
             if out % module.groups:
                 raise StorageError(f"{what} has a number of channels that its groups do not share.")
+    elif isinstance(module, nn.LayerNorm):
+        if vectors and len(module.normalized_shape) == 1:
+            module.normalized_shape = (min(vectors),)
+    elif isinstance(module, nn.GroupNorm):
+        if vectors and min(vectors) % module.num_groups:
+            raise StorageError(f"{what} has a number of channels that its groups do not share.")
+        module.num_channels = min(vectors, default=module.num_channels)
     elif vectors:
         attribute = "num_features" if isinstance(module, _BatchNorm) else "num_parameters"
         setattr(module, attribute, min(vectors))

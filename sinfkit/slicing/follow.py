@@ -86,7 +86,7 @@ class Follower:
         self.outputs: list[np.ndarray] = []
         self._parents: list[int] = []
         self._pins: list[tuple[int, str]] = []
-        self._axes: dict[fx.Node, Any] = {}
+        self._axes: dict[Any, Any] = {}
         self._calls = Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
         self._values = _values(gm, example)
         for node in gm.graph.nodes:
@@ -138,7 +138,7 @@ class Follower:
 
     # Nodes ----------------------------------------------------------------------------------------
 
-    def _visit(self, node: fx.Node) -> Any:
+    def _visit(self, node: Any) -> Any:
         """The labels of a node's value: for each axis, or for each part of a tuple."""
         value = self._values.get(node)
         if node.op == "placeholder":
@@ -159,7 +159,7 @@ class Follower:
         except Exception:  # a form of call that is not known
             return self._unknown(node)
 
-    def _of_attribute(self, node: fx.Node) -> Axes | None:
+    def _of_attribute(self, node: Any) -> Axes | None:
         """A parameter is sliced along with the channels that it meets."""
         value = self._values.get(node)
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -172,7 +172,7 @@ class Follower:
                 self.places.append((str(node.target), f"axis {axis}", labels))
         return axes
 
-    def _of_module(self, node: fx.Node, module: nn.Module) -> Any:
+    def _of_module(self, node: Any, module: nn.Module) -> Any:
         name = str(node.target)
         source = node.all_input_nodes[0]
         axes, shape = self._axes[source], self._values[node]
@@ -210,7 +210,7 @@ class Follower:
             f"its channels run through the {type(module).__name__} {name!r}, which is not sliced",
         )
 
-    def _of_layer(self, node: fx.Node, layer: nn.Conv2d | nn.Linear, axes: Axes) -> Axes:
+    def _of_layer(self, node: Any, layer: nn.Conv2d | nn.Linear, axes: Axes) -> Axes:
         name, out = str(node.target), len(layer.weight)
         channels = 1 if isinstance(layer, nn.Conv2d) else len(axes) - 1
         if isinstance(layer, nn.Conv2d) and len(axes) != 4:
@@ -261,7 +261,7 @@ class Follower:
             self.places.append((name, "out", labels))
         return axes
 
-    def _of_function(self, node: fx.Node, name: str) -> Any:
+    def _of_function(self, node: Any, name: str) -> Any:
         if name in _MOVES:
             return self._moved_function(node, name)
         if name in ("softmax", "log_softmax"):
@@ -284,7 +284,7 @@ class Follower:
             return self._elementwise(node)
         return self._unknown(node)
 
-    def _elementwise(self, node: fx.Node) -> Axes:
+    def _elementwise(self, node: Any) -> Axes:
         """Axes that are broadcast against each other meet."""
         found: Axes = [None] * self._values[node].ndim
         widths = list(self._values[node].shape)
@@ -308,7 +308,7 @@ class Follower:
                     found[at] = first if found[at] is not None else other
         return found
 
-    def _reduced(self, node: fx.Node) -> Any:
+    def _reduced(self, node: Any) -> Any:
         """A mean or sum over axes: over channels it would change with them."""
         axes, value = list(self._axes[node.args[0]]), self._values[node]
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
@@ -324,7 +324,7 @@ class Follower:
             left = [labels for a, labels in enumerate(axes) if a not in gone]
         return left if isinstance(value, Tensor) else [left for _ in value]
 
-    def _product(self, node: fx.Node) -> Axes:
+    def _product(self, node: Any) -> Axes:
         """A product of two matrices: what is summed over meets."""
         one, other = node.args[:2]
         a, b = self._axes[one], self._axes[other]
@@ -354,7 +354,7 @@ class Follower:
                 self.pin(others, "its channels are the batch of a product")
         return list(a)
 
-    def _attention(self, node: fx.Node) -> Axes:
+    def _attention(self, node: Any) -> Axes:
         """Queries and keys meet over their dimensions, weights and values over tokens."""
         q, k, v = (self._axes[a] for a in node.args[:3])
         n = self._values[node.args[0]].shape[-1]
@@ -366,7 +366,7 @@ class Follower:
             self.pin(q[-1], "its attention is scaled by their number")
         return [*q[:-1], v[-1]]
 
-    def _einsum(self, node: fx.Node) -> Axes:
+    def _einsum(self, node: Any) -> Axes:
         """The same by letters."""
         equation, *operands = node.args
         inputs, output = str(equation).replace(" ", "").split("->")
@@ -390,7 +390,7 @@ class Follower:
                 self.pin(labels, "its channels are summed")
         return [found[letter] for letter in output]
 
-    def _moved_function(self, node: fx.Node, name: str) -> Any:
+    def _moved_function(self, node: Any, name: str) -> Any:
         if name == "getitem" and not isinstance(self._values[node.args[0]], Tensor):
             return self._axes[node.args[0]][node.args[1]]
         if name in ("float", "half", "to", "type_as", "contiguous", "clone", "detach"):
@@ -402,7 +402,7 @@ class Follower:
         self._note_sizes(node, name, found)
         return found
 
-    def _moved(self, node: fx.Node, run: Callable[..., Any]) -> Any:
+    def _moved(self, node: Any, run: Callable[..., Any]) -> Any:
         """Run an operation on labels: one axis of its inputs after the other."""
         sources = [n for n in node.all_input_nodes if isinstance(self._values.get(n), Tensor)]
         value = self._values[node]
@@ -454,7 +454,7 @@ class Follower:
             self.pin(profile, "two kinds of channels share an axis")
         axes[axis] = profile
 
-    def _note_sizes(self, node: fx.Node, name: str, found: Any) -> None:
+    def _note_sizes(self, node: Any, name: str, found: Any) -> None:
         """Sizes that are written out in the graph, and change with the channels."""
         if name in _SIZES:
             for axis, labels in enumerate(found):
@@ -502,11 +502,11 @@ class Follower:
                         if before is not None and not kept:
                             self.pin(before, f"its channels are moved by {name}")
 
-    def _flat(self, node: fx.Node) -> list[np.ndarray | None]:
+    def _flat(self, node: Any) -> list[np.ndarray | None]:
         """All labels of a node's value."""
         return list(_every(self._axes.get(node)))
 
-    def _unknown(self, node: fx.Node, why: str = "") -> Any:
+    def _unknown(self, node: Any, why: str = "") -> Any:
         """Whatever reaches a node that is not known stays."""
         why = why or f"its channels run through {function_name(node) or node.target}"
         for source in node.all_input_nodes:
@@ -563,7 +563,7 @@ def _shape_only(value: Any) -> Any:
     return value
 
 
-def _values(gm: fx.GraphModule, example: Tensor) -> dict[fx.Node, Any]:
+def _values(gm: fx.GraphModule, example: Tensor) -> dict[Any, Any]:
     """The value of each node for two samples, without data."""
     x = example.detach()[:1]
     with torch.no_grad():
