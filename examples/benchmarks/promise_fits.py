@@ -8,7 +8,8 @@ all else uses the other half). Each way of fitting gets 100 to 2,000 calibration
     python -m benchmarks promise_fits
     python -m benchmarks promise_fits --quick      # a few fits, in a minute
 
-Of the certified fits at most one in ten may lose more than asked; of the others none may be silent.
+Of the certified fits at most one in ten may lose more than asked. The others say that they are
+not certified.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ VALUES = (
 )
 WAYS = ("search", "iterative", "budget 0.7", "budget 0.4", "sinf", "sinf 2", "sinf 4")
 SIZES = (100, 200, 400, 800, 1400, 2000)
-TEST_IMAGES = 20_000
+TRAINING_IMAGES, TEST_IMAGES = 4_000, 20_000
 CONFIDENCE = 0.9
 
 
@@ -128,9 +129,9 @@ NETWORKS = {
 
 @functools.cache
 def trained(network: str, epochs: int, folder: Path) -> FrozenModel:
-    """The base, on 4,000 images of its own; a stopped run finds it in the folder."""
+    """The base, on images of its own; a stopped run finds it in the folder."""
     build, images = NETWORKS[network]
-    X, y = images(4000, np.random.default_rng(1), True)
+    X, y = images(TRAINING_IMAGES, np.random.default_rng(1), True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build()
@@ -209,36 +210,46 @@ def base_right(network: str, model: FrozenModel, test_images: int) -> np.ndarray
 
 def summary(rows: Sequence[Mapping[str, str]]) -> str:
     """What the table says, in words."""
-    lines = [f"{len(rows)} fits, confidence {CONFIDENCE:g}"]
-    certified = [r for r in rows if r["certified"] == "1"]
-    others = [r for r in rows if r["certified"] == "0"]
+    # The base itself loses nothing for sure: it would only make the share look better.
+    whole = [r for r in rows if float(r["speedup"]) <= 1]
+    smaller = [r for r in rows if float(r["speedup"]) > 1]
+    certified = [r for r in smaller if r["certified"] == "1"]
+    others = [r for r in smaller if r["certified"] == "0"]
+    lines = [f"{len(rows)} fits, confidence {CONFIDENCE:g}; {len(whole)} of them kept the base"]
     if certified:
-        k, n = sum(int(r["exceeds"]) for r in certified), len(certified)
+        k, n = exceeding(certified), len(certified)
         low, high = stats.binomtest(k, n).proportion_ci(0.95, "exact")
-        lines.append(
-            f"certified: {n}; {k} of them lose more than asked "
-            f"({100 * k / n:.1f} %, exact interval {100 * low:.1f} to {100 * high:.1f}); "
-            f"median speed-up {np.median([float(r['speedup']) for r in certified]):.2f} in "
-            "multiplications"
-        )
-    if others:
-        drops = np.array([float(r["drop"]) / float(r["limit"]) for r in others])
-        silent = sum("PromiseWarning" not in r["warned"] for r in others)
-        lines.append(
-            f"not certified: {len(others)}; median loss {np.median(drops):.2f} of the limit, "
-            f"{(drops > 1).mean():.0%} lose more than asked, {silent} without a warning"
-        )
-    for column in ("network", "way", "images"):
+        speed = np.median([float(r["speedup"]) for r in certified])
+        lines += [
+            f"certified: {n}; {k} of them ({k / n:.1%}, exact interval {low:.1%} to {high:.1%}) "
+            f"lose more than asked; median speed-up {speed:.2f} in multiplications"
+        ]
+    for name, part in (
+        ("a size that was searched", [r for r in others if "budget" not in r["way"]]),
+        ("a size that was asked for", [r for r in others if "budget" in r["way"]]),
+    ):
+        drops = [float(r["drop"]) / float(r["limit"]) for r in part]
+        silent = sum("PromiseWarning" not in r["warned"] for r in part)
+        if part:
+            lines += [
+                f"not certified, {name}: {len(part)}; median loss {np.median(drops):.2f} of the "
+                f"limit, {exceeding(part)} lose more than asked, {silent} without a warning"
+            ]
+    for column in ("network", "way", "images", "limit"):
         for value in dict.fromkeys(r[column] for r in rows):
             part = [r for r in rows if r[column] == value]
-            own = [r for r in part if r["certified"] == "1"]
-            wrong = sum(int(r["exceeds"]) for r in own)
+            own = [r for r in certified if r[column] == value]
             speed = np.median([float(r["speedup"]) for r in own]) if own else np.nan
-            lines.append(
-                f"  {column} {value:11} {len(part):4} fits {len(own):4} certified "
-                f"{wrong:3} exceed   speed-up {speed:.2f}"
-            )
+            lines += [
+                f"  {column:8}{value:12}{len(part):4} fits {len(own):4} certified and smaller, "
+                f"{exceeding(own):3} exceed, speed-up {speed:.2f}"
+            ]
     return "\n".join(lines)
+
+
+def exceeding(rows: Sequence[Mapping[str, str]]) -> int:
+    """How many lose more than asked."""
+    return sum(int(r["exceeds"]) for r in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -247,17 +258,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="a few fits")
     parser.add_argument("--show", action="store_true", help="only say what was found")
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=WAYS[:4], choices=WAYS)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--images", type=int, nargs="+", default=SIZES)
     parser.add_argument("--limits", type=float, nargs="+", default=[0.01, 0.02])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=np.inf, help="stop after that long")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     path = options.out / f"{NAME}{'_quick' * options.quick}.csv"
     if options.quick:
         options.networks, options.images, options.limits = ["plain"], [100, 600], [0.02]
-        options.ways = ["search", "sinf"]
+        options.ways = ["search", "iterative"]
     epochs, test_images = (6, 4000) if options.quick else (12, TEST_IMAGES)
     if not options.show:
         table, start = Table(path, KEYS, VALUES), time.monotonic()
