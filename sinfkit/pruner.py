@@ -33,6 +33,7 @@ from .pruning.scoring import Scored, gather, score
 from .pruning.search import Goal, Judged, judge, search, split_samples, walk
 from .pruning.share import check_sliceable
 from .pruning.tvsprune import prune_in_rounds
+from .slicing.groups import ChannelGroup
 from .utils.jobs import over_chunks
 from .utils.params import caller_level, check_flag, check_integer, check_number, naming
 
@@ -281,34 +282,43 @@ n_features)
         """
         recipe, goal = recipe_of(self), Goal(self.max_accuracy_drop, self.confidence)
         calibration = self._calibration(X, y, sample_weight, recipe)
-        within = self._layers_from(calibration)
-        chosen = sliceable(calibration.groups, within)
-        self.sliceable_share_ = check_sliceable(
-            calibration, chosen, within, self._component("options").allow_unsliceable, self.verbose
-        )
+        chosen = self._chosen(calibration)
         split = self._split(calibration, recipe, goal, y is not None)
         nodes = observation_nodes(calibration.graph, [k for g in chosen for k in g.layers])
         statistics = gather(calibration, nodes, recipe.pool_size, self.memory, self.verbose)
         self._check_base(statistics.logits, calibration)
-
         builder = Builder(calibration, recipe, chosen, Scored({}, {}), statistics, split.fit)
-        if recipe.schedule == "iterative":
-            rounds = prune_in_rounds(builder, split, within, goal, self.verbose)
-            makers = [lambda made=pruned: made for pruned in rounds]
-            judged = walk(builder, split, goal, makers, len(rounds) - 1)
-        else:
-            classes = np.arange(len(self.classes_))
-            scored = score(calibration, chosen, statistics, split.fit, classes, recipe, self.memory)
-            builder = replace(builder, scored=scored)
-            if recipe.searches:
-                # What chose the size may repair it; what certifies may not.
-                builder.rows = np.sort(np.concatenate((split.fit, split.choose)))
-                judged = search(builder, split, goal)
-            else:
-                judged = judge(builder, builder.build(recipe.budget), split.certify, goal)
+        judged = self._prune(builder, split, goal)
         self._adopt(judged, calibration)
         self._warn(judged, goal)
         return self
+
+    def _prune(self, builder: Builder, split: Split, goal: Goal) -> Judged:
+        """Build the network that was asked for, or the smallest that serves the goal."""
+        calibration, recipe = builder.calibration, builder.recipe
+        if recipe.schedule == "iterative":
+            within = self._layers_from(calibration)
+            rounds = prune_in_rounds(builder, split, within, goal, self.verbose)
+            makers = [lambda made=pruned: made for pruned in rounds]
+            return walk(builder, split, goal, makers, len(rounds) - 1)
+        classes = np.arange(len(calibration.table.classes))
+        builder.scored = score(
+            calibration, builder.chosen, builder.statistics, split.fit, classes, recipe, self.memory
+        )
+        if not recipe.searches:
+            return judge(builder, builder.build(recipe.budget), split.certify, goal)
+        # What chose the size may repair it; what certifies may not.
+        builder.rows = np.sort(np.concatenate((split.fit, split.choose)))
+        return search(builder, split, goal)
+
+    def _chosen(self, calibration: Calibration) -> list[ChannelGroup]:
+        """The groups that may lose channels, if they are worth it."""
+        within, options = self._layers_from(calibration), self._component("options")
+        chosen = sliceable(calibration.groups, within)
+        self.sliceable_share_ = check_sliceable(
+            calibration, chosen, within, options.allow_unsliceable, self.verbose
+        )
+        return chosen
 
     def _adopt(self, judged: Judged, calibration: Calibration) -> None:
         """Make a network the fitted one, and write down what is known of it."""
