@@ -1,16 +1,20 @@
-"""Fill the marked parts of the README: ``python docs/fill_readme.py``.
+"""Fill the marked parts of the README.
 
-The table comes from ``docs/results/expect.csv``, the report from ``docs/_static/quickstart.txt``,
-which is what ``examples/quickstart.py`` prints.
+``python docs/fill_readme.py`` takes the table from ``docs/results/expect.csv`` and the report from
+``docs/_static/quickstart.txt``. With ``--run`` it runs ``examples/quickstart.py`` first, and keeps
+its report and its picture in ``docs/_static``.
 """
 
 from __future__ import annotations
 
 import csv
 import re
+import runpy
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+STATIC = ROOT / "docs" / "_static"
 
 
 def table() -> str:
@@ -23,7 +27,7 @@ def table() -> str:
 
 def report() -> str:
     """The printed report of the quick start."""
-    text = (ROOT / "docs/_static/quickstart.txt").read_text(encoding="utf-8").rstrip()
+    text = (STATIC / "quickstart.txt").read_text(encoding="utf-8").rstrip()
     return f"```text\n{text}\n```"
 
 
@@ -33,10 +37,20 @@ def filled(readme: str) -> str:
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         pattern = re.compile(rf"{begin}\n.*?{end}", re.DOTALL)
         assert len(pattern.findall(readme)) == 1, f"README.md has no single part {name}"
-        readme = pattern.sub(lambda _: f"{begin}\n{content}\n{end}", readme)  # noqa: B023
+        readme = pattern.sub(lambda _, text=f"{begin}\n{content}\n{end}": text, readme)
     return readme
 
 
+def run_quick_start() -> None:
+    """Keep what the quick start prints and draws."""
+    sys.argv = ["quickstart.py"]
+    found = runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")["report"]
+    (STATIC / "quickstart.txt").write_text(f"{found}\n", encoding="utf-8")
+    found.plot().savefig(STATIC / "quickstart.png", dpi=150)
+
+
 if __name__ == "__main__":
+    if "--run" in sys.argv:
+        run_quick_start()
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
