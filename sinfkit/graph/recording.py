@@ -148,7 +148,7 @@ class Recorder(Replayer):
         """The module is called with its hooks, and of what it returns the logits are taken."""
         x = self.create_proxy("placeholder", "x", (), {})
         if self.batches:
-            x.values = tuple(self.batches)
+            x._held = tuple(self.batches)
         self.root.training = EVAL  # type: ignore[assignment]
         return lambda module, x: _logits(module._call_impl(x)), [self.root, x]
 
@@ -223,19 +223,19 @@ class Recorder(Replayer):
                 args = (args[0], *_mapped(args[1:], _written))
                 kwargs = _mapped(kwargs, _written)
             elif target is F.scaled_dot_product_attention and kwargs.get("scale") is None:
-                width = args[0].values[0].shape[-1] if isinstance(args[0], _Proxy) else None
+                width = args[0]._held[0].shape[-1] if isinstance(args[0], _Proxy) else None
                 kwargs = kwargs if width is None else {**kwargs, "scale": width**-0.5}
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if not self.batches or not isinstance(proxy, _Proxy) or kind in ("placeholder", "output"):
             return proxy
         inputs: list[_Proxy] = []
         _mapped((args, kwargs), lambda a: _noted(a, inputs))
-        if any(given.values is None for given in inputs):
+        if any(given._held is None for given in inputs):
             return proxy
-        proxy.constant = kind == "get_attr" or bool(inputs) and all(p.constant for p in inputs)
+        proxy._constant = kind == "get_attr" or bool(inputs) and all(p._constant for p in inputs)
         self._computing = True
         try:
-            proxy.values = tuple(
+            proxy._held = tuple(
                 self._value(kind, target, *_at(i, (args, kwargs))) for i in range(len(self.batches))
             )
         except Exception as error:
@@ -244,22 +244,22 @@ class Recorder(Replayer):
             raise
         finally:
             self._computing = False
-        proxy.from_data = _holds_numbers(proxy.values[0]) and any(
-            given.from_data
+        proxy._from_data = _holds_numbers(proxy._held[0]) and any(
+            given._from_data
             or (
-                isinstance(given.values[0], Tensor)
-                and not given.constant
+                isinstance(given._held[0], Tensor)
+                and not given._constant
                 and not _is_fact(kind, target, args)
             )
             for given in inputs
-            if given.values
+            if given._held
         )
-        value = proxy.values[0]
+        value = proxy._held[0]
         if isinstance(value, Tensor):
             proxy.node.meta["n_axes"] = value.ndim
         elif getattr(target, "__name__", target) in ("chunk", "split"):
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-            sizes = [[part.shape[dim] for part in parts] for parts in proxy.values]
+            sizes = [[part.shape[dim] for part in parts] for parts in proxy._held]
             if sizes[0] == sizes[1]:
                 proxy.node.meta["sizes"] = sizes[0], dim
         elif isinstance(value, torch.dtype | torch.device):
@@ -273,9 +273,9 @@ class Recorder(Replayer):
         _mapped((rest, kwargs), lambda a: _noted(a, given))
         like = args[0] if name.startswith("new_") else None
         for one in (*given, *([like] if isinstance(like, fx.Proxy) else [])):
-            if not isinstance(one, _Proxy) or one.values is None or one.from_data:
+            if not isinstance(one, _Proxy) or one._held is None or one._from_data:
                 return None
-        if any(one.values[0] != one.values[1] for one in given):
+        if any(one._held[0] != one._held[1] for one in given):
             return None
         rest, kwargs = _at(0, (rest, kwargs))
         where = next((t.device for t in self.root.parameters()), torch.device("cpu"))
@@ -285,7 +285,7 @@ class Recorder(Replayer):
         try:
             if like is None:
                 return getattr(torch, name)(*rest, **kwargs)
-            kind = like.values[0].dtype if isinstance(like, _Proxy) else like.dtype
+            kind = like._held[0].dtype if isinstance(like, _Proxy) else like.dtype
             return getattr(torch.empty(0, dtype=kind, device=where), name)(*rest, **kwargs)
         finally:
             self._computing = False
@@ -339,34 +339,34 @@ class _Symbol(fx.Proxy):
 class _Proxy(_Symbol):
     """A proxy that passes for its value where the value's kind matters."""
 
-    values: tuple[Any, ...] | None = None
-    constant = False  # computed from parameters and buffers alone
-    from_data = False  # a number read out of the samples
+    _held: tuple[Any, ...] | None = None  # its values
+    _constant = False  # computed from parameters and buffers alone
+    _from_data = False  # a number read out of the samples
 
     @property
     def __class__(self) -> Any:
-        return type(self) if self.values is None else type(self.values[0])
+        return type(self) if self._held is None else type(self._held[0])
 
     @__class__.setter
     def __class__(self, kind: Any) -> None:
         raise TypeError("a proxy stays one")
 
     def __getattr__(self, k: str) -> Any:
-        if self.values is None or k.startswith("__"):
+        if self._held is None or k.startswith("__"):
             return super().__getattr__(k)
         if k in ("_is_param", "_is_buffer"):
             return False
-        value = getattr(self.values[0], k)
+        value = getattr(self._held[0], k)
         if callable(value) or isinstance(value, nn.Module):
             return super().__getattr__(k)
         return self.tracer.create_proxy("call_function", getattr, (self, k), {})
 
     def _told(self, kind: Callable[[Any], Any], *, of_tensors: bool = False) -> Any:
         """A fact about the value that is the same whatever the samples and their number."""
-        if self.values is None or self.from_data:
+        if self._held is None or self._from_data:
             raise fx.proxy.TraceError("its value depends on the samples")
-        data = isinstance(self.values[0], Tensor) and not self.constant and not of_tensors
-        first, *others = (None if data else kind(value) for value in self.values)
+        data = isinstance(self._held[0], Tensor) and not self._constant and not of_tensors
+        first, *others = (None if data else kind(value) for value in self._held)
         if data or any(other != first for other in others):
             raise fx.proxy.TraceError("its value depends on the samples or on their number")
         return first
@@ -417,7 +417,7 @@ def _at(i: int, arguments: Any) -> Any:
 
     def value(a: Any) -> Any:
         if isinstance(a, fx.Proxy):
-            return a.values[i]
+            return a._held[i]
         return False if a is EVAL else a
 
     return _mapped(arguments, value)
@@ -425,8 +425,8 @@ def _at(i: int, arguments: Any) -> Any:
 
 def _written(a: Any) -> Any:
     """A number in place of a proxy, where it is one and the same for any number of samples."""
-    if isinstance(a, _Proxy) and a.values and type(a.values[0]) is int and not a.from_data:
-        return a.values[0] if a.values[0] == a.values[1] else a
+    if isinstance(a, _Proxy) and a._held and type(a._held[0]) is int and not a._from_data:
+        return a._held[0] if a._held[0] == a._held[1] else a
     return a
 
 
@@ -466,7 +466,7 @@ def _computes_weight(module: nn.Module) -> bool:
 
 def _logits(output: Any) -> Any:
     """Of what a model returns, a proxy of the class scores."""
-    values = output.values if isinstance(output, _Proxy) else None
+    values = output._held if isinstance(output, _Proxy) else None
     is_tensor = isinstance(output, fx.Proxy) and (values is None or isinstance(values[0], Tensor))
     return output if is_tensor else logits_of(output)
 

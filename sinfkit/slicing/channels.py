@@ -266,7 +266,8 @@ def take_out(
 
 def rewrite(model: nn.Module, alive: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Adapt what a graph has written out, in place: parameters, sizes of views, parts of splits."""
-    nodes = {node.name: node for node in model.graph.nodes} if hasattr(model, "graph") else {}
+    graph: Any = getattr(model, "graph", None)
+    nodes: dict[str, Any] = {} if graph is None else {node.name: node for node in graph.nodes}
     parts: dict[str, dict[int, int]] = defaultdict(dict)
     for side, masks in alive.items():
         kind, _, number = side.partition(" ")
@@ -292,7 +293,7 @@ def rewrite(model: nn.Module, alive: Mapping[str, Mapping[str, np.ndarray]]) -> 
         model.recompile()
 
 
-def _resize(node: fx.Node, axis: int, n: int) -> None:
+def _resize(node: Any, axis: int, n: int) -> None:
     """Write another size into a view."""
     rest = node.args[1:]
     if node.target in ("unflatten", torch.unflatten):
@@ -309,7 +310,7 @@ def _resize(node: fx.Node, axis: int, n: int) -> None:
     node.args = (node.args[0], tuple(sizes)) if packed else (node.args[0], *sizes)
 
 
-def _shift(node: fx.Node, axis: int, alive: np.ndarray) -> None:
+def _shift(node: Any, axis: int, alive: np.ndarray) -> None:
     """Write another range into a slice."""
     index = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
     at = axis if Ellipsis not in index or index.index(Ellipsis) > axis else None

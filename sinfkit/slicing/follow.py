@@ -140,7 +140,7 @@ class Follower:
 
     def _visit(self, node: Any) -> Any:
         """The labels of a node's value: for each axis, or for each part of a tuple."""
-        value = self._values.get(node)
+        value: Any = self._values.get(node)
         if node.op == "placeholder":
             return [None] * value.ndim
         if node.op == "get_attr":
@@ -302,10 +302,11 @@ class Follower:
                     found[at], known[at] = mine, True
                 elif mine is not None or found[at] is not None:
                     none = np.full(widths[-back], -1)
-                    first = none if found[at] is None else found[at]
+                    held = found[at]
+                    first = none if held is None else held
                     other = none if mine is None else mine
                     self.join(first, other, "its channels meet values that stay")
-                    found[at] = first if found[at] is not None else other
+                    found[at] = None if held is None or mine is None else first
         return found
 
     def _reduced(self, node: Any) -> Any:
@@ -352,7 +353,7 @@ class Follower:
             if some is not None or others is not None:
                 self.pin(some, "its channels are the batch of a product")
                 self.pin(others, "its channels are the batch of a product")
-        return list(a)
+        return [None] * len(a)
 
     def _attention(self, node: Any) -> Axes:
         """Queries and keys meet over their dimensions, weights and values over tokens."""
@@ -398,7 +399,7 @@ class Follower:
         if node.op == "call_method":
             found = self._moved(node, lambda x, *a, **k: getattr(x, str(node.target))(*a, **k))
         else:
-            found = self._moved(node, node.target)  # type: ignore[arg-type]
+            found = self._moved(node, node.target)
         self._note_sizes(node, name, found)
         return found
 
@@ -409,17 +410,18 @@ class Follower:
         parts = [value] if isinstance(value, Tensor) else list(value)
         found: list[Axes] = [[None] * part.ndim for part in parts]
         for axis in range(max(self._values[s].ndim for s in sources)):
-            if not any(axis < len(a) and a[axis] is not None for a in map(self._axes.get, sources)):
+            given_axes = (self._axes[s] for s in sources)
+            if not any(axis < len(a) and a[axis] is not None for a in given_axes):
                 continue
 
             def given(n: fx.Node, axis: int = axis) -> Any:
-                known = self._values[n]
+                known: Any = self._values[n]
                 if not isinstance(known, Tensor):
                     return known
                 if not known.is_floating_point():
                     return operator.attrgetter(str(n.target))(self.gm)
                 shape = torch.Size(known.shape)
-                labels = self._axes[n][axis] if axis < known.ndim else None
+                labels: Any = self._axes[n][axis] if axis < known.ndim else None
                 if labels is None:
                     return torch.zeros(shape, dtype=torch.float64)
                 along = [1] * known.ndim
@@ -498,8 +500,9 @@ class Follower:
                 for source in node.all_input_nodes:
                     for before in self._flat(source):
                         now = [labels for labels in _every(found) if labels is not None]
-                        kept = any(np.array_equal(before, labels) for labels in now)
-                        if before is not None and not kept:
+                        if before is None:
+                            continue
+                        if not any(np.array_equal(before, labels) for labels in now):
                             self.pin(before, f"its channels are moved by {name}")
 
     def _flat(self, node: Any) -> list[np.ndarray | None]:
@@ -568,7 +571,7 @@ def _values(gm: fx.GraphModule, example: Tensor) -> dict[Any, Any]:
     x = example.detach()[:1]
     with torch.no_grad():
         try:
-            twin = on_meta(gm)
+            twin: Any = on_meta(gm)
             run = _Shapes(twin)
             run.run(x.to("meta").expand(2, *x.shape[1:]))
             nodes = dict(zip(twin.graph.nodes, gm.graph.nodes, strict=True))

@@ -1,0 +1,207 @@
+"""Channels beyond plain layers: attention, splits, per-channel parameters, norms over channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sinfkit import DCSPruner, load, save
+from sinfkit.graph import check_traced, count_macs, output_layer, trace
+from sinfkit.slicing import check_sliced, find_groups, slice_channels
+
+WIDTH, TOKENS = 16, 9
+
+
+class Attention(nn.Module):
+    """Self-attention, written in one of several ways."""
+
+    def __init__(self, way: str, heads: int = 2) -> None:
+        super().__init__()
+        self.way, self.heads = way, heads
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.bias = nn.Parameter(torch.randn(heads, TOKENS, TOKENS))
+        self.scale = (WIDTH // heads) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        shape = n, tokens, self.heads, width // self.heads
+        if self.way in ("fused", "chunked"):
+            if self.way == "fused":
+                parts = self.qkv(x).reshape(n, tokens, 3, *shape[2:]).permute(2, 0, 3, 1, 4)
+                q, k, v = parts.unbind(0)
+            else:
+                q, k, v = (p.view(*shape).transpose(1, 2) for p in self.qkv(x).chunk(3, dim=-1))
+        else:
+            q, k, v = (f(x).view(*shape).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.way in ("fused", "apart"):
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.way == "einsum":
+            weights = torch.einsum("bhid,bhjd->bhij", q * self.scale, k).softmax(-1)
+            y = torch.einsum("bhij,bhjd->bhid", weights, v)
+        else:
+            y = ((q * self.scale @ k.transpose(-2, -1)) + self.bias).softmax(dim=-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(n, tokens, width))
+
+
+class Transformer(nn.Module):
+    """Two blocks with layer scale, a class token and positions."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, 2, 2)
+        self.cls = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.pos = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+        self.attention = Attention(way)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH))
+        self.gamma = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x) if x.is_quantized else x.shape[0], -1, -1), x], 1)
+        x = x[:, :TOKENS] + self.pos
+        x = x + self.gamma * self.attention(self.norms[0](x))
+        x = x + self.mlp(self.norms[1](x))
+        return self.head(self.norms[2](x)[:, 0])
+
+
+class Channels(nn.Module):
+    """Convolutions, with something between two of them that is no plain layer."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.stem, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.narrow = nn.Conv2d(4, 4, 3, padding=1)
+        self.wider = nn.Conv2d(8, 16, 3, padding=1, groups=8)
+        self.after = nn.Conv2d(16, 8, 1)
+        self.gamma = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+        self.group_norm, self.layer_norm = nn.GroupNorm(2, 8), nn.LayerNorm(8)
+        self.reduce, self.expand = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.last, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        way = self.way
+        if way == "chunk":
+            one, other = h.chunk(2, 1)
+            h = torch.cat([self.narrow(one), other], 1)
+        elif way == "split":
+            one, other = torch.split(h, [4, 4], dim=1)
+            h = torch.cat([one, self.narrow(other + one)], 1)
+        elif way == "slices":
+            h = torch.cat([h[:, :4] * 2, self.narrow(h[:, 4:])], dim=1)
+        elif way == "scale":
+            h = h + self.gamma * self.b(h)
+        elif way == "double":
+            h = self.after(self.wider(h).relu())
+        elif way == "group_norm":
+            h = self.b(self.group_norm(h)).relu()
+        elif way == "layer_norm":
+            h = self.layer_norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        elif way == "shuffle":
+            n, c, height, width = h.shape
+            h = h.view(n, 2, c // 2, height, width).transpose(1, 2).reshape(n, c, height, width)
+        elif way == "gate":
+            h = h * self.expand(self.reduce(h.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.head(self.last(h).mean((2, 3)))
+
+
+WAYS = "chunk split slices scale group_norm layer_norm shuffle gate".split()
+
+
+def halves(network: nn.Module, x: Tensor, seed: int, share: float = 0.5) -> tuple[float, list[str]]:
+    """Slice every group and compare; the share of multiplications removed, what stayed whole."""
+    network = network.eval()
+    graph = trace(network, x[:1])
+    check_traced(graph, network, x)
+    groups = find_groups(graph, x[:1], output_layer(graph, 5))
+    rng = np.random.default_rng(seed)
+    keep = {}
+    for group in groups:
+        run = group.n_channels // group.n_runs
+        if not group.reason_unsliceable and not group.is_output:
+            local = np.sort(rng.permutation(run)[: max(1, round(share * run))])
+            keep[group.name] = (np.arange(group.n_runs)[:, None] * run + local).ravel()
+    sliced = slice_channels(graph, x[:1], keep, groups=groups)
+    assert check_sliced(graph, sliced, x) <= 1e-4
+    removed = 1 - count_macs(sliced.model, x[:1])[0] / count_macs(graph, x[:1])[0]
+    return removed, [group.name for group in groups if group.reason_unsliceable]
+
+
+def images(size: int, seed: int = 0) -> Tensor:
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.sampled_from(["fused", "apart", "einsum", "products"]), st.integers(0, 100))
+def test_attention_is_sliced_with_its_stream(way: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    removed, whole = halves(Transformer(way), images(6), seed)
+    assert not whole and removed > 0.6
+
+
+@settings(max_examples=9, deadline=None)
+@given(st.sampled_from(WAYS), st.integers(0, 100), st.sampled_from([0.25, 0.5, 0.75]))
+def test_what_is_no_plain_layer_is_sliced_along(way: str, seed: int, share: float) -> None:
+    torch.manual_seed(seed)
+    removed, whole = halves(Channels(way), images(8), seed, share)
+    assert removed > (0.5 if share < 0.5 else 0.1)
+    assert not whole
+
+
+@pytest.mark.parametrize("way", ["fft", "cumsum", "sort", "unfold"])
+def test_what_is_not_known_costs_its_group_only(way: str) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(n, 8, 3) for n in (3, 8, 8))
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.b(self.a(x).relu()).relu()
+            if way == "fft":
+                h = torch.fft.fft(h, dim=1).real
+            elif way == "cumsum":
+                h = torch.cumsum(h, 1)
+            elif way == "sort":
+                h = h.sort(1).values
+            else:
+                h = F.fold(F.unfold(h, 1), h.shape[-2:], 1)
+            return self.head(self.c(h).mean((2, 3)))
+
+    _, whole = halves(Odd(), images(10), 0)
+    assert whole == ["b"]
+
+
+def test_a_transformer_is_pruned_repaired_and_stored(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Transformer("fused")
+    rng = np.random.default_rng(0)
+    y = np.arange(150) % 5
+    patterns = rng.normal(size=(5, 3, 6, 6))
+    X = (patterns[y] + 0.5 * rng.normal(size=(150, 3, 6, 6))).astype(np.float32)
+    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(40):
+        optimiser.zero_grad()
+        F.cross_entropy(network(torch.as_tensor(X)), torch.as_tensor(y)).backward()
+        optimiser.step()
+    scores = {}
+    for repair in ("none", "least_squares"):
+        pruner = DCSPruner(
+            network.eval(), schedule="uniform", pruning_ratios=(0.4, 0.4), repair=repair
+        ).fit(X, y)
+        scores[repair] = pruner.score(X, y)
+    assert scores["least_squares"] >= max(0.8, scores["none"])
+    save(pruner, tmp_path / "pruner.sinf")
+    again = load(tmp_path / "pruner.sinf", factory=lambda: Transformer("fused"))
+    np.testing.assert_allclose(again.predict_proba(X), pruner.predict_proba(X), atol=1e-6)
