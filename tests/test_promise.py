@@ -75,7 +75,7 @@ def test_216_images_without_a_disagreement_resolve_a_point():
     assert drop_upper_bound(0, 0, 216) >= 1 - 0.1 ** (1 / 216)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(counts(), st.sampled_from([0.6, 0.9, 0.95, 0.999]))
 def test_bound_and_p_value_are_one_test(data, confidence):
     lost, gained, n = data
@@ -87,13 +87,13 @@ def test_bound_and_p_value_are_one_test(data, confidence):
         assert p_value(lost, gained, n, bound - 1e-3, confidence) > 1 - confidence - 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(counts(), st.floats(-0.2, 0.5), st.floats(0, 0.2))
 def test_p_value_falls_with_the_limit(data, limit, more):
     assert p_value(*data, limit + more) <= p_value(*data, limit) + 1e-4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(counts())
 def test_gains_never_hurt_beyond_a_count(data):
     # Beside Clopper-Pearson on the lost images alone, which is valid but blind to gains.
@@ -260,7 +260,7 @@ def test_weighted_promise_holds_for_the_weighted_loss(n):
     rare, lost_rare, gained = 0.1, 0.06, 0.01
     weighted = 5 * rare / (5 * rare + 1 - rare)
     limit = weighted * lost_rare - gained
-    draws, wrong = 500, 0
+    draws, wrong = 300, 0
     for _ in range(draws):
         is_rare = rng.uniform(size=n) < rare
         u = rng.uniform(size=n)
