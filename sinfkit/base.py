@@ -19,6 +19,7 @@ from torch import nn
 
 from .data.calibration import Batcher, Calibration
 from .data.heads import check_logits, with_two_outputs
+from .data.images import with_labels
 from .data.labels import check_order, match_classes, warn_if_mismatched
 from .data.pixels import Images, check_normalisation, spread
 from .data.shapes import count_outputs, looks_like_nhwc
@@ -66,14 +67,14 @@ def all_or_nothing(fit: Fit) -> Fit:
 class TorchClassifierMixin(ClassifierMixin):
     """scikit-learn's mixin, with a score whose errors say which argument they are about."""
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Compute the share of samples whose class is predicted.
 
         Parameters
         ----------
-        X : array-like or Tensor of shape (n_samples, ...)
-        y : array-like of shape (n_samples,)
-            Their classes.
+        X : array-like or Tensor of shape (n_samples, ...), Dataset or DataLoader
+        y : array-like of shape (n_samples,), optional
+            Their classes; those of the data set where it is None.
         sample_weight : array-like of shape (n_samples,), optional
 
         Returns
@@ -81,6 +82,7 @@ class TorchClassifierMixin(ClassifierMixin):
         float
         """
         check_is_fitted(self)
+        X, y = with_labels(X, y)
         predicted = self.predict(X)
         if isinstance(predicted, torch.Tensor):
             predicted = predicted.cpu().numpy()

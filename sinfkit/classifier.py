@@ -18,6 +18,7 @@ from torch import nn
 from .base import TorchClassifierMixin, TorchEstimator, all_or_nothing, answers_in_torch
 from .clusterer import SemanticClusterer
 from .data.calibration import Batcher, Calibration
+from .data.images import with_labels
 from .data.labels import encode
 from .data.validation import (
     Images,
@@ -254,7 +255,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     def fit(
         self,
         X: Any,
-        y: Any,
+        y: Any = None,
         sample_weight: Any = None,
         *,
         X_val: Any = None,
@@ -267,7 +268,9 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         ----------
         X : array-like or Tensor of shape (n_samples, channels, height, width) or (n_samples, \
 n_features)
-            Calibration samples; uint8 images are divided by 255.
+            Calibration samples; uint8 images are divided by 255.  Or a `Dataset` or `DataLoader`
+            of torch, or a list of PIL images: read in batches, and labels taken from it where `y`
+            is None.
         y : array-like of shape (n_samples,)
             Their labels; every class of the model must occur.
         sample_weight : array-like of shape (n_samples,), optional
@@ -294,6 +297,7 @@ n_features)
             If `model` is not a module.
         """
         clusterer, pruner, options = self._parts()
+        X, y = with_labels(X, y)
         config = self._config(pruner, options)
         fraction = None if X_val is not None else config.validation_fraction
         calibration = self._calibrate(X, y, sample_weight=sample_weight, held_out=fraction)
@@ -471,6 +475,7 @@ n_features)
                 for rows in hold_out(y, self._component("options").validation_fraction, rng)
             )
             return fit, held
+        X_val, y_val = with_labels(X_val, y_val)
         with naming("X_val"):
             X_val = validate_X(self, X_val, reset=False)
         weight = validate_weight(weight_val, len(X_val), "sample_weight_val")
@@ -611,7 +616,7 @@ n_features)
         return cast(SINFNetwork, fast_form(self.network_, lambda: batcher.load(X[:4])))
 
     def report(
-        self, X: Any, y: Any, *, latency_batch: int | None = None, repeats: int = 15
+        self, X: Any, y: Any = None, *, latency_batch: int | None = None, repeats: int = 15
     ) -> SINFReport:
         """Compare the base network and the routed one on samples that `fit` has not seen.
 
@@ -638,6 +643,7 @@ n_features)
         check_is_fitted(self)
         check_integer("latency_batch", latency_batch, optional=True)
         check_integer("repeats", repeats, low=0)
+        X, y = with_labels(X, y)
         X = validate_X(self, X, reset=False)
         codes = encode(validate_y(y, len(X)), self.classes_)
         return make_report(

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from .base import TorchEstimator, all_or_nothing
 from .criteria.activations import MAX_POOL_SIZE
+from .data.images import with_labels
 from .data.validation import hold_out, mean, validate_X
 from .graph.cost import count_macs
 from .graph.cuts import CutPoint, cut_points, find_cut, layer_names, split
@@ -139,7 +140,7 @@ class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Torch
         self.verbose = verbose
 
     @all_or_nothing
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SemanticClusterer:
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> SemanticClusterer:
         """Group the classes, and fit the probe that predicts the cluster.
 
         Parameters
@@ -162,6 +163,7 @@ n_features)
             samples, labels or weights that do not fit the model or each other.
         """
         self._check_parameters()
+        X, y = with_labels(X, y)
         calibration = self._calibrate(
             X, y, sample_weight=sample_weight, held_out=self.validation_fraction
         )

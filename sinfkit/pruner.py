@@ -18,6 +18,7 @@ from torch import fx, nn
 from .base import TorchClassifierMixin, TorchEstimator, all_or_nothing
 from .criteria.activations import pool
 from .data.calibration import Calibration
+from .data.images import with_labels
 from .data.labels import encode
 from .data.validation import validate_X, validate_y
 from .errors import PromiseWarning
@@ -250,11 +251,13 @@ default="least_squares"
         ----------
         X : array-like or Tensor of shape (n_samples, channels, height, width) or (n_samples, \
 n_features)
-            Calibration samples; uint8 images are divided by 255.
+            Calibration samples; uint8 images are divided by 255.  Or a `Dataset` or `DataLoader`
+            of torch, or a list of PIL images: read in batches, and labels taken from it where `y`
+            is None.
         y : array-like of shape (n_samples,), optional
-            Their labels.  None, for a criterion that needs none (``"obs"``, ``"l1"``, ``"fpgm"``
-            ...): the base's own answers stand for them, so that every answer that changes counts
-            as lost.
+            Their labels.  None, where X has none, for a criterion that needs none (``"obs"``,
+            ``"l1"``, ``"fpgm"`` ...): the base's own answers stand for them, so that every answer
+            that changes counts as lost.
         sample_weight : array-like of shape (n_samples,), optional
             How many times each sample counts, in scores, repair and held-out accuracies: 2 stands
             for the sample twice, 0 for none.  Default: once.
@@ -281,6 +284,7 @@ n_features)
             Where `max_accuracy_drop` is exceeded, or cannot be certified.
         """
         recipe, goal = recipe_of(self), Goal(self.max_accuracy_drop, self.confidence)
+        X, y = with_labels(X, y)
         calibration = self._calibration(X, y, sample_weight, recipe)
         chosen = self._chosen(calibration)
         split = self._split(calibration, recipe, goal, y is not None)
@@ -448,7 +452,7 @@ n_features)
         return self._as_wanted(answers, X, X.dtype in (np.float64, torch.float64))
 
     def report(
-        self, X: Any, y: Any, *, latency_batch: int | None = None, repeats: int = 15
+        self, X: Any, y: Any = None, *, latency_batch: int | None = None, repeats: int = 15
     ) -> PruningReport:
         """Compare the base network and the smaller one on samples that ``fit`` has not seen.
 
@@ -480,6 +484,7 @@ n_features)
         check_is_fitted(self)
         check_integer("latency_batch", latency_batch, optional=True)
         check_integer("repeats", repeats, low=0)
+        X, y = with_labels(X, y)
         X = validate_X(self, X, reset=False)
         return make_pruning_report(
             self.model_,

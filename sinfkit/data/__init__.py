@@ -1,6 +1,7 @@
 """Samples and labels: checked, matched with the network, read in batches."""
 
 from .calibration import Batcher, Calibration
+from .images import LazyImages, images_of, with_labels
 from .labels import check_order, match_classes, warn_if_mismatched
 from .validation import (
     hold_out,
@@ -12,11 +13,14 @@ from .validation import (
 __all__ = [
     "Batcher",
     "Calibration",
+    "LazyImages",
     "check_order",
     "hold_out",
+    "images_of",
     "match_classes",
     "validate_X",
     "validate_weight",
     "validate_y",
     "warn_if_mismatched",
+    "with_labels",
 ]

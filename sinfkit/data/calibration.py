@@ -20,6 +20,7 @@ from ..slicing.groups import ChannelGroup, find_groups
 from ..utils.device import host_tensor, loaded_device, settle_after_fork
 from ..utils.params import naming
 from ..utils.pickling import pack
+from .images import LazyImages
 from .labels import ClassTable
 from .validation import Images
 
@@ -78,7 +79,7 @@ class Calibration:
         """Tells network, samples and batches apart from others, for caches."""
         return (
             self.frozen.digest,
-            joblib.hash(self.X),
+            self.X.digest() if isinstance(self.X, LazyImages) else joblib.hash(self.X),
             str(self.batcher.device),
             str(self.batcher.batch_size),
         )

@@ -12,10 +12,10 @@ from ..frozen import FrozenModel
 
 __all__ = ["Images", "check_normalisation", "match_range", "seen_range", "spread"]
 
-Images = np.ndarray | torch.Tensor
+Images = Any  # an array, a tensor, or LazyImages: rows can be asked for
 Range = tuple[str, float, float]  # type, smallest and largest value
 
-_LOOKED_AT = 256  # samples, spread over all, that tell the scale of the others
+LOOKED_AT = 256  # samples, spread over all, that tell the scale of the others
 _TIMES = 8  # as large as the largest value of `fit`: no brightness, another scale
 
 
@@ -109,7 +109,7 @@ def spread(X: Images, n: int) -> Images:
 
 def _range(X: Images) -> tuple[float, float]:
     """Smallest and largest value of some samples."""
-    some = spread(X, _LOOKED_AT)
+    some = spread(X, LOOKED_AT)
     return float(some.min()), float(some.max())
 
 

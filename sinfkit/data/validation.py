@@ -12,6 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
 from ..utils.params import caller_level, naming, shown
+from .images import LazyImages, images_of
 from .pixels import Images, match_range, seen_range
 from .shapes import check_shape
 
@@ -40,6 +41,9 @@ def validate_X(
     are neither tables nor 2-D images.  Where not `finite`, the caller looks at tensors' values.
     """
     expected = input_shape if reset else estimator.input_shape_
+    X = images_of(X)
+    if isinstance(X, LazyImages):
+        return _validate_lazy(estimator, X, expected, reset=reset, any_shape=any_shape)
     if isinstance(X, (list, tuple)):
         with naming("X"):
             X = np.asarray(X)
@@ -64,17 +68,46 @@ def validate_X(
         checked = checked.reshape(len(checked), *expected)
     if expected is not None:
         check_shape(tuple(checked.shape), tuple(expected))
-    elif checked.ndim not in (2, 4) and not any_shape:
-        raise ValueError(
-            f"X must have shape (n_samples, channels, height, width) or (n_samples, n_features), "
-            f"not {shape}. For one image use X[None], for grey ones X[:, None]."
-        )
+    elif not any_shape:
+        _check_ndim(shape)
     if checked.ndim > 2:
         if reset:
             estimator.input_range_ = seen_range(checked)
         elif hasattr(estimator, "input_range_"):
             checked = match_range(checked, estimator.input_range_, whole=whole, look=finite)
     return checked
+
+
+def _validate_lazy(
+    estimator: Any,
+    X: LazyImages,
+    expected: tuple[int, ...] | None,
+    *,
+    reset: bool,
+    any_shape: bool,
+) -> Any:
+    """`validate_X` for images that are not read yet: values are checked batch by batch."""
+    if expected is not None:
+        check_shape(X.shape, tuple(expected))
+    elif not any_shape:
+        _check_ndim(X.shape)
+    if reset:
+        estimator.n_features_in_ = X.shape[1]
+        if X.ndim > 2:
+            estimator.input_range_ = seen_range(X)
+    elif hasattr(estimator, "input_range_"):
+        seen, whole = estimator.input_range_, X.whole
+        return X.changed(lambda batch: match_range(batch, seen, whole=whole))
+    return X
+
+
+def _check_ndim(shape: tuple[int, ...]) -> None:
+    """Raise unless samples are rows of a table or 2-D images."""
+    if len(shape) not in (2, 4):
+        raise ValueError(
+            f"X must have shape (n_samples, channels, height, width) or (n_samples, n_features), "
+            f"not {shape}. For one image use X[None], for grey ones X[:, None]."
+        )
 
 
 def _flattened(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
@@ -181,6 +214,8 @@ def without_zeros(
     if weight.all():
         return X, y, weight
     kept = np.flatnonzero(weight)
+    if isinstance(X, LazyImages):
+        return X.subset(kept), y[kept], weight[kept]
     rows = torch.as_tensor(kept, device=X.device) if isinstance(X, torch.Tensor) else kept
     return X[rows], y[kept], weight[kept]
 

@@ -1,0 +1,245 @@
+"""Images that are read when they are needed: data sets of torch, data loaders, PIL images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+
+from ..errors import ArgumentError, ArgumentTypeError
+
+__all__ = ["LazyImages", "images_of", "with_labels"]
+
+_IMAGE_KEYS = ("image", "img", "pixel_values")
+_LABEL_KEYS = ("label", "labels")
+_AT_ONCE = 256  # images in memory where all are looked at
+
+
+class LazyImages:
+    """Images of a data set as an array of shape (n_samples, ...) of which rows are read when asked.
+
+    Parameters
+    ----------
+    items : sequence or Dataset
+        An item is an image, a tuple that starts with one, or a dict with one; an image is a tensor,
+        an array or of PIL.
+    n_threads : int
+        That read the images of a batch.
+    """
+
+    ndim: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __init__(self, items: Any, n_threads: int = 0) -> None:
+        self._items, self._threads = items, n_threads
+        self._rows = np.arange(len(items))
+        self._change: Callable[[np.ndarray], np.ndarray] | None = None
+        if not len(items):
+            raise ArgumentError("Found X with 0 samples; at least 1 is needed.", "X")
+        first = _array(items[0])
+        if not np.array_equal(first, _array(items[0])):
+            raise ArgumentError(
+                "The data set gives another image when the same one is asked for again: its "
+                "transform is random. Pass it with the transform that is used for testing.",
+                "X",
+            )
+        self._sample, self._given = first.shape, first.dtype
+        kept = first.dtype in (np.uint8, np.float32, np.float64)
+        floating = np.dtype(np.float32 if first.dtype.kind == "f" else np.float64)
+        self.dtype = first.dtype if kept else floating
+        self._describe()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the images came as integers other than uint8."""
+        return self._given.kind in "iu" and self._given != np.uint8
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        places = np.atleast_1d(
+            self._rows[np.asarray(rows) if not isinstance(rows, slice) else rows]
+        )
+        if self._threads > 1 and len(places) > 1:
+            with ThreadPoolExecutor(self._threads) as pool:
+                read = list(pool.map(self._read, places.tolist()))
+        else:
+            read = [self._read(place) for place in places.tolist()]
+        batch = np.stack(read) if read else np.empty((0, *self._sample), self.dtype)
+        return batch if self._change is None else self._change(batch)
+
+    def subset(self, rows: np.ndarray) -> LazyImages:
+        """Some of the images, still unread."""
+        twin = self._twin()
+        twin._rows = self._rows[rows]
+        twin._describe()
+        return twin
+
+    def changed(self, change: Callable[[np.ndarray], np.ndarray]) -> LazyImages:
+        """The images as a function of a batch gives them, which keeps their shape."""
+        twin = self._twin()
+        twin._change = change
+        return twin
+
+    def digest(self) -> str:
+        """SHA-256 of all images, for caches."""
+        found = hashlib.sha256(str((self.shape, self.dtype)).encode())
+        for start in range(0, len(self), _AT_ONCE):
+            found.update(np.ascontiguousarray(self[start : start + _AT_ONCE]).data)
+        return found.hexdigest()
+
+    def _twin(self) -> LazyImages:
+        twin = LazyImages.__new__(LazyImages)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def _describe(self) -> None:
+        """Say what an array would say."""
+        self.shape = (len(self._rows), *self._sample)
+        self.ndim = len(self.shape)
+
+    def _read(self, place: int) -> np.ndarray:
+        """One image, of the shape and type of the first one."""
+        image = _array(self._items[place])
+        if image.shape != self._sample or image.dtype != self._given:
+            raise ArgumentError(
+                f"Image {place} of X has shape {image.shape} and type {image.dtype}, but the first "
+                f"one has {self._sample} and {self._given}. Resize and convert them in the data "
+                "set's transform.",
+                "X",
+            )
+        image = image.astype(self.dtype, copy=False)
+        if image.dtype.kind == "f" and not np.isfinite(image).all():
+            raise ArgumentError(f"Image {place} of X contains NaN or infinity.", "X")
+        return image
+
+
+def images_of(X: Any) -> Any:
+    """Samples of a data set, a data loader or a list of PIL images; others are given back."""
+    if isinstance(X, DataLoader):
+        if not isinstance(X.dataset, IterableDataset):
+            _check_sampler(X)
+            return _images(X.dataset, X.num_workers)
+        X = X.dataset
+    if isinstance(X, IterableDataset):
+        raise ArgumentTypeError(
+            "X is an IterableDataset, whose images have no numbers, and they are read more than "
+            "once and in another order. Pass a data set with __getitem__ and __len__.",
+            "X",
+        )
+    if isinstance(X, Dataset):
+        return _images(X)
+    return LazyImages(X) if isinstance(X, (list, tuple)) and X and _is_pil(X[0]) else X
+
+
+def with_labels(X: Any, y: Any) -> tuple[Any, Any]:
+    """Samples, and their labels: `y`, or those of the data set where that is None."""
+    images = images_of(X)
+    if y is None and isinstance(X, (DataLoader, Dataset)):
+        y = _labels(X.dataset if isinstance(X, DataLoader) else X)
+    return images, y
+
+
+def _images(dataset: Any, n_threads: int = 0) -> Any:
+    """Samples of a data set; those of a TensorDataset lie in memory."""
+    if type(dataset) is TensorDataset:
+        return dataset.tensors[0]
+    if not hasattr(dataset, "__len__"):
+        raise ArgumentTypeError("The data set X has no __len__.", "X")
+    return LazyImages(dataset, n_threads)
+
+
+def _check_sampler(loader: DataLoader[Any]) -> None:
+    """Raise where a loader does not give each image of its data set once."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    plain = isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and len(sampler) == len(sampler.data_source)
+    )
+    if not plain:
+        raise ArgumentTypeError(
+            f"The loader X draws its images by a {type(sampler).__name__}, and answers are in the "
+            "order of the data set. Pass the data set, or torch.utils.data.Subset of it.",
+            "X",
+        )
+
+
+def _labels(dataset: Any) -> np.ndarray | None:
+    """Labels of a data set, without its images where it keeps them apart; None without labels."""
+    if isinstance(dataset, Subset):
+        inner = _labels(dataset.dataset)
+        return None if inner is None else inner[np.asarray(dataset.indices, dtype=int)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_labels(part) for part in dataset.datasets]
+        return (
+            None
+            if any(p is None for p in parts)
+            else np.concatenate([p for p in parts if p is not None])
+        )
+    if type(dataset) is TensorDataset:
+        return dataset.tensors[1].cpu().numpy() if len(dataset.tensors) > 1 else None
+    n = len(dataset)
+    known = getattr(dataset, "targets", None)
+    if isinstance(known, (Sequence, np.ndarray, torch.Tensor)) and len(known) == n:
+        found = np.asarray(known)
+        # Not what the data set makes of them, should that be something else.
+        if found.ndim == 1 and all(_label(dataset[i]) == found[i] for i in {0, n // 2, n - 1}):
+            return found
+    if _label(dataset[0]) is None:
+        return None
+    return np.asarray([_label(dataset[i]) for i in range(n)])
+
+
+def _label(item: Any) -> Any:
+    """The label in an item of a data set; None if there is none."""
+    if isinstance(item, dict):
+        found = next((item[key] for key in _LABEL_KEYS if key in item), None)
+    else:
+        found = item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
+    return found.item() if isinstance(found, (torch.Tensor, np.generic)) else found
+
+
+def _array(item: Any) -> np.ndarray:
+    """The image in an item of a data set, channels first."""
+    image = item
+    if isinstance(item, dict):
+        image = next((item[key] for key in _IMAGE_KEYS if key in item), None)
+    elif isinstance(item, (tuple, list)) and item:
+        image = item[0]
+    if _is_pil(image):
+        if image.mode not in ("L", "RGB"):
+            image = image.convert("L" if image.mode == "1" else "RGB")
+        pixels = np.asarray(image)
+        return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        return (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    if isinstance(image, np.ndarray):
+        return image
+    raise ArgumentTypeError(
+        "An item of the data set X must be an image or start with one, and an image a tensor, an "
+        f"array or a PIL image, not {type(image).__name__}.",
+        "X",
+    )
+
+
+def _is_pil(image: Any) -> bool:
+    """Whether this is an image of PIL, which need not be installed."""
+    return hasattr(image, "getbands") and hasattr(image, "mode")
