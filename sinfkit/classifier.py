@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -28,6 +29,7 @@ from .data.validation import (
     validate_y,
     without_zeros,
 )
+from .errors import PromiseWarning
 from .export.onnx import to_onnx
 from .inference.forms import fast_form, half_precision
 from .inference.measure import make_report
@@ -35,10 +37,11 @@ from .inference.network import SINFNetwork
 from .inference.report import SINFReport, promise_of
 from .pruner import DCSPruner, recipe_of
 from .pruning.recipe import Recipe, warn_about_whole
+from .pruning.search import Goal, split_samples
 from .routing.builder import Builder, Built
 from .routing.config import RoutingConfig, RoutingOptions
 from .routing.placement import groupings_to_try, plan_networks
-from .routing.search import Search
+from .routing.search import Kept, Search
 from .routing.study import Samples, Study
 from .utils.jobs import over_chunks
 from .utils.params import caller_level, check_integer, check_number, naming
@@ -52,8 +55,8 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
 
     The first layers run for every input.  A small predictor on their output says which semantic
     cluster (group of classes) the input belongs to, and only that cluster's subgraph of the
-    remaining layers runs.  Subgraphs are sliced out of the trained network by the Discriminative
-    Capability Score and repaired in closed form; the network is not retrained.
+    remaining layers runs.  Subgraphs are sliced out of the trained network and repaired in closed
+    form; the network is not retrained.
 
     Parameters
     ----------
@@ -61,72 +64,31 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         The trained classifier, which returns one score per class.  Wrap it in a `FrozenModel` for
         grid searches, and to give normalisation.  None trains a small default network in ``fit``.
     clusterer : SemanticClusterer, optional
-        How the classes are grouped.  Leave its `model` and `model_classes` at None.  None:
-        ``SemanticClusterer()`` with 1, 2, 5, 10 and 20 clusters (of two classes or more on
-        average), of which the best on held-out samples is kept.  One cluster is the rival that
-        routes have to beat: a single network pruned for all classes, with the predictor's second
-        opinion and its exits.
+        How the classes are grouped.  None: by what the predictor confuses, with 1, 2, 5, 10 and 20
+        clusters (of two classes or more on average), of which the best is kept.
     pruner : DCSPruner, optional
-        How the subgraphs are cut out.  Leave its `model`, `model_classes`, `classes` and
-        `first_layer` at None.  With ``schedule="global"`` and no budget, the budget is searched for
-        the cheapest network within `max_accuracy_drop` (or for `target_speedup`).  Several networks
-        are built for that (`search_results_` lists them), so a search takes longer than a fit with
-        a budget given.  The cheapest has the fewest multiplications, or, with the pruner's
-        ``budget_unit="latency"``, the least expected time for a batch of `batch_size` samples, by a
-        model that is fitted on this machine (see Notes).  None: ``DCSPruner(schedule="global")``.
-    route_layer : str, default="auto"
-        The cut behind which the route predictor sits, see `sinfkit.graph.cut_points`.  ``"auto"``
-        takes the one with the fewest multiplications of those that are expected to keep the
-        accuracy.
-    route_accuracy : float, optional
-        Where given, ``route_layer="auto"`` takes the earliest cut whose held-out route accuracy
-        reaches it, as the paper does with 0.75, if there is one.
-    prefix_ratio : float or "auto", default="auto"
-        Fraction of filters removed from each layer before the route predictor, for all classes.  0
-        leaves the prefix whole.  Its last layer keeps its channels then and is refitted to the
-        dense output.  ``"auto"``: with a pruner of ``schedule="global"``, and in a search, prefix
-        and subgraph share the budget, and layers before and behind the predictor lose what
-        `prefix_criterion` finds cheapest for what it saves; with another schedule 0.3.
-    prefix_criterion : str or callable, default="obs"
-        Which of the prefix's filters go; as `DCSPruner.criterion`.  All classes need the prefix,
-        and its output is rebuilt by least squares: what counts there is not what tells classes
-        apart, but what the other filters cannot make up for.
-    prefix_low_rank : float or "auto", default="auto"
-        Fraction of the sliced prefix's multiplications that stay when its layers become products
-        of two with fewer outputs in between, see `sinfkit.repair.factorize`; on top of what
-        slicing saves.  1 leaves the layers as they are.  ``"auto"``: a search tries a half, and
-        keeps it where that serves its goal; without a search 1.
-    answers : {"all", "cluster"}, default="all"
-        Which classes a subgraph answers: ``"cluster"`` those of its cluster, repaired on samples of
-        these (the paper's form: an input on the wrong route is lost); ``"all"`` every class,
-        repaired on the samples that are routed to it, rightly or not.
-    exit_threshold : float, "auto" or None, default="auto"
-        Samples of which the route predictor gives one class at least this probability leave there,
-        with its answer.  ``"auto"`` takes the smallest with which the held-out accuracy stays
-        within `max_accuracy_drop` of the base's (or as it is without exits, where that is more than
-        is allowed).  None: no sample leaves.
-    confidence_threshold : float or "auto", default="auto"
-        Samples whose route confidence is below it take the fallback.  ``"auto"`` takes the smallest
-        with which the held-out accuracy stays within `max_accuracy_drop` of the base's; where none
-        does, the smallest that is within a standard error of the best, with a warning if the loss
-        is beyond the noise.
+        How the subgraphs are cut out.  Without a budget, the smallest size is searched that keeps
+        `max_accuracy_drop`.  None: ``DCSPruner()``.
+    prefix_pruner : DCSPruner, optional
+        How the layers before the predictor are cut, for all classes: by ratios of its own, or with
+        ``schedule="global"`` within the budget of `pruner`.  None: by the criterion ``"obs"``,
+        within that budget if there is one, else 30 % of the filters of each layer.
+    route_layer : str or float, default="auto"
+        The cut behind which the predictor sits, see `sinfkit.graph.cut_points`.  ``"auto"``: the
+        cheapest that is expected to keep the accuracy.  A number in (0, 1): the earliest whose
+        held-out route accuracy reaches it (the paper: 0.75).
+    fallback : {"none", "base", "top2"}, default="none"
+        What unsure samples run: their one subgraph all the same, the rest of the base network, or
+        the subgraphs of the two likeliest clusters.
     max_accuracy_drop : float, default=0.01
-        Accuracy (0.01 is one point) that the automatic choices may give away on held-out samples.
+        Accuracy that may be lost (0.01 is one point), see Notes.
+    confidence : float, default=0.9
+        How sure that is to be.
     target_speedup : float, optional
         Search for the most accurate network that is so many times as fast as the base, measured on
-        a batch of held-out samples, instead of the fastest within `max_accuracy_drop`, which still
-        sets ``confidence_threshold="auto"``.  A warning says so where no network is.
-    fallback : {"none", "base", "topk"}, default="none"
-        What runs below the confidence threshold: the one subgraph all the same, the rest of the
-        base network, or the subgraphs of the `top_k` most likely clusters.  With ``"base"`` the
-        prefix's last layer keeps all of its channels, so that the base's rest works behind it.
-    top_k : int, default=2
-    router_weight : float or "auto", default="auto"
-        Exponent of the router's posterior in the product with the subgraph's, see
-        `sinfkit.inference.fuse`.  ``"auto"`` chooses it by held-out log loss.
-    validation_fraction : float, default=0.2
-        Share of the calibration samples that is held out for the automatic choices, where ``fit``
-        is not given samples for them.
+        one batch.  What it loses is reported, not kept within `max_accuracy_drop`.
+    options : RoutingOptions, optional
+        Answers, exits, thresholds and what else few need to set.
     model_classes : sequence of labels, optional
         The label of each of the model's outputs.  Default: integer labels are output indices,
         others are matched in sorted order.
@@ -134,39 +96,37 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     device : str or torch.device, default="auto"
         ``"auto"``: the first GPU where there is one.
     n_jobs : int, optional
-        Threads that score and build subgraphs side by side.  Inside ``joblib.parallel_config`` with
-        a backend of processes (``"dask"``, ``"ray"``, ``"loky"``) they are jobs of its workers, and
-        chunks of `X` in ``predict`` as well.
-    memory : str, joblib.Memory or None
-        Where to cache the activations' statistics and the filters' scores between fits.
+        Threads that score and build subgraphs; inside ``joblib.parallel_config``, workers.
     random_state : int, RandomState or None, default=None
     verbose : int, default=0
-        Show progress bars.
 
     Attributes
     ----------
     network_ : SINFNetwork
         The routed network, on `device_`: samples before normalisation in, probabilities out.
-    clusterer_, pruner_ : estimators
-        The clones that were used.
+    certified_ : bool
+        Whether it is shown that at most `max_accuracy_drop` is lost.
+    certified_drop_ : float
+        What is lost at most, with `confidence`; nan where that is not certified.
+    accuracy_drop_ : float
+        Accuracy lost on the `n_certifying_` samples that chose nothing; nan without any.
+    n_certifying_ : int
     classes_ : ndarray of shape (n_classes,)
     class_clusters_ : int ndarray of shape (n_classes,)
         Cluster of each of `classes_`.
     cluster_names_ : ndarray of shape (n_clusters,)
+    clusterer_, pruner_ : estimators
+        The clones that were used.
     route_layer_ : str
-    prefix_ratio_ : float or None
-        None where prefix and subgraphs share a budget.
-    prefix_low_rank_ : float
-    search_results_ : list of dict
-        What was tried, in order: route layer, number of clusters, size, accuracy lost on held-out
-        samples, multiplications relative to the base, shares on the fallback and of exits, the
-        modelled time relative to the base where the pruner's `budget_unit` is ``"latency"``, and
-        the measured speed-up where `target_speedup` asks for it.
-    confidence_threshold_, exit_threshold_ : float
-    router_weight_ : float
-    temperatures_ : ndarray of shape (n_clusters,)
     route_accuracy_ : float
         Held-out share of samples that are sent to the right cluster.
+    prefix_ratio_ : float or None
+        None where prefix and subgraphs share a budget.
+    prefix_low_rank_, confidence_threshold_, exit_threshold_, router_weight_ : float
+        As chosen; an exit threshold above 1 lets nobody leave.
+    temperatures_ : ndarray of shape (n_clusters,)
+    search_results_ : list of dict
+        What was tried, in order, with the loss on the samples that choose.
     scores_, supports_, repair_errors_ : list of dict
         For each cluster, as `DCSPruner` has them; empty for a cluster of one class.
     base_model_ : FrozenModel
@@ -181,22 +141,24 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
 
     Notes
     -----
-    Stated by the paper (arXiv 2310.01259): the four parts, the cluster's own filters and outputs,
-    the confidence threshold, 75 % route accuracy.  Our choices: what runs below the threshold, the
-    predictor on fine classes, the fusion of its posterior, subgraphs that answer all classes, exits
-    at the predictor, the sliced prefix, the repair.
+    **The promise.** With probability at least `confidence` over the draw of the calibration
+    samples, a result with ``certified_`` loses at most `max_accuracy_drop` on samples of the same
+    distribution that the base was not trained on.  Some samples order networks and thresholds from
+    careful to bold, others, which chose nothing, test them in that order (arXiv 2110.01052,
+    2210.07913).  Below about 230 of these no point can be certified: then the best by an honest
+    estimate is kept, with a `PromiseWarning` that says how many would do.  Where nothing smaller
+    seems within the limit, the base itself is kept.
 
-    With the pruner's ``budget_unit="latency"``, each layer's time for a batch is taken to be the
-    overhead of its calls, plus what is left of it times the sum of the time for its weights, for
-    each call, and of the time for its multiplications, for each sample.  Behind the predictor each
-    cluster makes a call.  The three times are measured, see `sinfkit.pruning.layer_times`.
+    **The paper** (arXiv 2310.01259) states the four parts, the cluster's own filters and outputs,
+    the confidence threshold and 75 % route accuracy; see `paper_settings`.  What else there is are
+    our choices, see the user guide.
 
     Examples
     --------
     >>> from sklearn.datasets import load_digits
     >>> from sinfkit import SINFClassifier
     >>> X, y = load_digits(return_X_y=True)
-    >>> clf = SINFClassifier(random_state=0).fit(X[:1000], y[:1000])
+    >>> clf = SINFClassifier(max_accuracy_drop=0.02, random_state=0).fit(X[:1000], y[:1000])
     >>> clf.score(X[1000:], y[1000:]) > 0.85
     True
     """
@@ -226,6 +188,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         route_layer: str | float = "auto",
         fallback: Literal["none", "base", "top2"] = "none",
         max_accuracy_drop: float = 0.01,
+        confidence: float = 0.9,
         target_speedup: float | None = None,
         options: RoutingOptions | None = None,
         model_classes: Any = None,
@@ -242,6 +205,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         self.route_layer = route_layer
         self.fallback = fallback
         self.max_accuracy_drop = max_accuracy_drop
+        self.confidence = confidence
         self.target_speedup = target_speedup
         self.options = options
         self.model_classes = model_classes
@@ -250,6 +214,43 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose
+
+    @classmethod
+    def paper_settings(cls, model: Any = None, **params: Any) -> SINFClassifier:
+        """Return a classifier with the settings of the paper (arXiv 2310.01259).
+
+        The earliest layer with 75 % route accuracy, a whole prefix, subgraphs by DCS with the
+        cluster's own outputs and ratios that grow linearly, nothing repaired, no exits, and the
+        base network below the confidence threshold.
+
+        Parameters
+        ----------
+        model : nn.Module or FrozenModel, optional
+        **params : dict
+            Other parameters, or other values of these; the paper's clusters are the data set's
+            superclasses: ``clusterer=SemanticClusterer(method="given", mapping=...)``.
+
+        Returns
+        -------
+        SINFClassifier
+            Not fitted.
+
+        Examples
+        --------
+        >>> from sinfkit import SINFClassifier
+        >>> SINFClassifier.paper_settings().route_layer
+        0.75
+        """
+        paper: dict[str, Any] = {
+            "pruner": DCSPruner.paper_settings(),
+            "prefix_pruner": DCSPruner(schedule="uniform", pruning_ratios=(0.0, 0.0)),
+            "route_layer": 0.75,
+            "fallback": "base",
+            "options": RoutingOptions(
+                answers="cluster", exit_threshold=None, router_weight=0.0, prefix_low_rank=1.0
+            ),
+        }
+        return cls(model, **{**paper, **params})
 
     @all_or_nothing
     def fit(
@@ -277,9 +278,8 @@ n_features)
             How many times each sample counts, in scores, router, repair and held-out choices: 2
             stands for the sample twice, 0 for none.  Default: once.
         X_val : array-like or Tensor of shape (n_held_out, ...), optional
-            Held-out samples for the automatic choices.  Give samples that the base network was NOT
-            trained on: on samples that it has memorised it is too sure of itself.  Default: a part
-            of `X`.
+            Samples that certify what is lost; they choose nothing.  The base network must NOT have
+            been trained on them: what it has memorised says nothing.  Default: a part of `X`.
         y_val : array-like of shape (n_held_out,), optional
         sample_weight_val : array-like of shape (n_held_out,), optional
             How many times each of these counts.
@@ -295,6 +295,11 @@ n_features)
             each other, or weights where a criterion knows none.
         TypeError
             If `model` is not a module.
+
+        Warns
+        -----
+        PromiseWarning
+            Where `max_accuracy_drop` is exceeded, or cannot be certified.
         """
         clusterer, pruner, options = self._parts()
         X, y = with_labels(X, y)
@@ -304,20 +309,19 @@ n_features)
         for recipe in (config.subgraphs, config.prefix):
             recipe.check_weights(calibration.weight)
         warn_about_whole(calibration.groups)
-        rng = np.random.default_rng(calibration.seed)
-        fit, held = self._split(calibration, X_val, y_val, sample_weight_val, rng)
-        study = Study(calibration, fit, held, config)
+        parts = self._split(calibration, X_val, y_val, sample_weight_val, config)
+        study = Study(calibration, *parts, config)
         grouping = clusterer._grouping()
         groupings = {0: grouping}
         if self.clusterer is None:
             groupings = groupings_to_try(grouping, len(study.classes))
-        plans = plan_networks(study, groupings, self.route_layer, rng)
+        plans = plan_networks(study, groupings, self.route_layer)
         self._check_base(study.gather([plan.cut for plan in plans]), calibration)
         search = Search(Builder(study))
-        built = search.run(plans)
+        kept = search.judged(search.run(plans))
         self.search_results_ = search.rows
-        self._warn_of_miss(built, config)
-        self._adopt(built, clusterer, pruner, config)
+        self._adopt(kept.built, clusterer, pruner, config)
+        self._promise(kept, study)
         return self
 
     def _adopt(
@@ -353,25 +357,47 @@ n_features)
         self.pruner_ = pruner.set_params(budget=plan.size.budget)
         self._link()
 
-    def _warn_of_miss(self, built: Built, config: RoutingConfig) -> None:
-        """Warn where a speed is not reached, or the held-out loss is beyond limit and noise."""
-        speedup, passage = built.outcome.speedup, built.passage
+    def _promise(self, kept: Kept, study: Study) -> None:
+        """Write down what is known of the loss; warn, once, where the promise is not certified."""
+        limit, verdict = f"max_accuracy_drop={self.max_accuracy_drop:g}", kept.verdict
+        self.n_certifying_ = 0 if study.certify is study.choose else len(study.certify.y)
+        self.certified_, self.certified_drop_, self.accuracy_drop_ = True, 0.0, 0.0
+        text, certificate = "", None if verdict is None else verdict.certificate
+        if verdict is not None and certificate is not None:
+            self.certified_ = certificate.certified and self.n_certifying_ > 0
+            self.certified_drop_ = certificate.bound if self.certified_ else math.nan
+            self.accuracy_drop_ = verdict.drop if self.n_certifying_ else math.nan
+        if verdict is None or certificate is None:
+            text = (
+                f"No smaller network that was tried keeps within {limit} on held-out samples, and "
+                "the base itself is kept: nothing gets faster. More calibration samples, a larger "
+                "limit, or fallback='base', which lets unsure samples through the whole network, "
+                "allow more."
+            )
+        elif self.accuracy_drop_ > self.max_accuracy_drop:
+            text = (
+                f"On {self.n_certifying_} held-out samples the routed network loses "
+                f"{verdict.drop:.1%} of accuracy, more than {limit}. A larger budget of the pruner "
+                "(smaller ratios) keeps more, and so does fallback='base'."
+            )
+        elif not self.certified_:
+            needed = certificate.images_needed
+            more = "" if needed is None else f" About {needed} such samples would certify it."
+            text = (
+                f"{limit} is not certified (confidence {self.confidence:g}): "
+                f"{self.n_certifying_} samples that chose nothing are too few, with "
+                f"{verdict.drop:.1%} lost on them.{more} Give more calibration samples, or X_val "
+                "and y_val."
+            )
+        if text:
+            warnings.warn(text, PromiseWarning, stacklevel=caller_level())
+        speedup = kept.built.outcome.speedup
         if self.target_speedup is not None and speedup < self.target_speedup:
             warnings.warn(
                 f"No network that was tried is {self.target_speedup:g} times as fast as the base; "
-                f"the one that is kept is {speedup:.2f} times as fast. A larger max_accuracy_drop "
-                "sends fewer samples through the base.",
-                UserWarning,
-                stacklevel=caller_level(),
-            )
-        if self.target_speedup is not None or config.confidence_threshold != "auto":
-            return
-        if passage.drop - passage.drop_error > self.max_accuracy_drop:
-            warnings.warn(
-                f"On held-out samples the routed network loses {passage.drop:.1%} of accuracy, "
-                f"more than max_accuracy_drop={self.max_accuracy_drop}, whatever the thresholds. "
-                "A larger budget of the pruner (smaller ratios), or more repair_samples, keep "
-                "more; fallback='base' lets unsure samples through the whole network.",
+                f"the one that is kept is {speedup:.2f} times as fast. A smaller budget of the "
+                "pruner, an exit (options.exit_threshold) and larger batches help; on networks as "
+                "small as this one, the calls take the time.",
                 UserWarning,
                 stacklevel=caller_level(),
             )
@@ -410,6 +436,7 @@ n_features)
             prefix=self._prefix_recipe(subgraphs),
             fallback=self.fallback,
             max_accuracy_drop=self.max_accuracy_drop,
+            confidence=self.confidence,
             target_speedup=self.target_speedup,
             n_jobs=self.n_jobs,
             memory=pruner.memory,
@@ -461,20 +488,27 @@ n_features)
         X_val: Any,
         y_val: Any,
         weight_val: Any,
-        rng: np.random.Generator,
-    ) -> tuple[Samples, Samples]:
-        """Samples that fit, and samples that are held out."""
-        X, y = calibration.X, calibration.y_encoded
+        config: RoutingConfig,
+    ) -> tuple[Samples, Samples, Samples]:
+        """Samples that fit, samples that choose, and samples that certify."""
+        X, y, seed = calibration.X, calibration.y_encoded, calibration.seed
+        fraction = config.validation_fraction
+
+        def own(rows: np.ndarray) -> Samples:
+            return Samples(X, rows, y[rows], calibration.weights(rows))
+
         if X_val is None:
             if y_val is not None:
                 raise ValueError("y_val is given without X_val.")
             if weight_val is not None:
                 raise ValueError("sample_weight_val is given without X_val.")
-            fit, held = (
-                Samples(X, rows, y[rows], calibration.weights(rows))
-                for rows in hold_out(y, self._component("options").validation_fraction, rng)
+            goal = Goal(self.max_accuracy_drop, self.confidence)
+            # A default network was trained on all but this share.
+            parts = split_samples(
+                y, np.arange(len(y)), fraction, goal, seed, widen=self.model is not None
             )
-            return fit, held
+            fit, choose = own(parts.fit), own(parts.choose)
+            return fit, choose, own(parts.certify) if len(parts.certify) else choose
         X_val, y_val = with_labels(X_val, y_val)
         with naming("X_val"):
             X_val = validate_X(self, X_val, reset=False)
@@ -482,12 +516,11 @@ n_features)
         with naming("y_val"), naming("X_val"):
             y_val = validate_y(y_val, len(X_val))
             X_val, y_val, weight = without_zeros(X_val, y_val, weight)
-            y_held = calibration.table.encode(y_val)
-        if (y_held < 0).any():
+            y_certify = calibration.table.encode(y_val)
+        if (y_certify < 0).any():
             raise ValueError("y_val has labels that are not in y.")
-        everything = np.arange(len(y))
-        fit = Samples(X, everything, y, calibration.weights(everything))
-        return fit, Samples(X_val, np.arange(len(y_held)), y_held, weight)
+        fit, choose = map(own, hold_out(y, fraction, np.random.default_rng(seed)))
+        return fit, choose, Samples(X_val, np.arange(len(y_certify)), y_certify, weight)
 
     def _link(self) -> None:
         """Let `clusterer_` route through this network's own prefix, which is stored once."""

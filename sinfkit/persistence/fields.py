@@ -97,6 +97,12 @@ def positive(what: str, value: Any) -> int:
     return value
 
 
+def not_negative(what: str, value: Any) -> int:
+    """An integer that is not negative."""
+    _require(type(value) is int and 0 <= value < 2**31, what, "an integer from 0 on", value)
+    return value
+
+
 def text(what: str, value: Any) -> str:
     """Text."""
     _require(isinstance(value, str), what, "text", value)
@@ -213,6 +219,10 @@ ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
         "route_layer_": text,
         "prefix_ratio_": optional_number,
         "prefix_low_rank_": number,
+        "accuracy_drop_": number_or_nan,
+        "certified_": flag,
+        "certified_drop_": number_or_nan,
+        "n_certifying_": not_negative,
         "search_results_": rows,
         "confidence_threshold_": number,
         "exit_threshold_": number,

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from ..data.calibration import progress
 from ..graph.cost import paired_latency
+from ..graph.cuts import CutPoint, split
 from ..inference.forms import fast_form
 from ..inference.measure import base_for_timing, branch_costs
 from ..inference.network import Route, SINFNetwork
 from ..inference.router import RouteFit, cluster_posterior, fit_route_predictor
 from ..pruning.layer_times import expected_seconds
+from ..pruning.recipe import extract
+from ..repair.walk import graph_of
 from ..utils.params import naming
 from .assembly import (
     Prefix,
@@ -25,8 +28,8 @@ from .assembly import (
     pooled_output,
     routed_samples,
 )
-from .clusters import Clusters, group_classes
-from .config import Plan
+from .clusters import Clusters, Grouping, group_classes
+from .config import Plan, Size
 from .fusion import (
     ROUTER_WEIGHTS,
     HeldOut,
@@ -37,7 +40,7 @@ from .fusion import (
 )
 from .gates import Gates, Passage, Signals, choose_gates, let_through
 from .goal import Outcome
-from .study import Study
+from .study import Samples, Study
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Built:
     clusters: Clusters
     network: SINFNetwork
     subgraphs: list[Subgraph | None]
+    signals: Signals
+    gates: Gates
     passage: Passage
     route_accuracy: float
     relative_time: float
@@ -74,7 +79,7 @@ class Builder:
         prefix = self._prefix(plan)
         batches = progress(study.batches(study.fit), "Routes", study.config.verbose)
         features = pooled_output(prefix.module, batches, pool_size)
-        held = pooled_output(prefix.module, study.batches(study.held), pool_size)
+        held = pooled_output(prefix.module, study.batches(study.choose), pool_size)
         route, clusters = fit_route(study, plan, features, held)
         routed = routed_samples(study, features, route, clusters.class_clusters)
         subgraphs = build_subgraphs(
@@ -95,9 +100,9 @@ class Builder:
     ) -> Built:
         """Choose weights and thresholds of a network, and count what it gives."""
         study, config = self.study, self.study.config
-        seen = observe(network, study.batches(study.held))
+        seen = observe(network, study.batches(study.choose))
         tune(study, network, seen)
-        signals = read_signals(study, network, seen)
+        signals = read_signals(study, network, study.choose, seen)
         gates = choose_gates(
             signals, config.exit_threshold, config.confidence_threshold, config.max_accuracy_drop
         )
@@ -110,16 +115,51 @@ class Builder:
             seconds if timed else passage.cost,
             speedup(study, network) if time_it else float("nan"),
         )
-        right_route = seen.cluster.numpy() == clusters.class_clusters[study.held.y]
+        right_route = seen.cluster.numpy() == clusters.class_clusters[study.choose.y]
         return Built(
             plan,
             clusters,
             network,
             subgraphs,
+            signals,
+            gates,
             passage,
-            study.held.mean(right_route),
+            study.choose.mean(right_route),
             seconds,
             outcome,
+        )
+
+    def signals(self, built: Built, samples: Samples) -> Signals:
+        """What the gates need to know of other samples than those that choose."""
+        set_gates(built.network, Gates())
+        seen = observe(built.network, self.study.batches(samples))
+        return read_signals(self.study, built.network, samples, seen)
+
+    def base(self, cut: CutPoint, pool_size: int) -> Built:
+        """The base itself as a routed network of one cluster, which answers what the base does."""
+        study = self.study
+        calibration, outputs = study.calibration, study.calibration.table.outputs
+        plan = Plan(cut, Grouping(n_clusters=1, pool_size=pool_size), Size(1.0))
+        whole = extract(
+            calibration.graph,
+            calibration.groups,
+            {study.output_group: outputs},
+            study.batch[:64],
+            outputs.tolist(),
+        )
+        dense, tail = study.halves(cut)[0], split(graph_of(whole), cut)[1]
+        features = pooled_output(dense, study.batches(study.fit), pool_size)
+        choosing = pooled_output(dense, study.batches(study.choose), pool_size)
+        route, clusters = fit_route(study, plan, features, choosing)
+        subgraphs: list[Subgraph | None] = [Subgraph(tail, {}, {}, {})]
+        network = assemble(study, cut, dense, route.predictor, subgraphs, clusters.class_clusters)
+        network.router_weight = 0.0
+        seen = observe(network, study.batches(study.choose))
+        signals = read_signals(study, network, study.choose, seen)
+        passage = let_through(signals, Gates())
+        outcome = Outcome(passage.drop, 1.0)
+        return Built(
+            plan, clusters, network, subgraphs, signals, Gates(), passage, 1.0, 1.0, outcome
         )
 
     def _prefix(self, plan: Plan) -> Prefix:
@@ -150,10 +190,10 @@ def fit_route(
         features,
         fit.y,
         held,
-        study.held.y,
+        study.choose.y,
         pool_size=plan.grouping.pool_size,
         weight=fit.weight,
-        held_out_weight=study.held.weight,
+        held_out_weight=study.choose.weight,
     )
     with naming("clusterer"):
         clusters = group_classes(
@@ -173,18 +213,18 @@ def tune(study: Study, network: SINFNetwork, seen: HeldOut) -> None:
     given = study.config.router_weight
     weight, temperatures = choose_weight(
         seen,
-        study.held.y,
+        study.choose.y,
         network.answered.cpu(),
         ROUTER_WEIGHTS if isinstance(given, str) else (float(given),),
-        study.held.weight,
+        study.choose.weight,
     )
     network.router_weight = weight
     network.temperatures.copy_(temperatures)
 
 
-def read_signals(study: Study, network: SINFNetwork, seen: HeldOut) -> Signals:
-    """What the gates need to know of the held-out samples."""
-    y, temperatures = study.held.y, network.temperatures.cpu()
+def read_signals(study: Study, network: SINFNetwork, samples: Samples, seen: HeldOut) -> Signals:
+    """What the gates need to know of some samples."""
+    y, temperatures = samples.y, network.temperatures.cpu()
     answers = routed_answers(seen, network.answered.cpu(), temperatures, network.router_weight)
     sure, early = (part.numpy() for part in seen.log_posterior.max(1))
     raw = study.calibration.batcher.load(study.calibration.X[:1])
@@ -193,7 +233,7 @@ def read_signals(study: Study, network: SINFNetwork, seen: HeldOut) -> Signals:
     cost = costs["macs"][cluster]
     fallback, fallback_cost = routed, cost
     if network.fallback != "none" and network.n_clusters > 1:
-        fallback = fallback_answers(network, study.batches(study.held)) == y
+        fallback = fallback_answers(network, study.batches(samples)) == y
         if network.fallback == "base":
             fallback_cost = np.full(len(y), costs["macs"][network.n_clusters])
         else:
@@ -201,7 +241,7 @@ def read_signals(study: Study, network: SINFNetwork, seen: HeldOut) -> Signals:
             likely = posterior.topk(min(network.top_k, network.n_clusters), dim=1).indices.numpy()
             fallback_cost = costs["macs"][likely].sum(1)
     return Signals(
-        study.base_right,
+        study.base_right(samples),
         sure,
         early == y,
         seen.confidence.numpy(),
@@ -210,7 +250,7 @@ def read_signals(study: Study, network: SINFNetwork, seen: HeldOut) -> Signals:
         cost / base,
         fallback_cost / base,
         costs["shared_macs"] / base,
-        study.held.weight,
+        samples.weight,
     )
 
 
@@ -230,7 +270,7 @@ def run_shares(study: Study, network: SINFNetwork, seen: HeldOut) -> np.ndarray:
     posterior = network_posterior(network, seen)
     route = Route(seen.log_posterior, posterior, seen.cluster, seen.confidence)
     rows, branch = (part.numpy() for part in network.branches(route))
-    weight = np.ones(len(study.held.y)) if study.held.weight is None else study.held.weight
+    weight = np.ones(len(study.choose.y)) if study.choose.weight is None else study.choose.weight
     n = network.n_clusters + 2
     return np.bincount(branch, weights=weight[rows], minlength=n) / weight.sum()
 
@@ -250,7 +290,7 @@ def relative_time(study: Study, network: SINFNetwork, seen: HeldOut) -> float:
 
 def speedup(study: Study, network: SINFNetwork) -> float:
     """Time of the base over that of the network on one batch, in turns."""
-    batcher, held = study.calibration.batcher, study.held
+    batcher, held = study.calibration.batcher, study.choose
     x = batcher.load(held.X[held.index[: batcher.batch_size]])
     base = base_for_timing(network, study.calibration.frozen.module(batcher.device), x)
     fast = fast_form(network, lambda: x)

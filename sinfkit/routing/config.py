@@ -106,7 +106,7 @@ class RoutingConfig:
     answers, exit_threshold, confidence_threshold, router_weight, prefix_low_rank, \
 validation_fraction
         As in `RoutingOptions`.
-    fallback, max_accuracy_drop, target_speedup, n_jobs, memory, verbose
+    fallback, max_accuracy_drop, confidence, target_speedup, n_jobs, memory, verbose
         As in `SINFClassifier`.
     """
 
@@ -120,6 +120,7 @@ validation_fraction
     prefix_low_rank: float | Literal["auto"] = "auto"
     validation_fraction: float = 0.2
     max_accuracy_drop: float = 0.01
+    confidence: float = 0.9
     target_speedup: float | None = None
     n_jobs: int | None = None
     memory: Any = field(default=None, compare=False)
@@ -143,6 +144,7 @@ validation_fraction
         if self.fallback == "none" and self.confidence_threshold != "auto":
             raise ValueError("options.confidence_threshold has no effect with fallback='none'.")
         check_number("max_accuracy_drop", self.max_accuracy_drop, "[0, 1]")
+        check_number("confidence", self.confidence, "(0, 1)")
         check_number("target_speedup", self.target_speedup, "[1, inf)", optional=True)
 
     @property

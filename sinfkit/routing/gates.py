@@ -35,6 +35,11 @@ class Signals:
     shared_cost: float
     weight: np.ndarray | None = None
 
+    @property
+    def can_fall_back(self) -> bool:
+        """Whether the fallback is another way than the routed one."""
+        return self.fallback is not self.routed
+
 
 @dataclass(frozen=True)
 class Gates:

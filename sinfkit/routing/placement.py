@@ -49,7 +49,6 @@ def plan_networks(
     study: Study,
     groupings: Mapping[int, Grouping],
     route_layer: str | float,
-    rng: np.random.Generator,
 ) -> list[Plan]:
     """Where to cut and how many clusters to make: the most promising plan first.
 
@@ -69,10 +68,10 @@ def plan_networks(
         )
     if len(cuts) == 1 and len(groupings) == 1:
         return [Plan(cuts[0], next(iter(groupings.values())), size)]
-    few = some_of_each(study.fit, _PROBE_SAMPLES, rng)
+    few = some_of_each(study.fit, _PROBE_SAMPLES, study.rng())
     candidates = try_cuts(study, cuts, groupings, few)
     reach = None if isinstance(route_layer, str) else float(route_layer)
-    target = study.held.mean(study.base_right) - study.config.max_accuracy_drop
+    target = study.choose.mean(study.base_right(study.choose)) - study.config.max_accuracy_drop
     best: dict[int, Plan] = {}
     for found in rank_candidates(candidates, reach, target):
         best.setdefault(found.n_clusters, Plan(found.cut, groupings[found.n_clusters], size))
@@ -169,7 +168,7 @@ def try_cuts(
     pool_size = next(iter(groupings.values())).pool_size
     seen, held = (
         collect(study.calibration.graph, study.batches(samples), nodes, pool_size).pooled
-        for samples in (few, study.held)
+        for samples in (few, study.choose)
     )
     found = []
     for cut in cuts:
@@ -177,10 +176,10 @@ def try_cuts(
             seen[cut.name],
             few.y,
             held[cut.name],
-            study.held.y,
+            study.choose.y,
             pool_size=pool_size,
             weight=few.weight,
-            held_out_weight=study.held.weight,
+            held_out_weight=study.choose.weight,
         )
         for n_clusters, grouping in groupings.items():
             with naming("clusterer"):
@@ -201,22 +200,22 @@ def estimate(
     study: Study, cut: CutPoint, n_clusters: int, log_posterior: Tensor, clusters: Clusters
 ) -> Candidate:
     """What routing by a probe is expected to give: subgraphs as good as the base, but smaller."""
-    config, held, size = study.config, study.held, study.config.middle_size
+    config, held, size = study.config, study.choose, study.config.middle_size
     class_clusters = torch.as_tensor(clusters.class_clusters)
     posterior = cluster_posterior(log_posterior, class_clusters, len(clusters.names))
     confidence, chosen = posterior.max(1)
     members = (class_clusters == chosen[:, None]) | (config.answers == "all")
-    routed = fuse(log_posterior, study.base_logits, members, 0.5).argmax(1).numpy() == held.y
+    routed = fuse(log_posterior, study.base_logits(held), members, 0.5).argmax(1).numpy() == held.y
     sure, early = (part.numpy() for part in log_posterior.max(1))
     prefix, subgraph, tail = expected_macs(study, cut, size)
     base = config.fallback == "base"
     signals = Signals(
-        study.base_right,
+        study.base_right(held),
         sure,
         early == held.y,
         confidence.numpy(),
         routed,
-        study.base_right if base else routed,
+        study.base_right(held) if base else routed,
         np.full(len(held.y), subgraph),
         np.full(len(held.y), tail if base else subgraph),
         prefix,

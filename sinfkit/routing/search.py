@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..errors import OutOfReachError, UnreachableShareError
-from .builder import Builder, Built
+from .builder import Builder, Built, set_gates
+from .certify import Verdict, judge
 from .config import Plan
 from .goal import Goal, Outcome, hill_climb
 
 _LOW_RANK = 0.5  # tried in a search; at three quarters, two layers take as long as the one
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The network that is kept, and what is known of its loss; None where it is the base itself."""
+
+    built: Built
+    verdict: Verdict | None
 
 
 class Search:
@@ -47,6 +56,43 @@ class Search:
             plan = self.best.plan
             hill_climb(lambda i: self._try(plan, i, _LOW_RANK), n_sizes, index, goal)
         return self.best
+
+    def judged(self, built: Built) -> Kept:
+        """Let samples that chose nothing decide about a network and its thresholds.
+
+        In a search the next more careful size is judged beside it; the base itself is what is left
+        where neither keeps within the limit.
+        """
+        config, study = self.config, self.builder.study
+        finalists = [built]
+        automatic = config.searches_size and config.target_speedup is None
+        if automatic:
+            finalists = [*self._more_careful(built.plan), built]
+        signals = [self.builder.signals(one, study.certify) for one in finalists]
+        if config.target_speedup is not None:
+            config = replace(
+                config,
+                exit_threshold=built.gates.exit,
+                confidence_threshold=built.gates.confidence
+                if config.fallback != "none"
+                else "auto",
+            )
+        verdict, within = judge([one.signals for one in finalists], signals, config)
+        if not within and automatic:
+            cut, pool_size = built.plan.cut, built.plan.grouping.pool_size
+            return Kept(self.builder.base(cut, pool_size), None)
+        kept = finalists[verdict.point.network]
+        set_gates(kept.network, verdict.point.gates)
+        return Kept(replace(kept, gates=verdict.point.gates), verdict)
+
+    def _more_careful(self, plan: Plan) -> list[Built]:
+        """The same plan in the next more careful size, if there is one."""
+        sizes = self.config.sizes
+        index = [size.budget for size in sizes].index(plan.size.budget)
+        if index == 0:
+            return []
+        size = replace(plan.size, budget=sizes[index - 1].budget)
+        return [self.builder.build(replace(plan, size=size))]
 
     def _try(self, plan: Plan, index: int, low_rank: float | None = None) -> Outcome:
         """Build one network, and remember it if it is the best so far."""

@@ -34,7 +34,7 @@ _COLLECTED = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """Samples for one purpose: rows `index` of `X`, of classes `y`, which count `weight` times."""
 
@@ -55,11 +55,12 @@ class Samples:
 
 @dataclass(eq=False)
 class Study:
-    """A base network under study: `fit` scores, fits and repairs, `held` chooses."""
+    """A base network under study: samples to `fit` and repair, to `choose`, and to `certify`."""
 
     calibration: Calibration
     fit: Samples
-    held: Samples
+    choose: Samples
+    certify: Samples
     config: RoutingConfig
     _statistics: Statistics | None = None
     _scores: dict[Any, Scored] = field(default_factory=dict)
@@ -87,18 +88,17 @@ class Study:
         """Multiplications of the base for one sample: all, and by layer."""
         return count_macs(self.calibration.graph, self.calibration.example)
 
-    @functools.cached_property
-    def base_logits(self) -> Tensor:
-        """The base's answers on the held-out samples, one column per class."""
+    @functools.cache  # noqa: B019 (a study lives as long as a fit)
+    def base_logits(self, samples: Samples) -> Tensor:
+        """The base's answers on some samples, one column per class."""
         graph = self.calibration.graph
         with torch.inference_mode():
-            rows = list(in_pieces(lambda x: graph(x).cpu(), self.batches(self.held)))
+            rows = list(in_pieces(lambda x: graph(x).cpu(), self.batches(samples)))
         return torch.cat(rows)[:, torch.as_tensor(self.calibration.table.outputs)]
 
-    @functools.cached_property
-    def base_right(self) -> np.ndarray:
-        """Whether the base is right on each held-out sample."""
-        right: np.ndarray = self.base_logits.argmax(1).numpy() == self.held.y
+    def base_right(self, samples: Samples) -> np.ndarray:
+        """Whether the base is right on each of some samples."""
+        right: np.ndarray = self.base_logits(samples).argmax(1).numpy() == samples.y
         return right
 
     @functools.cached_property
