@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -255,6 +256,7 @@ def test_rows_intervals_and_the_command(tmp_path, capsys, examples_on_path):
     found = estimate(np.array([1.0, 2.0, 3.0]))
     assert (found.mean, found.low, found.high) == pytest.approx((2, -0.484, 4.484), abs=1e-3)
     assert np.isnan(estimate(np.array([1.0])).low)
+    assert all(find_spec(f"benchmarks.{module}") for module, _ in TABLES.values())
     with pytest.raises(SystemExit):
         main(["nothing"])
     printed = capsys.readouterr().out
