@@ -15,7 +15,6 @@ TABLES = {
     "sharing": ("sharing", "how much similar inputs share filters, by depth"),
     "promise": ("promise_simulation", "the promise on synthetic losses: how often it is broken"),
     "promise_fits": ("promise_fits", "the promise on real fits: how often it is broken"),
-    "networks": ("any_network", "how much of any network can be removed, beside torch-pruning"),
     "any_network": ("any_network", "how much of any network can be removed, beside torch-pruning"),
     "front": ("front", "loss against time: every form, batch size and number of threads"),
     "fit_cost": ("fit_cost", "time of a fit by images, classes and clusters"),
