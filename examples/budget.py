@@ -34,8 +34,8 @@ network = train_network(network, X_train, y_train, epochs=20, random_state=0)
 model = FrozenModel(network)
 
 # %%
-# ``schedule="global"`` with a ``budget`` says what may stay of the base's multiplications, and
-# finds the widths of the layers by itself. Three candidates: filters chosen by the structured
+# A ``budget`` says what may stay of the base's multiplications; the widths of the layers follow from
+# it. Without one, the pruner would search for the smallest that keeps ``max_accuracy_drop``. Three candidates: filters chosen by the structured
 # optimal brain surgeon and the layers behind them repaired; the same without repair; and filters
 # drawn at random, repaired.
 
@@ -47,9 +47,7 @@ candidates = {
 budgets = [0.7, 0.5, 0.3, 0.15, 0.08]
 curves = {
     name: [
-        DCSPruner(
-            model, criterion="dcs", schedule="global", budget=budget, random_state=0, **options
-        ).fit(X_train, y_train)
+        DCSPruner(model, budget=budget, random_state=0, **options).fit(X_train, y_train)
         for budget in budgets
     ]
     for name, options in candidates.items()

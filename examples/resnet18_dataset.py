@@ -59,8 +59,7 @@ network.eval()
 # %%
 # The pruner sees images that the network was not trained on, here all of them as one batch, and
 # keeps 10 % of the multiplications. Layers behind removed filters are repaired by least squares;
-# nothing is trained. Without a budget it searches the smallest network that keeps the accuracy,
-# which takes as long as a dozen of these.
+# nothing is trained. Without a budget it searches the smallest network that keeps the accuracy.
 
 X, y = next(iter(DataLoader(new, batch_size=len(new))))
 pruner = DCSPruner(network, budget=0.1, random_state=0).fit(X, y)
