@@ -34,10 +34,10 @@ network = train_network(network, X_train, y_train, epochs=20, random_state=0)
 model = FrozenModel(network)
 
 # %%
-# A ``budget`` says what may stay of the base's multiplications; the widths of the layers follow from
-# it. Without one, the pruner would search for the smallest that keeps ``max_accuracy_drop``. Three candidates: filters chosen by the structured
-# optimal brain surgeon and the layers behind them repaired; the same without repair; and filters
-# drawn at random, repaired.
+# A ``budget`` says what may stay of the base's multiplications; the widths of the layers follow
+# from it. Without one, the pruner would search for the smallest that keeps ``max_accuracy_drop``.
+# Three candidates: filters chosen by the structured optimal brain surgeon and the layers behind
+# them repaired; the same without repair; and filters drawn at random, repaired.
 
 candidates = {
     "OBS, repaired": {"criterion": "obs"},
