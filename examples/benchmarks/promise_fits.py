@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="a few fits")
     parser.add_argument("--show", action="store_true", help="only say what was found")
-    parser.add_argument("--ways", nargs="+", default=WAYS[:4], choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--images", type=int, nargs="+", default=SIZES)
     parser.add_argument("--limits", type=float, nargs="+", default=[0.01, 0.02])
