@@ -65,11 +65,6 @@ class Calibration:
     seed: int
     weight: np.ndarray
 
-    @property
-    def codes(self) -> np.ndarray:
-        """The older name of `y_encoded`."""
-        return self.y_encoded
-
     def weights(self, index: np.ndarray) -> np.ndarray:
         """How many times each of the samples `index` counts."""
         return self.weight[index]

@@ -52,7 +52,7 @@ class LazyImages:
         if not len(items):
             raise ArgumentError("Found X with 0 samples; at least 1 is needed.", "X")
         first = _array(items[0])
-        if not np.array_equal(first, _array(items[0])):
+        if not np.array_equal(first, _array(items[0]), equal_nan=first.dtype.kind == "f"):
             raise ArgumentError(
                 "The data set gives another image when the same one is asked for again: its "
                 "transform is random. Pass it with the transform that is used for testing.",

@@ -165,14 +165,18 @@ def test_memory_maps_are_read_in_batches(tmp_path, data, frozen, monkeypatch):
         np.testing.assert_array_equal(found, one.predict(X))
 
 
+@pytest.fixture(scope="module")
+def pruner(data, frozen):
+    return quiet(next(estimators(frozen)), *data)
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(["float", "float64", "int64", "int32", "unit", "pil", "tensor"]),
     seed=st.integers(0, 50),
 )
-def test_pixels_of_data_sets_are_those_of_fit_or_refused(kind, seed, data, frozen):
+def test_pixels_of_data_sets_are_those_of_fit(kind, seed, data, pruner):
     X, y = data
-    pruner = _FITTED.setdefault("pruner", quiet(next(estimators(frozen)), X, y))
     rows = np.random.default_rng(seed).integers(0, len(X), 20)
     part = X[rows].copy()
     part[:, 0, 0, 0] = 255
@@ -185,9 +189,6 @@ def test_pixels_of_data_sets_are_those_of_fit_or_refused(kind, seed, data, froze
     }.get(kind, part)
     dataset = Counting(made, y[rows], kind if kind in ("pil", "tensor") else "array")
     np.testing.assert_allclose(pruner.predict_proba(dataset), pruner.predict_proba(part), atol=1e-5)
-
-
-_FITTED: dict = {}
 
 
 def test_a_list_of_pil_images_is_one_of_images(data, frozen):
