@@ -252,7 +252,7 @@ def test_bad_data(trained):
         pruner.predict(X)
     for data, labels, match in (
         (X[:, 0], y, "shape"),
-        (np.moveaxis(np.repeat(X, 3, 1), 1, 3), y, "NHWC"),
+        (np.moveaxis(X, 1, 3), y, "NHWC"),
         (np.repeat(X, 2, 1), y, "cannot take samples"),
         (X[:0], y[:0], "0 sample"),
         (np.where(X > 1, np.inf, X), y, "infinity"),
