@@ -18,16 +18,9 @@ from .classifier import SINFClassifier
 from .clusterer import SemanticClusterer
 from .data.labels import encode
 from .data.validation import validate_y
-from .inference.report import SINFReport
+from .inference.report import PruningReport
 from .pruner import DCSPruner
-from .utils.params import (
-    check_choice,
-    check_integer,
-    check_kind,
-    check_number,
-    is_integer,
-    naming,
-)
+from .utils.params import check_choice, check_kind
 
 __all__ = [
     "ClusterTreeDisplay",
@@ -55,7 +48,6 @@ class _Display:
             import matplotlib.pyplot as plt
 
             _, ax = plt.subplots(figsize=figsize, layout="constrained")
-        _check_axes(ax)
         self.ax_, self.figure_ = ax, ax.figure
         return ax
 
@@ -96,20 +88,15 @@ class SpeedAccuracyDisplay(_Display):
         points: Mapping[str, Any],
         cost: str = "macs",
     ) -> None:
-        _check_cost(cost)
-        check_number("base_accuracy", base_accuracy, "[0, 1]")
-        check_kind("points", points, Mapping, "a mapping of names to points")
+        check_choice("cost", cost, _COSTS)
         self.base_accuracy = base_accuracy
-        with naming("points"):
-            self.points = {name: np.atleast_2d(np.asarray(p, float)) for name, p in points.items()}
-        if any(p.ndim != 2 or p.shape[1] != 2 or not len(p) for p in self.points.values()):
-            raise ValueError("points must be rows of cost and accuracy, at least one for a line.")
+        self.points = {name: np.atleast_2d(np.asarray(p, float)) for name, p in points.items()}
         self.cost = cost
 
     @classmethod
     def from_estimator(
         cls,
-        estimator: SINFClassifier | Sequence[SINFClassifier],
+        estimator: SINFClassifier | DCSPruner | list[Any],
         X: Any,
         y: Any,
         *,
@@ -122,7 +109,7 @@ class SpeedAccuracyDisplay(_Display):
 
         Parameters
         ----------
-        estimator : SINFClassifier or sequence of SINFClassifier
+        estimator : SINFClassifier, DCSPruner or list of them
         X : array-like or Tensor of shape (n_samples, ...)
             Samples that no `fit` has seen.
         y : array-like of shape (n_samples,)
@@ -137,27 +124,23 @@ class SpeedAccuracyDisplay(_Display):
         -------
         SpeedAccuracyDisplay
         """
-        _check_cost(cost)
-        if not isinstance(estimator, (SINFClassifier, list, tuple)) or estimator in ([], ()):
-            raise TypeError("estimator must be a SINFClassifier, or a list of them.")
-        estimators = list(estimator) if isinstance(estimator, (list, tuple)) else [estimator]
+        check_choice("cost", cost, _COSTS)
+        estimators: list[Any] = estimator if isinstance(estimator, list) else [estimator]
         for one in estimators:
-            check_kind("estimator", one, SINFClassifier, "a SINFClassifier, or a list of them")
-        check_kind("name", name, str, "a string")
-        check_integer("repeats", repeats, low=0)
+            _check_estimator(one, SINFClassifier, DCSPruner)
         timed = repeats if cost == "latency" else 0
         reports = [e.report(X, y, repeats=timed) for e in estimators]
         return cls.from_reports({name: reports}, cost=cost, ax=ax)
 
     @classmethod
     def from_reports(
-        cls, reports: Mapping[str, Sequence[SINFReport]], *, cost: str = "macs", ax: Any = None
+        cls, reports: Mapping[str, Sequence[PruningReport]], *, cost: str = "macs", ax: Any = None
     ) -> SpeedAccuracyDisplay:
         """Draw reports that were made before; one line for each key.
 
         Parameters
         ----------
-        reports : mapping of str to sequence of SINFReport
+        reports : mapping of str to sequence of SINFReport or PruningReport
             Of the same base on the same samples.
         cost : {"latency", "macs"}, default="macs"
             Latency needs reports with measured times.
@@ -167,13 +150,8 @@ class SpeedAccuracyDisplay(_Display):
         -------
         SpeedAccuracyDisplay
         """
-        _check_cost(cost)
+        check_choice("cost", cost, _COSTS)
         points: dict[str, list[tuple[float, float]]] = {}
-        check_kind("reports", reports, Mapping, "a mapping of names to lists of reports")
-        for line in reports.values():
-            check_kind("reports", line, (list, tuple), "a mapping of names to lists of reports")
-            for report in line:
-                check_kind("reports", report, SINFReport, "a mapping to lists of SINFReport")
         if not reports or not all(reports.values()):
             raise ValueError("reports: each line needs at least one report.")
         base = {r.base_accuracy for line in reports.values() for r in line}
@@ -262,19 +240,8 @@ class FilterScoreDisplay(_Display):
         kept: Mapping[str, int] | None = None,
         name: str = "score",
     ) -> None:
-        check_kind("scores", scores, Mapping, "a mapping of layers to scores")
-        if kept is not None:
-            check_kind("kept", kept, Mapping, "a mapping of layers to numbers of filters")
-        with naming("scores"):
-            self.scores = {layer: np.asarray(values, float) for layer, values in scores.items()}
-        if not self.scores:
-            raise ValueError("scores must hold those of at least one layer.")
-        for layer, values in self.scores.items():
-            if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-                raise ValueError(f"scores of {layer!r} must be one finite number for each filter.")
+        self.scores = {layer: np.asarray(values, float) for layer, values in scores.items()}
         self.kept, self.name = dict(kept or {}), name
-        for count in self.kept.values():
-            check_integer("kept", count)
 
     @classmethod
     def from_estimator(
@@ -300,7 +267,7 @@ class FilterScoreDisplay(_Display):
             with_subgraph = [c for c, own in enumerate(estimator.scores_) if own]
             if cluster is None and with_subgraph:
                 cluster = with_subgraph[0]
-            if not is_integer(cluster) or cluster not in with_subgraph:
+            if cluster not in with_subgraph:
                 raise ValueError(
                     f"cluster must be one that was sliced, of {with_subgraph}; got {cluster!r}."
                 )
@@ -376,8 +343,8 @@ class FilterOverlapDisplay(_Display):
     im_: Any
 
     def __init__(self, *, overlap: np.ndarray, names: Sequence[str]) -> None:
-        self.names = _names(names)
-        self.overlap = _square("overlap", overlap, len(self.names))
+        self.names = [str(name) for name in names]
+        self.overlap = np.asarray(overlap, float)
 
     @classmethod
     def from_estimator(
@@ -403,7 +370,7 @@ class FilterOverlapDisplay(_Display):
             raise ValueError("no cluster of estimator has a subgraph: each has a single class.")
         layers = [k for k in estimator.supports_[rows[0]] if k in estimator.scores_[rows[0]]]
         if layer is not None:
-            if not isinstance(layer, str) or layer not in layers:
+            if layer not in layers:
                 raise ValueError(f"layer must be one of {layers}, got {layer!r}.")
             layers = [layer]
         if not layers:
@@ -486,8 +453,6 @@ class RouteConfusionDisplay(ConfusionMatrixDisplay):
         RouteConfusionDisplay
         """
         _check_estimator(estimator, SINFClassifier, SemanticClusterer)
-        check_choice("normalize", normalize, ("true", "pred", "all"), optional=True)
-        _check_axes(ax)
         routed = getattr(estimator, "predict_cluster", estimator.predict)(X)
         place = encode(validate_y(y, len(routed)), estimator.classes_)
         n = len(estimator.cluster_names_)
@@ -550,14 +515,8 @@ class ClusterTreeDisplay(_Display):
     def __init__(
         self, *, affinity: np.ndarray, names: Sequence[str], clusters: np.ndarray | None = None
     ) -> None:
-        self.names, self.clusters = _names(names), clusters
-        self.affinity = _square("affinity", affinity, len(self.names))
-        if clusters is not None:
-            with naming("clusters"):
-                self.clusters = np.asarray(clusters)
-            shape, kind = self.clusters.shape, self.clusters.dtype.kind
-            if shape != (len(self.names),) or kind not in "iu" or (self.clusters < 0).any():
-                raise ValueError("clusters must be one integer for each of names, none negative.")
+        self.names, self.affinity = [str(name) for name in names], np.asarray(affinity, float)
+        self.clusters = None if clusters is None else np.asarray(clusters)
 
     @classmethod
     def from_estimator(
@@ -581,7 +540,7 @@ class ClusterTreeDisplay(_Display):
         ClusterTreeDisplay
         """
         _check_estimator(estimator, SemanticClusterer, SINFClassifier)
-        names = _names(estimator.classes_ if names is None else names)
+        names = list(estimator.classes_ if names is None else names)
         if len(names) != len(estimator.classes_):
             raise ValueError(
                 f"names must name the {len(estimator.classes_)} classes, got {len(names)}."
@@ -633,41 +592,11 @@ class ClusterTreeDisplay(_Display):
         return self
 
 
-def _check_cost(cost: str) -> None:
-    """Raise for a cost that is not known."""
-    check_choice("cost", cost, _COSTS)
-
-
-def _check_axes(ax: Any) -> None:
-    """Raise unless something can be drawn on."""
-    if ax is not None and not (hasattr(ax, "plot") and hasattr(ax, "figure")):
-        raise TypeError(f"ax must be a matplotlib Axes, got {type(ax).__name__}.")
-
-
 def _check_estimator(estimator: Any, *kinds: type) -> None:
     """Raise unless an estimator is one of those that can be drawn, and fitted."""
     what = " or a ".join(kind.__name__ for kind in kinds)
     check_kind("estimator", estimator, kinds, f"a {what}")
     check_is_fitted(estimator)
-
-
-def _names(names: Any) -> list[str]:
-    """Names as strings."""
-    if isinstance(names, (str, bytes)) or not isinstance(names, (Sequence, np.ndarray)):
-        raise TypeError(f"names must be a sequence of names, got {type(names).__name__}.")
-    with naming("names"):
-        return [str(name) for name in names]
-
-
-def _square(name: str, matrix: Any, n: int) -> np.ndarray:
-    """A matrix with a row and a column for each of the names."""
-    with naming(name):
-        found = np.array(matrix, float)
-    if found.shape != (n, n) or not np.isfinite(found).all():
-        raise ValueError(
-            f"{name} must be finite and of shape ({n}, {n}), as there are names; got {found.shape}."
-        )
-    return found
 
 
 def _markers() -> list[str]:

@@ -145,11 +145,6 @@ def test_tree_puts_alike_classes_side_by_side(fitted):
         ClusterTreeDisplay(affinity=[[1.0]], names=["a"]).plot()
 
 
-def test_nothing_to_draw_is_said():
-    with pytest.raises(ValueError, match="scores must hold those of at least one layer"):
-        FilterScoreDisplay(scores={})
-
-
 @pytest.mark.parametrize("display", [FilterScoreDisplay, FilterOverlapDisplay, ClusterTreeDisplay])
 def test_unfitted_estimators_are_refused(display):
     with pytest.raises(NotFittedError):
