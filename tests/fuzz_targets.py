@@ -519,6 +519,7 @@ def displays(world: World, wrong: dict[str, Make], y_wrong: Make) -> list[Target
                 valid | {"ax": None},
                 values,
                 weight=0.7,
+                never=tuple({"ax", *valid} - {"cost"}),  # displays check no data that they draw
                 required=tuple(valid)[:1],
             )
         )
@@ -542,6 +543,7 @@ def displays(world: World, wrong: dict[str, Make], y_wrong: Make) -> list[Target
                 | {"names": choice(["a"], None, [1, 2, 3, 4], "abcd", "abc")}
                 | values,
                 weight=0.7,
+                never=("ax", "names", "repeats"),
                 required=("estimator",),
             )
         )
@@ -550,7 +552,8 @@ def displays(world: World, wrong: dict[str, Make], y_wrong: Make) -> list[Target
             "SpeedAccuracyDisplay.from_reports",
             lambda **a: _drawn(sinfkit.SpeedAccuracyDisplay.from_reports(**a)),
             {"reports": {"a": [report]}, "cost": "macs", "ax": None},
-            {"reports": choice({"a": []}, {}, {1: [report]})} | cost,
+            cost,
+            never=("ax", "reports"),
             weight=0.5,
         )
     )
