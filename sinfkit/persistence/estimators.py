@@ -309,9 +309,10 @@ def _describe_parameters(estimator: Any, name: str, tensors: dict[str, Tensor]) 
 def _describe_attributes(estimator: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Fitted attributes, apart from what is built again."""
     attributes: dict[str, Any] = {}
-    known = fields.ATTRIBUTES[type(estimator).__name__]
+    kind = type(estimator).__name__
+    known = fields.ALWAYS[kind] | fields.OPTIONAL[kind]
     for key, value in vars(estimator).items():
-        if key in fields.DERIVED or not key.endswith("_") or key[0] == "_":
+        if key in fields.NEVER or not key.endswith("_") or key[0] == "_":
             continue
         if key not in known:
             raise NotPlainError(
@@ -534,9 +535,9 @@ class _Reader:
 
     def _attributes(self, kind: str, stored: Any) -> dict[str, Any]:
         """Fitted attributes, each of its kind."""
-        known = fields.ATTRIBUTES[kind]
-        names = set(known)
-        if not isinstance(stored, dict) or not names - fields.OPTIONAL <= set(stored) <= names:
+        always = fields.ALWAYS[kind]
+        known = always | fields.OPTIONAL[kind]
+        if not isinstance(stored, dict) or not always.keys() <= stored.keys() <= known.keys():
             raise StorageError(f"The attributes of {kind} are not those that it has.")
         return {
             key: known[key](key, decode(value, self.tensors, self.used))
@@ -618,8 +619,6 @@ class _Reader:
         keys = {"prefix", "rest", "subgraphs", "pool_size", "fallback", "top_k", *numbers}
         entry = _check_keys("The network", self.network, keys | {"clusterer", "pruner"})
         _check_clusters(classifier)
-        if not hasattr(classifier, "prefix_low_rank_"):  # in older files
-            classifier.prefix_low_rank_ = 1.0
         n_classes, n_clusters = len(classifier.classes_), len(classifier.cluster_names_)
         for key in ("scores_", "supports_", "repair_errors_"):
             if len(getattr(classifier, key)) != n_clusters:

@@ -180,29 +180,30 @@ def list_of(one: Callable[[str, Any], Any]) -> Callable[[str, Any], list[Any]]:
     return check
 
 
-# What every fitted estimator has, and what each has besides.
-COMMON: dict[str, Callable[[str, Any], Any]] = {
+# A fitted attribute is in the file always, where it is there, or never.
+Checks = dict[str, Callable[[str, Any], Any]]
+COMMON: Checks = {
     "classes_": labels,
     "n_features_in_": positive,
     "input_shape_": shape,
     "device_": device,
-    "input_range_": value_range,
-    "feature_names_in_": feature_names,
 }
-ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
+PROMISE: Checks = {
+    "accuracy_drop_": number_or_nan,
+    "certified_": flag,
+    "certified_drop_": number_or_nan,
+}
+ALWAYS: dict[str, Checks] = {
     "DCSPruner": {
         **COMMON,
+        **PROMISE,
         "scores_": arrays,
         "support_": arrays,
         "ratios_": floats,
         "repair_error_": floats,
         "cost_ratio_": number,
-        "accuracy_drop_": number_or_nan,
-        "certified_": flag,
-        "certified_drop_": number_or_nan,
         "sliceable_share_": number,
         "outputs_": indices,
-        "search_results_": rows,
     },
     "SemanticClusterer": {
         **COMMON,
@@ -219,13 +220,10 @@ ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
         "route_layer_": text,
         "prefix_ratio_": optional_number,
         "prefix_low_rank_": number,
-        "accuracy_drop_": number_or_nan,
-        "certified_": flag,
-        "certified_drop_": number_or_nan,
+        **PROMISE,
         "n_certifying_": not_negative,
-        "search_results_": rows,
-        "confidence_threshold_": number,
-        "exit_threshold_": number,
+        "confidence_threshold_": optional_number,
+        "exit_threshold_": optional_number,
         "router_weight_": number,
         "route_accuracy_": number,
         "scores_": list_of(arrays),
@@ -233,9 +231,18 @@ ATTRIBUTES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
         "repair_errors_": list_of(floats),
     },
 }
-OPTIONAL = frozenset(("feature_names_in_", "input_range_", "prefix_low_rank_", "search_results_"))
+SOMETIMES: Checks = {
+    "feature_names_in_": feature_names,
+    "input_range_": value_range,
+    "search_results_": rows,
+}
+OPTIONAL: dict[str, Checks] = {
+    "DCSPruner": SOMETIMES,
+    "SemanticClusterer": SOMETIMES,
+    "SINFClassifier": SOMETIMES,
+}
 # They are built again, or follow from the rest.
-DERIVED = frozenset("base_model_ model_ network_ clusterer_ pruner_ temperatures_".split())
+NEVER = frozenset("base_model_ model_ network_ clusterer_ pruner_ temperatures_".split())
 
 
 def check_parameters(what: str, parameters: dict[str, Any]) -> None:
