@@ -103,7 +103,8 @@ def build(options: Any, factory: Callable[[], nn.Module] | None) -> nn.Module:
 def _build(options: Mapping[str, Any]) -> nn.Module:
     """Build a known architecture, without weights."""
     given = {key: value for key, value in options.items() if key != "name"}
-    with torch.device("meta"):
+    # Initialisers draw from the global generator, even where there are no values.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         if options["name"] == "default":
             return models.default_network(**given, random_state=0)
         builders = {"vgg16": models.vgg16, "vgg19": models.vgg19, "resnet50": models.resnet50}
