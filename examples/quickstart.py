@@ -20,7 +20,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from sinfkit import SINFClassifier, load_cifar10, load_cifar100, train_network
+from sinfkit import SemanticClusterer, SINFClassifier, load_cifar10, load_cifar100, train_network
 
 # %%
 # Images
@@ -62,37 +62,31 @@ else:
 #
 # This is where yours comes in: any ``nn.Module`` from images to one score for each class.
 
-
-def block(n_in: int, n_out: int) -> list[nn.Module]:
-    """Convolution, batch normalisation, ReLU."""
-    return [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
-
-
 torch.manual_seed(0)
-network = nn.Sequential(
-    *block(X.shape[1], 16),
-    *block(16, 16),
-    nn.MaxPool2d(2),
-    *block(16, 32),
-    *block(32, 32),
-    nn.MaxPool2d(2),
-    *block(32, 64),
-    *block(64, 64),
-    nn.AdaptiveAvgPool2d((1, 2)),
-    nn.Flatten(),
-    nn.Linear(128, int(y.max()) + 1),
-)
+widths = (X.shape[1], 16, 16, 32, 32, 64, 64)
+layers: list[nn.Module] = []
+for i, (n_in, n_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    layers += [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+    layers += [nn.MaxPool2d(2)] if i in (1, 3) else []
+layers += [nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Linear(128, int(y.max()) + 1)]
+network = nn.Sequential(*layers)
 network = train_network(network, X, y, epochs=6, batch_size=64, max_lr=0.05, random_state=0)
 
 # %%
 # Made faster
 # -----------
 #
-# ``fit`` trains nothing. From the new images it learns which classes resemble each other, where to
+# ``fit`` trains nothing. From the new images it learns which classes resemble each other, how to
 # tell the groups apart, and what each group can do without; then it tries how far it may go. Some
 # of the images choose, the others certify that no more is lost than allowed.
 
-sinf = SINFClassifier(network, max_accuracy_drop=0.01, random_state=0).fit(X_new, y_new)
+sinf = SINFClassifier(
+    network,
+    clusterer=SemanticClusterer(n_clusters=5),
+    route_layer="7",  # the third convolution; left out, this and the clusters are searched too
+    max_accuracy_drop=0.01,
+    random_state=0,
+).fit(X_new, y_new)
 print("the first five:", sinf.predict(X_test[:5]), "labels:", y_test[:5])
 
 # %%
