@@ -110,7 +110,7 @@ class NotPlainError(SinfkitError, TypeError):
 
 
 class SinfkitWarning(UserWarning):
-    """Base of the warnings below."""
+    """Base of the warnings that have a type of their own."""
 
 
 class PromiseWarning(SinfkitWarning):
