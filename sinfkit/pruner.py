@@ -360,16 +360,16 @@ n_features)
                 f"On {certificate.n_images} held-out samples the smaller network loses "
                 f"{judged.drop:.1%} of accuracy, more than {limit}."
             )
-        elif (self.budget is None and self.schedule in ("global", "iterative")) and not (
-            self.certified_
-        ):
+        elif not self.certified_:
             needed = None if certificate is None else certificate.images_needed
             more = "" if needed is None else f"; about {needed} would show it"
             n = 0 if certificate is None else certificate.n_images
+            chosen = self.budget is None and self.schedule in ("global", "iterative")
+            which = "the best by an estimate" if chosen else "what was asked for"
+            seen = "" if math.isnan(judged.drop) else f": {judged.drop:.1%} lost on them"
             text = (
                 f"{n} held-out samples cannot show, with confidence {goal.confidence:g}, that "
-                f"{limit} is kept{more}. The smaller network is the best by an estimate: "
-                f"{judged.drop:.1%} lost on them."
+                f"{limit} is kept{more}. The smaller network is {which}{seen}."
             )
         else:
             return
