@@ -70,16 +70,7 @@ class TorchClassifierMixin(ClassifierMixin):
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Compute the share of samples whose class is predicted.
 
-        Parameters
-        ----------
-        X : array-like or Tensor of shape (n_samples, ...), Dataset or DataLoader
-        y : array-like of shape (n_samples,), optional
-            Their classes; those of the data set where it is None.
-        sample_weight : array-like of shape (n_samples,), optional
-
-        Returns
-        -------
-        float
+        Shapes: `X` (n_samples, ...), `y` (n_samples,), `sample_weight` (n_samples,).
         """
         check_is_fitted(self)
         X, y = with_labels(X, y)
@@ -112,17 +103,7 @@ class TorchEstimator(BaseEstimator):
     _only_from_fit: ClassVar[frozenset[str]] = frozenset()
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Get the parameters; where a nested estimator is None, those of its default as well.
-
-        Parameters
-        ----------
-        deep : bool, default=True
-            Whether parameters of nested estimators are listed, as ``name__parameter``.
-
-        Returns
-        -------
-        dict of str to object
-        """
+        """Get the parameters; where a nested estimator is None, those of its default as well."""
         params: dict[str, Any] = super().get_params(deep=deep)
         if deep:
             for name, factory in self._default_components.items():
@@ -132,18 +113,7 @@ class TorchEstimator(BaseEstimator):
         return params
 
     def set_params(self, **params: Any) -> Any:
-        """Set parameters, those of nested estimators as ``name__parameter``.
-
-        Parameters
-        ----------
-        **params : dict
-            Where a nested estimator is None and a value differs from its default's, the default
-            takes its place and gets the values.
-
-        Returns
-        -------
-        self
-        """
+        """Set parameters, those of nested estimators as ``name__parameter``."""
         inner: dict[str, dict[str, Any]] = {}
         for key in list(params):
             name, _, parameter = key.partition("__")
@@ -270,10 +240,7 @@ class TorchEstimator(BaseEstimator):
     def _check_base(self, logits: torch.Tensor, calibration: Calibration) -> None:
         """Refuse outputs that are not finite; warn where outputs and labels disagree.
 
-        Parameters
-        ----------
-        logits : Tensor of shape (n_samples, n_outputs)
-            The base's outputs for all of `calibration.X`.
+        Shapes: `logits` (n_samples, n_outputs).
         """
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(
@@ -294,16 +261,7 @@ class TorchEstimator(BaseEstimator):
         return Batcher(self.base_model_, self.device_, dtype, int(self.batch_size))
 
     def to(self, device: str | torch.device) -> Any:
-        """Move the fitted networks to a device.
-
-        Parameters
-        ----------
-        device : str or torch.device
-
-        Returns
-        -------
-        self
-        """
+        """Move the fitted networks to a device."""
         check_is_fitted(self)
         self.device_ = resolve_device(device)
         for value in self.__dict__.values():

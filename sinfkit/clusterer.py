@@ -280,13 +280,7 @@ n_features)
 
 
 def half_way_cut(graph: fx.GraphModule, example: Tensor) -> CutPoint:
-    """Cut nearest to half of the network's multiplications.
-
-    Raises
-    ------
-    ValueError
-        If the network can be cut nowhere.
-    """
+    """Cut nearest to half of the network's multiplications."""
     cuts = cut_points(graph)
     if not cuts:
         raise ValueError(

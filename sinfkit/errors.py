@@ -28,14 +28,7 @@ class SinfkitError(Exception):
 
 
 class ArgumentError(SinfkitError, ValueError):
-    """A value that an argument or parameter must not have.
-
-    Parameters
-    ----------
-    message : str
-    argument : str
-        Its name; an attribute as well.
-    """
+    """A value that an argument or parameter must not have."""
 
     def __init__(self, message: str, argument: str) -> None:
         super().__init__(message)
@@ -47,14 +40,7 @@ class ArgumentError(SinfkitError, ValueError):
 
 
 class ArgumentTypeError(SinfkitError, TypeError):
-    """A value of a type that an argument or parameter must not have.
-
-    Parameters
-    ----------
-    message : str
-    argument : str
-        Its name; an attribute as well.
-    """
+    """A value of a type that an argument or parameter must not have."""
 
     def __init__(self, message: str, argument: str) -> None:
         super().__init__(message)

@@ -286,21 +286,7 @@ def describe(module: nn.Module) -> str:
 
 
 def as_frozen(model: Any) -> FrozenModel:
-    """Return `model` itself if it is frozen, a frozen copy if it is a module, else raise.
-
-    Parameters
-    ----------
-    model : FrozenModel or nn.Module
-
-    Returns
-    -------
-    FrozenModel
-
-    Raises
-    ------
-    TypeError
-        For anything else; a bare skorch net too, since ``clone`` would reset it.
-    """
+    """Return `model` itself if it is frozen, a frozen copy if it is a module, else raise."""
     if isinstance(model, FrozenModel):
         return model
     if isinstance(model, nn.Module):

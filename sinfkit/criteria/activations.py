@@ -22,14 +22,7 @@ MAX_POOL_SIZE = 64  # cells per side; more would only repeat what is there
 class Statistics:
     """What `collect` gathers.
 
-    Attributes
-    ----------
-    pooled : dict of str to Tensor of shape (n_samples, n_channels * size**2)
-        Pooled activations, on the CPU, float64 where the network computes in it and else float32.
-        The columns of one channel stand side by side: column ``c * size**2 + i`` is cell i of
-        channel c.
-    logits : Tensor of shape (n_samples, n_outputs)
-        The network's outputs, on the CPU and in the same types.
+    Shapes: `pooled` (n_samples, n_channels * size**2), `logits` (n_samples, n_outputs).
     """
 
     pooled: dict[str, Tensor]
@@ -39,33 +32,7 @@ class Statistics:
 def pool(x: Tensor, size: int, axis: int = 1) -> Tensor:
     """Average activations over a grid of cells.
 
-    Parameters
-    ----------
-    x : Tensor of shape (n, C), (n, C, H, W), (n, T, C) or (n, H, W, C)
-        Activations of n samples.
-    size : int
-        Cells per side; 1 averages over all positions.  Has no effect on sequences and on what has
-        no positions.
-    axis : {1, -1}, default=1
-        Axis of the channels of a four-dimensional `x`; in three dimensions it is always the last.
-
-    Returns
-    -------
-    Tensor of shape (n, C * size**2) or (n, C)
-        Column ``c * size**2 + i`` is the mean of channel c in cell i, cells row by row.  Half
-        precision becomes single.
-
-    Raises
-    ------
-    ValueError
-        If `x` has another number of dimensions, or `size` is not positive.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = torch.arange(8.0).reshape(1, 2, 2, 2)
-    >>> pool(x, 1), pool(x, 2).shape
-    (tensor([[1.5000, 5.5000]]), torch.Size([1, 8]))
+    Shapes: `x` (n, C), returns (n, C * size**2).
     """
     if size < 1:
         raise ValueError(f"pool size must be positive, got {size}")
@@ -94,42 +61,7 @@ def collect(
 ) -> Statistics:
     """Gather pooled activations and outputs in one pass.
 
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`, or the rest from `split`, in eval mode.
-    batches : iterable of Tensor of shape (n, ...)
-        Inputs, normalised, on the network's device.  They are read once, one at a time.
-    nodes : mapping of str to str
-        From a key of the caller's choice to the name of a node, as from `observation_nodes`.
-    pool_size : int or mapping of str to int, default=1
-        Cells per side, for all or per key; see `pool`.
-
-    Returns
-    -------
-    Statistics
-        With the keys of `nodes`.  Keys of one node and size share one tensor.
-
-    Raises
-    ------
-    ValueError
-        If there is no batch, or the network has no such node.
-
-    Notes
-    -----
-    Each activation is pooled as soon as it is computed and then let go, so beside one batch in
-    flight memory holds only what is returned.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from torch import nn
-    >>> from sinfkit.graph import observation_nodes, trace
-    >>> gm = trace(nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)))
-    >>> batches = torch.zeros(10, 1, 6, 6).split(4)
-    >>> found = collect(gm, batches, observation_nodes(gm, ["0"]), pool_size=2)
-    >>> found.pooled["0"].shape, found.logits.shape
-    (torch.Size([10, 12]), torch.Size([10, 2]))
+    Shapes: `batches` (n, ...).
     """
     sizes = {k: pool_size[k] if isinstance(pool_size, Mapping) else pool_size for k in nodes}
     # Layers that are added up are observed at one node: pool it once.
@@ -166,59 +98,9 @@ def taylor_scores(
     *,
     sample_weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    r"""First-order Taylor scores of channels, after Molchanov et al. (2017, 2019).
+    """First-order Taylor scores of channels, after Molchanov et al. (2017, 2019).
 
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`, in eval mode.
-    batches : iterable of (Tensor of shape (n, ...), Tensor of shape (n,))
-        Inputs, normalised, on the network's device; and labels, integers: positions in `outputs`.
-    nodes : mapping of str to str
-        From a key of the caller's choice to the name of a node, as from `observation_nodes`.
-    outputs : sequence of int or None, default=None
-        The outputs that the loss is taken over, in the order in which labels count them; None
-        stands for all.
-    sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, in the order of the batches. Default: once.
-
-    Returns
-    -------
-    dict of str to Tensor of shape (n_channels,)
-        Scores, float64, on the CPU.  Zero where the loss does not depend on the channel.
-
-    Raises
-    ------
-    ValueError
-        If there is no sample, a label is out of range, or the network has no such node.
-
-    Notes
-    -----
-    With a sample's activations :math:`a_{cp}` of channel c at positions p and its cross-entropy
-    :math:`\ell`, the score is the mean over samples of
-
-    .. math:: \Big| \sum_p a_{cp} \, \frac{\partial \ell}{\partial a_{cp}} \Big| ,
-
-    to first order the change of the loss when the channel is set to zero.  The papers differ in
-    what they do with the sum (2017: absolute value and a mean over positions; 2019: a square) and
-    both take it per batch; this one is per sample, so how samples are batched makes no difference.
-    Gradients flow through activations alone: no parameter's ``requires_grad`` or ``grad`` is read
-    or changed.
-
-    References
-    ----------
-    P. Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
-    ICLR 2017; "Importance Estimation for Neural Network Pruning", CVPR 2019.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from torch import nn
-    >>> from sinfkit.graph import observation_nodes, trace
-    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
-    >>> batches = [(torch.zeros(5, 4), torch.tensor([0, 1, 0, 1, 1]))]
-    >>> taylor_scores(gm, batches, observation_nodes(gm, ["0"]))["0"].shape
-    torch.Size([3])
+    Shapes: `batches` (n, ...), `sample_weight` (n_samples,), returns (n_channels,).
     """
     first_key = {node: key for key, node in reversed(list(nodes.items()))}
     wanted = {key: node for node, key in first_key.items()}

@@ -47,20 +47,8 @@ _POOL = 8  # channels, at least, that one look at all of them serves
 class Consumer:
     """A layer that reads a group's channels.
 
-    Attributes
-    ----------
-    name : str
-        Qualified name of the layer.
-    gram : Tensor of shape (n_blocks, n_inputs, n_inputs)
-        Covariance of what the layer multiplies with its weights, float64; one block for each group
-        of a grouped convolution.
-    weight : Tensor of shape (n_blocks, n_outputs, n_inputs)
-        Its weights, float64, each output times the gain of the batch-norm behind it.
-    columns : tuple of (int ndarray of shape (k, size), int ndarray of shape (k,))
-        For each block: the inputs that carry a channel, a row for each of k channels, and which
-        channels of the group these are.
-    noise : float
-        Variance that rounding alone can give an input.
+    Shapes: `gram` (n_blocks, n_inputs, n_inputs), `weight` (n_blocks, n_outputs, n_inputs),
+    `columns` (k, size).
     """
 
     name: str
@@ -101,39 +89,7 @@ def gather_consumers(
 ) -> dict[str, list[Consumer]]:
     """Gather the input covariances of all layers that read the channels of some groups.
 
-    Parameters
-    ----------
-    graph : GraphModule
-        From `trace`, in eval mode.
-    groups : sequence of ChannelGroup
-        Those to be ranked.
-    batches : iterable of Tensor of shape (n, ...)
-        Inputs, normalised, on the network's device; read once.
-    n_images : int
-        How many they are in all.
-    outputs : sequence of int, optional
-        The network's outputs that stay, where it loses some: the other rows of the output layer do
-        not count, nor what is common to those that stay, which no answer depends on.
-    max_rows : int, default=20000
-        Positions that enter a covariance, spread evenly over the images, at least one of each.
-    seed : int, default=0
-        Of the positions.
-    sample_weight : Tensor of shape (n_images,), optional
-        How many times each image counts, in the order of the batches. Default: once.
-
-    Returns
-    -------
-    dict of str to list of Consumer
-        By group name. A layer that is called more than once is left out.
-
-    Warns
-    -----
-    UserWarning
-        For layers with more than 10,000 inputs (to one block), which are left out.
-
-    Notes
-    -----
-    Positions are drawn batch by batch: where not all are taken, another batch size draws others.
+    Shapes: `batches` (n, ...), `sample_weight` (n_images,).
     """
     modules = dict(graph.named_modules())
     calls = measurable(graph)
@@ -247,29 +203,7 @@ def removal_costs(consumers: Sequence[Consumer], n_channels: int, n_groups: int 
 def costs_in_order(consumers: Sequence[Consumer], order: np.ndarray) -> np.ndarray:
     """What is lost for good while a group's channels leave in a given order.
 
-    Parameters
-    ----------
-    consumers : sequence of Consumer
-    order : int ndarray of shape (n_units,)
-        The units that leave, the first one first: channels or, in a group of several runs (see
-        `removal_costs`), local indices.  All of them, once.
-
-    Returns
-    -------
-    ndarray of shape (n_units,)
-        As the scores of `removal_costs`: of the consumers' output variance the share that is lost
-        when so many have left and the weights on the others are the best there are.  Not
-        descending.  Zeros where there is no consumer.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from sinfkit.criteria import Consumer, costs_in_order
-    >>> columns = ((np.arange(2)[:, None], np.arange(2)),)
-    >>> gram = torch.diag(torch.tensor([3.0, 1.0])).double()[None]  # independent inputs
-    >>> consumer = Consumer("next", gram, torch.ones(1, 1, 2).double(), columns)
-    >>> costs_in_order([consumer], np.array([1, 0])).round(2)
-    array([0.25, 1.  ])
+    Shapes: `order` (n_units,), returns (n_units,).
     """
     lost = np.zeros(len(order))
     problems = _problems(consumers, len(order))
@@ -367,15 +301,7 @@ def _one_by_one(
 
 
 class _Problem:
-    """One block of one consumer, while channels leave it.
-
-    Parameters
-    ----------
-    consumer : Consumer
-    block : int
-    run : int
-        Channels ``u, u + run, ...`` leave together, as unit u.
-    """
+    """One block of one consumer, while channels leave it."""
 
     share = 1.0  # of a loss in the consumer's variance
     _columns: Tensor

@@ -18,20 +18,8 @@ __all__ = ["DCSResult", "discriminative_capability"]
 class DCSResult:
     """Discriminative Capability Scores of one layer.
 
-    Attributes
-    ----------
-    score : Tensor of shape (n_filters,)
-        Scores, at least 0; their sum is 1, or 0 where there is nothing to discriminate.
-    norm : Tensor of shape (n_filters,)
-        The same before they were divided by their sum.
-    coef : Tensor of shape (n_classes, n_filters, n_cells)
-        The probe's weights on the scaled features.
-    intercept : Tensor of shape (n_classes,)
-        Its biases on the centred features.
-    n_iter : int
-        Newton steps taken; 0 for the closed form.
-    converged : bool
-        Whether the probe was solved to the tolerance.
+    Shapes: `score` (n_filters,), `norm` (n_filters,), `coef` (n_classes, n_filters, n_cells),
+    `intercept` (n_classes,).
     """
 
     score: Tensor

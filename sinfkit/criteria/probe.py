@@ -15,18 +15,7 @@ __all__ = ["Probe", "fit_probe"]
 class Probe:
     """A fitted softmax regression.
 
-    Attributes
-    ----------
-    coef : Tensor of shape (n_classes, n_features)
-        Weights. Their mean over the classes is zero.
-    intercept : Tensor of shape (n_classes,)
-        Biases, not penalised. Their mean is zero.
-    loss : float
-        Mean cross-entropy on the training samples, in nats, without the penalty.
-    n_iter : int
-        Newton steps taken.
-    converged : bool
-        Whether the gradient fell below the tolerance.
+    Shapes: `coef` (n_classes, n_features), `intercept` (n_classes,).
     """
 
     coef: Tensor
@@ -38,15 +27,7 @@ class Probe:
     def logits(self, features: Tensor) -> Tensor:
         """Return the class scores before the softmax.
 
-        Parameters
-        ----------
-        features : Tensor of shape (n_samples, n_features)
-            Samples, on the probe's device.
-
-        Returns
-        -------
-        Tensor of shape (n_samples, n_classes)
-            The logits, in the probe's precision.
+        Shapes: `features` (n_samples, n_features), returns (n_samples, n_classes).
         """
         return features.to(self.coef.dtype) @ self.coef.T + self.intercept
 
@@ -62,61 +43,9 @@ def fit_probe(
     start: Probe | None = None,
     sample_weight: Tensor | None = None,
 ) -> Probe:
-    r"""Fit a softmax regression with a ridge penalty on its weights.
+    """Fit a softmax regression with a ridge penalty on its weights.
 
-    Minimises ``mean cross-entropy + penalty * ||W||^2`` over the weights ``W`` and the unpenalised
-    biases. Two classes get a softmax with two rows as well. Scikit-learn's
-    ``LogisticRegression(C=1 / (2 * penalty * n_samples))`` minimises the same objective for three
-    classes or more.
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_features)
-        Samples, of any floating type and on any device that knows `dtype`.
-    y : Tensor of shape (n_samples,)
-        Class of each sample, integers from 0; each class up to the largest must occur.
-    penalty : float, default=1.0
-        Weight of the squared norm, larger than 0. Larger than about 0.01 for features of unit
-        mean square is solved in a handful of steps.
-    tol : float, default=1e-10
-        The solver stops where the gradient's norm is below `tol` times its norm at ``W = 0``.
-    max_iter : int, default=100
-        Largest number of Newton steps.
-    dtype : torch.dtype, default=torch.float64
-        Precision of the solver and of its result. Single precision is about twice as fast and
-        serves for tolerances down to about 1e-4.
-    start : Probe, optional
-        Where to begin, such as the solution for another penalty. The optimum is unique, so it
-        changes nothing but the time.
-    sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, not negative: means are weighted. Default: once.
-
-    Returns
-    -------
-    Probe
-        The weights, biases and how the solver ended.
-
-    Raises
-    ------
-    ValueError
-        If `penalty` is not positive and finite, or a class below the largest has no sample.
-
-    Notes
-    -----
-    Newton's method with the linear systems solved by conjugate gradients. The preconditioner is the
-    Hessian at ``W = 0``, which is the Kronecker product of ``diag(p) - p p'`` for the class
-    frequencies ``p`` with the features' covariance, plus the penalty: for balanced classes it is
-    one Cholesky factor of ``cov / n_classes + 2 penalty I`` and exact. With a strong penalty the
-    solution stays close to ``W = 0``, and few products with the data are needed.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.criteria import fit_probe
-    >>> x = torch.tensor([[-1.0], [-0.5], [0.5], [1.0]])
-    >>> probe = fit_probe(x, torch.tensor([0, 0, 1, 1]), penalty=0.1)
-    >>> probe.logits(x).argmax(1).tolist()
-    [0, 0, 1, 1]
+    Shapes: `features` (n_samples, n_features), `y` (n_samples,), `sample_weight` (n_samples,).
     """
     if not 0.0 < penalty < float("inf"):
         raise ValueError(f"penalty must be positive and finite, got {penalty}")

@@ -30,38 +30,10 @@ __all__ = [
 class LayerData:
     """What a criterion may know about one layer; only what it declares is collected.
 
-    Attributes
-    ----------
-    name : str
-        Qualified name of the layer in the network, for messages.
-    features : Tensor of shape (n_samples, n_filters, n_cells), optional
-        Activations averaged over a grid of ``n_cells`` cells.
-    y : Tensor of shape (n_samples,), optional
-        Class of each sample, integers ``0 .. n_classes - 1``.
-    sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, float64 and larger than 0; None: once.
-        What is collected by other means (`taylor`, `map_rank`, `consumers` ...) is weighted
-        already.
-    weight : Tensor of shape (n_filters, ...), optional
-        Weight of the convolution or linear layer; filters are its first axis.
-    norm_scale : Tensor of shape (n_filters,), optional
-        Scale of the batch-norm that follows the layer.
-    taylor : Tensor of shape (n_filters,), optional
-        Mean over samples of ``|activation * gradient|``, see `sinfkit.criteria.taylor_scores`.
-    map_rank, map_independence, map_zeros : Tensor of shape (n_filters,), optional
-        Means over images, see the functions of the same names in `sinfkit.criteria.feature_maps`.
-    map_range : Tensor of shape (n_filters,), optional
-        Largest activation minus smallest; collected with those three.
-    consumers : tuple of Consumer, optional
-        The layers that read the filters' outputs, see `sinfkit.criteria.gather_consumers`.
-    consumer_features : mapping of str to Tensor of shape (n_samples, n_outputs * n_cells), optional
-        Pooled activations of those of these layers that are observed, by name.
-    n_groups : int
-        Runs of filters that lose the same local indices, see `sinfkit.slicing.ChannelGroup`.
-    n_classes : int
-        Number of classes that `y` counts.
-    generator : torch.Generator, optional
-        Source of randomness, on the CPU.
+    Shapes: `features` (n_samples, n_filters, n_cells), `y` (n_samples,), `sample_weight`
+    (n_samples,), `weight` (n_filters, ...), `norm_scale` (n_filters,), `taylor` (n_filters,),
+    `map_rank, map_independence, map_zeros` (n_filters,), `map_range` (n_filters,),
+    `consumer_features` (n_samples, n_outputs * n_cells).
     """
 
     name: str = ""
@@ -84,25 +56,7 @@ class LayerData:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A filter score and what it needs to know.
-
-    Attributes
-    ----------
-    name : str
-        Key in `CRITERIA`, or the name of the user's function.
-    function : callable
-        From a `LayerData`, and keyword options, to a Tensor of shape (n_filters,): one score per
-        filter, low for those to remove first.
-    needs : frozenset of str
-        Fields of `LayerData` that must be there.
-    options : frozenset of str
-        Keyword arguments that the function knows.
-    weighted : bool
-        Whether it knows samples that count more than others, or looks at no sample.
-    cumulative : bool
-        Whether a score says what is lost when this filter and all of lower score are gone, as a
-        share of what layers have in common; see `sinfkit.criteria.removal_costs`.
-    """
+    """A filter score and what it needs to know."""
 
     name: str
     function: Callable[..., Tensor]
@@ -170,34 +124,7 @@ def _keywords(function: _Function) -> frozenset[str]:
 
 
 def get_criterion(criterion: str | Criterion | Callable[..., Tensor]) -> Criterion:
-    """Look up a criterion, or make one of a function.
-
-    Parameters
-    ----------
-    criterion : str, Criterion or callable
-        A key of `CRITERIA`; or a function of a `LayerData` that returns one score per filter, low
-        for those to remove first. A function may say in its attribute ``needs``, a set of field
-        names, what must be collected for it. Without it: everything that costs no gradient.  One
-        that looks at samples is taken to know weights if ``"sample_weight"`` is among its needs.
-
-    Returns
-    -------
-    Criterion
-        The criterion.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, or a function needs a field that `LayerData` does not have.
-    TypeError
-        If it is neither a name nor callable.
-
-    Examples
-    --------
-    >>> from sinfkit.criteria import get_criterion
-    >>> sorted(get_criterion("fdr").needs)
-    ['features', 'y']
-    """
+    """Look up a criterion, or make one of a function."""
     if isinstance(criterion, Criterion):
         return criterion
     if isinstance(criterion, str):

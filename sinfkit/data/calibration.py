@@ -33,24 +33,8 @@ T = TypeVar("T")
 class Calibration:
     """A base network and the samples it is studied on, checked and matched.
 
-    Attributes
-    ----------
-    frozen : FrozenModel
-    graph : GraphModule
-        The traced network on `batcher.device`; it shares the frozen weights.
-    output : str
-        Name of the output layer.
-    X : ndarray or Tensor of shape (n_samples, ...)
-    y_encoded : ndarray of shape (n_samples,)
-        Class of each sample as a position in `table.classes`; -1 if it is none of them.
-    table : ClassTable
-    n_outputs : int
-    batcher : Batcher
-    example : Tensor of shape (1, ...)
-        One normalised sample.
-    seed : int
-    weight : ndarray of shape (n_samples,)
-        How many times each sample counts, larger than 0.
+    Shapes: `X` (n_samples, ...), `y_encoded` (n_samples,), `example` (1, ...), `weight`
+    (n_samples,).
     """
 
     frozen: FrozenModel
@@ -104,17 +88,7 @@ class Calibration:
 
 
 class Batcher:
-    """Batches of samples as the network wants them: on its device, in its type, normalised.
-
-    Parameters
-    ----------
-    frozen : FrozenModel
-        Supplies `mean` and `std`.
-    device : torch.device
-    dtype : torch.dtype
-        The network's floating type.
-    batch_size : int
-    """
+    """Batches of samples as the network wants them: on its device, in its type, normalised."""
 
     def __init__(
         self, frozen: FrozenModel, device: torch.device, dtype: torch.dtype, batch_size: int

@@ -30,16 +30,7 @@ _AT_ONCE = 256  # images in memory where all are looked at
 
 
 class LazyImages:
-    """Images of a data set as an array of shape (n_samples, ...) of which rows are read when asked.
-
-    Parameters
-    ----------
-    items : sequence or Dataset
-        An item is an image, a tuple that starts with one, or a dict with one; an image is a tensor,
-        an array or of PIL.
-    n_threads : int
-        That read the images of a batch.
-    """
+    """Images of a data set as an array (n_samples, ...) of which rows are read when asked."""
 
     ndim: int
     shape: tuple[int, ...]

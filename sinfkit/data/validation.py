@@ -125,14 +125,7 @@ def _is_integral(dtype: Any) -> bool:
 def validate_y(y: Any, n_samples: int) -> np.ndarray:
     """Check labels: one class label per sample, as a 1-D NumPy array.
 
-    Parameters
-    ----------
-    y : array-like or Tensor of shape (n_samples,)
-    n_samples : int
-
-    Returns
-    -------
-    ndarray of shape (n_samples,)
+    Shapes: `y` (n_samples,).
     """
     if y is None:
         raise ValueError(
@@ -159,22 +152,7 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
 def validate_weight(sample_weight: Any, n_samples: int, name: str = "sample_weight") -> np.ndarray:
     """Check how many times each sample counts.
 
-    Parameters
-    ----------
-    sample_weight : array-like or Tensor of shape (n_samples,), or None
-    n_samples : int
-    name : str, default="sample_weight"
-        For messages.
-
-    Returns
-    -------
-    ndarray of shape (n_samples,)
-        Float64; ones where nothing is given.
-
-    Raises
-    ------
-    ValueError
-        For a single number, a wrong length, what is not finite or negative, or zeros throughout.
+    Shapes: `sample_weight` (n_samples,), returns (n_samples,).
     """
     if sample_weight is None:
         return np.ones(n_samples)
@@ -269,19 +247,7 @@ def hold_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split calibration samples class by class into a fitting part and a held-out part.
 
-    Parameters
-    ----------
-    codes : int ndarray of shape (n_samples,)
-        Class of each sample.
-    fraction : float
-        Share of each class that is held out, at least one sample.
-    rng : Generator
-
-    Returns
-    -------
-    fit, held : int ndarrays
-        Sorted indices.  Where a class has fewer than two samples, all samples serve for both, with
-        a warning: what is chosen on the held-out part is then too optimistic.
+    Shapes: `codes` (n_samples,).
     """
     counts = np.bincount(codes)
     if counts[counts > 0].min() < 2:

@@ -76,21 +76,7 @@ def load(
 class RoutedClassifier:
     """A routed classifier; made by `load`.
 
-    Parameters
-    ----------
-    manifest : dict
-        What ``manifest.json`` holds.
-    open_part : callable
-        File name to ``onnxruntime.InferenceSession``; None to None.
-    batch_size : int
-
-    Attributes
-    ----------
-    classes_ : ndarray of shape (n_classes,)
-    class_clusters_ : int ndarray of shape (n_classes,)
-        Cluster of each of `classes_`.
-    input_shape_ : tuple of int
-        Shape of one sample.
+    Shapes: `classes_` (n_classes,), `class_clusters_` (n_classes,).
     """
 
     def __init__(
@@ -118,41 +104,21 @@ class RoutedClassifier:
     def predict(self, X: Any) -> np.ndarray:
         """Predict the class of each sample.
 
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, ...)
-            Samples before normalisation; uint8 is divided by 255.
-
-        Returns
-        -------
-        ndarray of shape (n_samples,)
+        Shapes: `X` (n_samples, ...).
         """
         return self.classes_[self.predict_proba(X).argmax(1)]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Class probabilities: the routed subgraph's answer fused with the router's.
 
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, ...)
-
-        Returns
-        -------
-        float32 ndarray of shape (n_samples, n_classes)
-            Rows sum to 1; columns as in `classes_`.
+        Shapes: `X` (n_samples, ...), returns (n_samples, n_classes).
         """
         return np.concatenate([self._process(x) for x in self._batches(X)])
 
     def predict_cluster(self, X: Any) -> np.ndarray:
         """Predict the semantic cluster of each sample; runs the prefix and the router only.
 
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, ...)
-
-        Returns
-        -------
-        int ndarray of shape (n_samples,)
+        Shapes: `X` (n_samples, ...).
         """
         return np.concatenate(
             [self._posterior(self._route(x)[1]).argmax(1) for x in self._batches(X)]

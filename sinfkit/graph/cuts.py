@@ -51,73 +51,21 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CutPoint:
-    """A place where a network can be cut in two, because just one tensor is live.
-
-    Attributes
-    ----------
-    name : str
-        Qualified name of the layer before the cut or, where several branches join, of the module
-        that ends there.  No two cuts of a network have the same.
-    node : str
-        Name of the graph node whose value crosses the cut.
-    """
+    """A place where a network can be cut in two, because just one tensor is live."""
 
     name: str
     node: str
 
 
 def layer_names(gm: fx.GraphModule) -> list[str]:
-    """Names of a network's layers.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`.
-
-    Returns
-    -------
-    list of str
-        Every ``Conv2d`` and ``Linear`` in the order of first execution, which need not be the one
-        of definition.  Layers inside opaque modules are missing.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> layer_names(trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))))
-    ['0', '2']
-    """
+    """Names of a network's layers."""
     return list(
         dict.fromkeys(str(n.target) for n in gm.graph.nodes if called_layer(gm, n) is not None)
     )
 
 
 def find_layer(gm: fx.GraphModule, name: str) -> str:
-    """The layer with a given name, or the first one of a given module.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`.
-    name : str
-        Qualified name of a layer or of a module with layers.
-
-    Returns
-    -------
-    str
-        The layer's name.
-
-    Raises
-    ------
-    ValueError
-        If there is none; the message lists those there are.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> body = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
-    >>> find_layer(trace(nn.Sequential(body, nn.Linear(3, 2))), "0")
-    '0.0'
-    """
+    """The layer with a given name, or the first one of a given module."""
     names = layer_names(gm)
     for layer in names:
         if _lies_in(layer, name):
@@ -126,18 +74,7 @@ def find_layer(gm: fx.GraphModule, name: str) -> str:
 
 
 def batch_norm_behind(gm: fx.GraphModule) -> dict[str, str]:
-    """Map each layer to the batch-norm that alone reads its output, where one does.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`, or a half from `split`.
-
-    Returns
-    -------
-    dict of str to str
-        From the name of a layer to that of a batch-norm.
-    """
+    """Map each layer to the batch-norm that alone reads its output, where one does."""
     found = {}
     for node in gm.graph.nodes:
         norm = called_module(gm, node)
@@ -151,31 +88,7 @@ def batch_norm_behind(gm: fx.GraphModule) -> dict[str, str]:
 
 
 def output_layer(gm: fx.GraphModule, n_outputs: int) -> str:
-    """Name of the layer that computes a network's outputs.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`.
-    n_outputs : int
-        Width of the network's output, one per class.
-
-    Returns
-    -------
-    str
-        The last layer: a ``Linear`` or a 1 x 1 convolution with `n_outputs` output channels.
-
-    Raises
-    ------
-    ValueError
-        If the last layer is none such.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> output_layer(trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))), 2)
-    '2'
-    """
+    """Name of the layer that computes a network's outputs."""
     stations = [n for n in gm.graph.nodes if is_station(gm, n)]
     if not stations:
         raise ValueError("The network has no Conv2d or Linear layer, so no outputs to choose from.")
@@ -249,32 +162,7 @@ def cut_points(gm: fx.GraphModule) -> list[CutPoint]:
 
 
 def find_cut(gm: fx.GraphModule, name: str) -> CutPoint:
-    """The cut with a given name, or the one that closes a given layer or module.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`.
-    name : str
-        Name of a cut, or qualified name of a layer or of a module with layers: then the first cut
-        that leaves all of it before the cut.
-
-    Returns
-    -------
-    CutPoint
-
-    Raises
-    ------
-    ValueError
-        If there is no such cut; the message lists those there are.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> body = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
-    >>> find_cut(trace(nn.Sequential(body, nn.Linear(3, 2))), "0").name
-    '0.2'
-    """
+    """The cut with a given name, or the one that closes a given layer or module."""
     cuts = cut_points(gm)
     named = [cut for cut in cuts if cut.name == name]
     if named:
@@ -358,32 +246,7 @@ def split(gm: fx.GraphModule, cut: CutPoint) -> tuple[fx.GraphModule, fx.GraphMo
 
 
 def penultimate(gm: fx.GraphModule, output: str) -> fx.GraphModule:
-    """The network up to the input of its output layer.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`.
-    output : str
-        Name of the output layer, see `output_layer`.
-
-    Returns
-    -------
-    GraphModule
-        Shares its submodules with `gm`.
-
-    Raises
-    ------
-    ValueError
-        If the network has no such layer.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
-    >>> layer_names(penultimate(gm, "2"))
-    ['0']
-    """
+    """The network up to the input of its output layer."""
     graph = new_graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:

@@ -33,25 +33,7 @@ _NOT_ACTIVATIONS = (
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer whose output channels can be scored and sliced.
-
-    Parameters
-    ----------
-    module : nn.Module
-
-    Returns
-    -------
-    bool
-        True for `torch.nn.Conv2d` and `torch.nn.Linear` and for subclasses that compute just the
-        same.  False where the weight is itself computed (weight standardisation, weight norm,
-        parametrisations): rows of such a weight cannot simply be taken out.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> is_layer(nn.Linear(3, 2)), is_layer(nn.ReLU())
-    (True, False)
-    """
+    """Whether a module is a layer whose output channels can be scored and sliced."""
     if isinstance(module, nn.Conv2d):
         plain = (
             type(module).forward is nn.Conv2d.forward

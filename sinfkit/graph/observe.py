@@ -22,41 +22,7 @@ from .tracing import new_graph
 
 
 def observation_nodes(gm: fx.GraphModule, layers: Iterable[str]) -> dict[str, str]:
-    """Where the activations of layers are to be observed.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`, or a half from `split`.
-    layers : iterable of str
-        Names of layers, as in `layer_names`.
-
-    Returns
-    -------
-    dict of str to str
-        From the name of a layer to that of the node whose value is its activation: after norm and
-        activation function and, where the layer ends the branch of a residual block, after the
-        addition and its norm and activation function; before pooling, flattening and
-        concatenation.  Layers that are added up share one node.  The value has as many channels
-        as the layer, along `channel_axis`.
-
-    Raises
-    ------
-    ValueError
-        If a name is no layer of the network.
-
-    Notes
-    -----
-    A layer that is called several times is observed at its first call.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> from sinfkit.graph import trace
-    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
-    >>> observation_nodes(gm, ["0", "2"])
-    {'0': '_1', '2': '_2'}
-    """
+    """Where the activations of layers are to be observed."""
     calls: dict[str, fx.Node] = {}
     for node in gm.graph.nodes:
         if called_layer(gm, node) is not None:
@@ -73,69 +39,14 @@ def observation_nodes(gm: fx.GraphModule, layers: Iterable[str]) -> dict[str, st
 
 
 def channel_axis(gm: fx.GraphModule, node: str) -> int:
-    """Axis of a node's value that holds the channels.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`, or a half from `split`.
-    node : str
-        Name of a node.
-
-    Returns
-    -------
-    int
-        -1 where the channels come from a ``Linear`` layer, which maps the last axis whatever the
-        rank; otherwise 1.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> from sinfkit.graph import trace
-    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
-    >>> channel_axis(gm, "_1")
-    -1
-    """
+    """Axis of a node's value that holds the channels."""
     return -1 if isinstance(_source_layer(gm, _named(gm, node)), nn.Linear) else 1
 
 
 def with_capture(
     gm: fx.GraphModule, nodes: Mapping[str, str], fn: Callable[[str, Tensor], None]
 ) -> fx.GraphModule:
-    """A network that shows values to a function while it computes.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`, or a half from `split`.
-    nodes : mapping of str to str
-        From a key of the caller's choice to the name of a node.
-    fn : callable
-        Called as ``fn(key, value)`` right after the node is computed.  The network keeps a value
-        no longer than it would without the call.
-
-    Returns
-    -------
-    GraphModule
-        Computes what `gm` does and shares its submodules.  Meant to be used at once: it holds
-        `fn`, so it can be pickled only if `fn` can.
-
-    Raises
-    ------
-    ValueError
-        If the network has no such node.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from torch import nn
-    >>> from sinfkit.graph import trace
-    >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
-    >>> shapes = {}
-    >>> watched = with_capture(gm, {"hidden": "_1"}, lambda k, v: shapes.update({k: v.shape}))
-    >>> watched(torch.zeros(5, 4)).shape, shapes
-    (torch.Size([5, 2]), {'hidden': torch.Size([5, 3])})
-    """
+    """A network that shows values to a function while it computes."""
     keys: dict[fx.Node, list[str]] = {}
     for key, name in nodes.items():
         keys.setdefault(_named(gm, name), []).append(key)

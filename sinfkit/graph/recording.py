@@ -105,22 +105,7 @@ class Replayer(fx.Tracer):
 
 
 class Recorder(Replayer):
-    """A tracer for anybody's modules.
-
-    Parameters
-    ----------
-    opaque : set of str
-        Modules that are not looked into.
-    batches : list of Tensor
-        The input, for two batch sizes; empty: nothing is computed, and no fact is told.
-    twin : nn.Module
-        Computes the values: the module itself, or a copy on the meta device, without data.
-
-    Attributes
-    ----------
-    writers : set of str
-        Modules whose own code has written into a tensor that it was given or made.
-    """
+    """A tracer for anybody's modules."""
 
     proxy_buffer_attributes = True
 

@@ -22,27 +22,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copy_sharing_weights(module: Module) -> Module:
-    """Copy a module tree but not its tensors.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Left as it is.
-
-    Returns
-    -------
-    nn.Module
-        A deep copy in which every parameter and buffer *is* the one of `module`.  Modes, attributes
-        and submodules of the copy can be changed freely; writing into a tensor changes both.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> layer = nn.Linear(3, 2)
-    >>> twin = copy_sharing_weights(layer)
-    >>> twin is layer, twin.weight is layer.weight
-    (False, True)
-    """
+    """Copy a module tree but not its tensors."""
     tensors = [*module.parameters(), *module.buffers()]
     # What a hook has computed from parameters (weight norm) cannot be copied at all.
     tensors += [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor)]
@@ -156,24 +136,7 @@ def _agree(gm: fx.GraphModule, model: nn.Module, example: Tensor) -> bool:
 
 
 def opaque_modules(gm: fx.GraphModule) -> list[str]:
-    """Names of the parts of a traced model that hold layers out of reach.
-
-    Parameters
-    ----------
-    gm : GraphModule
-        From `trace`.
-
-    Returns
-    -------
-    list of str
-        Qualified names, in the order of first execution.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> opaque_modules(trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU())))
-    []
-    """
+    """Names of the parts of a traced model that hold layers out of reach."""
     modules = {str(n.target): m for n in gm.graph.nodes if (m := called_module(gm, n)) is not None}
     return [name for name, m in modules.items() if not is_layer(m) and holds_layers(m)]
 

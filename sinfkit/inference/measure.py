@@ -185,18 +185,7 @@ def base_for_timing(network: SINFNetwork, base: nn.Module, sample: Tensor) -> nn
 def branch_costs(network: SINFNetwork, example: Tensor) -> dict[str, Any]:
     """Multiplications and parameters of the shared part and of each branch, for one sample.
 
-    Parameters
-    ----------
-    network : SINFNetwork
-    example : Tensor of shape (1, ...)
-        Not normalised.
-
-    Returns
-    -------
-    dict
-        ``shared_macs``, ``shared_parameters``: prefix and router; ``macs``, ``parameters``: arrays
-        of shape (n_clusters + 2,), one entry for each branch of `SINFNetwork.branches`: behind
-        the clusters' the base network's rest, and nothing for what leaves at the route predictor.
+    Shapes: `example` (1, ...).
     """
     x = network.normalise(example)
     with torch.inference_mode():

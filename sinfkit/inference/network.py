@@ -24,16 +24,8 @@ N = TypeVar("N", bound="SINFNetwork")
 class Route:
     """Where each sample of a batch goes.
 
-    Attributes
-    ----------
-    log_posterior : Tensor of shape (n_samples, n_classes)
-        The route predictor's log-probabilities of the fine classes.
-    posterior : Tensor of shape (n_samples, n_clusters)
-        The same, summed over each cluster.
-    cluster : int Tensor of shape (n_samples,)
-        The most likely cluster.
-    confidence : Tensor of shape (n_samples,)
-        Its probability.
+    Shapes: `log_posterior` (n_samples, n_classes), `posterior` (n_samples, n_clusters),
+    `cluster` (n_samples,), `confidence` (n_samples,).
     """
 
     log_posterior: Tensor
@@ -73,37 +65,8 @@ class SINFNetwork(nn.Module):
     The paper's four parts: common feature extractor (`prefix`), semantic route predictor
     (`router`), feature router (`forward`: who goes where) and feature processor (`subgraphs`).
 
-    Parameters
-    ----------
-    normalise : nn.Module
-        Applied to the input first.
-    prefix : nn.Module
-        The layers that every sample passes.
-    router : RoutePredictor
-    subgraphs : sequence of nn.Module or None
-        For each cluster, prefix output to the logits of the classes that it answers, in ascending
-        order.  None where there is nothing to tell apart: the router's answer stands.
-    rest : nn.Module or None
-        The base network behind the prefix; needed for ``fallback="base"``.
-    class_clusters : int Tensor of shape (n_classes,)
-        Cluster of each class, which decides about routes.
-    outputs : int Tensor of shape (n_classes,)
-        Column of `rest`'s output for each class.
-    temperatures : Tensor of shape (n_clusters,)
-        Each subgraph's logits are divided by its temperature.
-    router_weight : float
-        Exponent of the router's posterior within the cluster, see `sinfkit.inference.fuse`.
-    threshold : float
-        Samples whose route confidence is below it take the fallback.
-    fallback : {"base", "topk", "none"}
-        What they take: the rest of the base network; the `top_k` most likely clusters' subgraphs
-        together; or their cluster's subgraph all the same.
-    top_k : int
-    answered : bool Tensor of shape (n_clusters, n_classes), optional
-        Which classes each subgraph answers.  Default: those of its cluster.
-    exit_threshold : float, default=2.0
-        Samples of which the route predictor gives one class at least this probability leave there,
-        with its answer; above 1 none does.
+    Shapes: `class_clusters` (n_classes,), `outputs` (n_classes,), `temperatures` (n_clusters,),
+    `answered` (n_clusters, n_classes).
     """
 
     class_clusters: Tensor
@@ -183,15 +146,7 @@ class SINFNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return class probabilities.
 
-        Parameters
-        ----------
-        x : Tensor of shape (n_samples, ...)
-            Samples before normalisation.
-
-        Returns
-        -------
-        Tensor of shape (n_samples, n_classes)
-            Rows sum to 1.
+        Shapes: `x` (n_samples, ...), returns (n_samples, n_classes).
         """
         h, log_posterior = self.features(x)
         return self.process(h, self._routes(log_posterior))
@@ -199,22 +154,10 @@ class SINFNetwork(nn.Module):
     def forward_finite(self, x: Tensor) -> Tensor:
         """Return class probabilities as `forward` does, but refuse samples with NaN or infinity.
 
-        Whether there are any is told by the copy that tells the host how many samples each cluster
-        has: to ask beforehand would be a second one.
+        Whether there are any is told by the copy that tells the host how many samples each
+        cluster has: to ask beforehand would be a second one.
 
-        Parameters
-        ----------
-        x : Tensor of shape (n_samples, ...)
-            Samples before normalisation.
-
-        Returns
-        -------
-        Tensor of shape (n_samples, n_classes)
-
-        Raises
-        ------
-        ValueError
-            If `x` holds NaN or infinity.
+        Shapes: `x` (n_samples, ...), returns (n_samples, n_classes).
         """
         h, log_posterior = self.features(x)
         return self.process(h, self._routes(log_posterior), torch.isfinite(x).all())
@@ -241,18 +184,7 @@ class SINFNetwork(nn.Module):
     def process(self, h: Tensor, route: Route, finite: Tensor | None = None) -> Tensor:
         """Run each sample's branch on the prefix's output, and put the answers back in order.
 
-        Parameters
-        ----------
-        h : Tensor of shape (n_samples, ...)
-        route : Route
-            Routes of the same samples; `cluster` may be replaced by the true one to see what a
-            perfect router would give.
-        finite : bool Tensor of shape (), optional
-            Where it is false a ValueError is raised, see `forward_finite`.
-
-        Returns
-        -------
-        Tensor of shape (n_samples, n_classes)
+        Shapes: `h` (n_samples, ...), `finite` ().
         """
         rows, branch = self.branches(route)
         probabilities = route.log_posterior.exp()  # what stands for samples that leave
@@ -290,17 +222,7 @@ class SINFNetwork(nn.Module):
     def branch_logits(self, h: Tensor, branch: Tensor) -> Tensor:
         """Logits of one given subgraph per sample.
 
-        Parameters
-        ----------
-        h : Tensor of shape (n_samples, ...)
-            The prefix's output.
-        branch : int Tensor of shape (n_samples,)
-            Cluster whose subgraph runs.
-
-        Returns
-        -------
-        Tensor of shape (n_samples, n_classes)
-            Without temperature; 0 in the columns of classes that the subgraph does not answer.
+        Shapes: `h` (n_samples, ...), `branch` (n_samples,), returns (n_samples, n_classes).
         """
         rows = torch.arange(len(branch), device=branch.device)
         order, logits, _ = self._run(h, rows, branch)
@@ -309,11 +231,7 @@ class SINFNetwork(nn.Module):
     def branches(self, route: Route) -> tuple[Tensor, Tensor]:
         """List which branch each sample runs.
 
-        Returns
-        -------
-        rows, branch : int Tensors of shape (n_runs,)
-            Sample and branch of each run, in the order of the samples.  Branch `n_clusters` is the
-            base network, branch ``n_clusters + 1`` the way out behind the route predictor.
+        Shapes: returns (n_runs,).
         """
         rows = torch.arange(len(route.cluster), device=route.cluster.device)
         unsure = route.confidence < self.threshold
@@ -337,19 +255,7 @@ class SINFNetwork(nn.Module):
     def run_branch(self, branch: int, h: Tensor, index: Tensor) -> Tensor:
         """Run one branch on its samples.
 
-        Parameters
-        ----------
-        branch : int
-            A cluster with a subgraph, or `n_clusters` for the base's rest.
-        h : Tensor of shape (n_samples, ...)
-            The prefix's output.
-        index : int Tensor of shape (n_rows,)
-            Its rows to run, in ascending order, none twice.
-
-        Returns
-        -------
-        Tensor of shape (n_rows, n_outputs)
-            Logits of the classes that the subgraph answers, or of the base's outputs.
+        Shapes: `h` (n_samples, ...), `index` (n_rows,), returns (n_rows, n_outputs).
         """
         # As many rows as there are, are all. And not index_select, which forgets channels_last.
         return self.branch(branch)(h if len(index) == len(h) else h[index])
@@ -365,14 +271,7 @@ class SINFNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Run every branch on its rows.
 
-        Returns
-        -------
-        order : int Tensor of shape (n_routed,)
-            The runs of subgraphs, sorted by cluster.
-        logits : Tensor of shape (n_routed, n_classes)
-            Of these runs: in the columns of the subgraph's classes, 0 elsewhere.
-        fallback : (rows, probabilities) or None
-            The base network's answers, if any sample took that branch.
+        Shapes: returns (n_routed,), returns (n_routed, n_classes).
         """
         order = torch.argsort(branch, stable=True)
         # The one place where the host must know: how many rows each branch has.  Not by bincount,

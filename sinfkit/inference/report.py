@@ -21,25 +21,7 @@ _FALLBACK_WAYS = {"base": "run the base network", "topk": "run several", "top2":
 
 @dataclass(frozen=True)
 class ClusterRow:
-    """One cluster's figures.
-
-    Attributes
-    ----------
-    name : object
-    n_classes, n_samples : int
-    base : float
-        Accuracy of the base network, all classes open, on the cluster's samples.
-    restricted : float
-        The control: the UNPRUNED base answering with the cluster's classes only.
-    subgraph : float
-        The cluster's subgraph, which answers with the same classes; nan without a subgraph.
-    routed : float
-        SINF as it predicts, wrong routes and fallback included.
-    route : float
-        Share of the cluster's samples that the route predictor sends to it.
-    macs : float
-        Multiplications of prefix, router and subgraph for one sample.
-    """
+    """One cluster's figures."""
 
     name: Any
     n_classes: int

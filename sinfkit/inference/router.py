@@ -35,12 +35,7 @@ PENALTIES = (0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 class RoutePredictor(nn.Module):
     """Pooled features of the prefix to log-probabilities of the fine classes.
 
-    Parameters
-    ----------
-    weight : Tensor of shape (n_classes, n_features)
-    bias : Tensor of shape (n_classes,)
-    pool_size : int
-        Feature maps are averaged to ``pool_size x pool_size``; `n_features` counts all of them.
+    Shapes: `weight` (n_classes, n_features), `bias` (n_classes,).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, pool_size: int) -> None:
@@ -63,13 +58,7 @@ class RoutePredictor(nn.Module):
 class RouteFit:
     """A fitted route predictor and how well it does on held-out samples.
 
-    Attributes
-    ----------
-    predictor : RoutePredictor
-    penalty : float
-        Ridge penalty with the smallest held-out log loss.
-    log_posterior : Tensor of shape (n_held_out, n_classes)
-        The predictor's answers on the held-out samples.
+    Shapes: `log_posterior` (n_held_out, n_classes).
     """
 
     predictor: RoutePredictor
@@ -90,25 +79,9 @@ def fit_route_predictor(
 ) -> RouteFit:
     """Fit the probe on the fine classes; the penalty is chosen on held-out samples.
 
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_features)
-        The prefix's output, pooled by `sinfkit.criteria.pool` with `pool_size`.
-    codes : ndarray of shape (n_samples,)
-        Fine classes, 0..K-1, each present.
-    held_out : Tensor of shape (n_held_out, n_features)
-    held_out_codes : ndarray of shape (n_held_out,)
-    pool_size : int
-    penalties : sequence of float
-        Candidates for ``mean cross-entropy + penalty * ||W||^2`` on standardised features, in
-        falling order; the search stops where the held-out log loss rises.
-    weight : ndarray of shape (n_samples,), optional
-        How many times each sample counts. Default: once.
-    held_out_weight : ndarray of shape (n_held_out,), optional
-
-    Returns
-    -------
-    RouteFit
+    Shapes: `features` (n_samples, n_features), `codes` (n_samples,), `held_out` (n_held_out,
+    n_features), `held_out_codes` (n_held_out,), `weight` (n_samples,), `held_out_weight`
+    (n_held_out,).
     """
     dtype = features.dtype
     counts = None if weight is None else torch.as_tensor(weight).to(features)
@@ -147,16 +120,7 @@ def fit_route_predictor(
 def cluster_posterior(log_posterior: Tensor, class_clusters: Tensor, n_clusters: int) -> Tensor:
     """Sum class probabilities over each cluster.
 
-    Parameters
-    ----------
-    log_posterior : Tensor of shape (n_samples, n_classes)
-    class_clusters : int Tensor of shape (n_classes,)
-        Cluster of each class.
-    n_clusters : int
-
-    Returns
-    -------
-    Tensor of shape (n_samples, n_clusters)
+    Shapes: `log_posterior` (n_samples, n_classes), `class_clusters` (n_classes,).
     """
     p = log_posterior.exp()
     out = p.new_zeros(len(p), n_clusters)
@@ -168,24 +132,8 @@ def fuse(
 ) -> Tensor:
     """Join the router's posterior with a subgraph's answer.
 
-    A class k of the cluster c that was run gets ``p(c)``, shared out in proportion to
-    ``p_subgraph(k) * p_router(k) ** router_weight``; a class outside keeps the router's posterior,
-    so that rows sum to 1 and no class gets probability 0.
-
-    Parameters
-    ----------
-    log_router : Tensor of shape (n_samples, n_classes)
-        Log-posterior of the route predictor.
-    logits : Tensor of shape (n_samples, n_classes)
-        The subgraph's logits in the columns of its classes, anything finite elsewhere.
-    members : bool Tensor of shape (n_samples, n_classes)
-        The classes of the cluster that was run for each row.
-    router_weight : float
-
-    Returns
-    -------
-    Tensor of shape (n_samples, n_classes)
-        Probabilities.
+    Shapes: `log_router` (n_samples, n_classes), `logits` (n_samples, n_classes), `members`
+    (n_samples, n_classes), returns (n_samples, n_classes).
     """
     joint = logits.to(log_router.dtype) + router_weight * log_router
     within = torch.softmax(joint.masked_fill(~members, -torch.inf), 1)
@@ -204,26 +152,11 @@ def choose_threshold(
 ) -> float:
     """Smallest confidence threshold whose accuracy reaches `target` on held-out samples.
 
-    A sample below the threshold takes the fallback's answer.  A smaller threshold sends fewer
+    A sample below the threshold takes the fallback's answer. A smaller threshold sends fewer
     samples there, and so is faster.
 
-    Parameters
-    ----------
-    confidence : ndarray of shape (n_samples,)
-        Route confidence of each held-out sample.
-    routed_correct, fallback_correct : bool ndarray of shape (n_samples,)
-        Whether the routed answer and the fallback's answer are right.
-    target : float
-        Accuracy to reach.
-    weight : ndarray of shape (n_samples,), optional
-        How many times each sample counts. Default: once.
-
-    Returns
-    -------
-    float
-        In [0, 1].  Where no threshold reaches `target`: the smallest whose accuracy is within one
-        standard error (of the paired difference) of the best one's.  The last tenths of a point
-        would send nearly every sample to the fallback, and lie within the noise.
+    Shapes: `confidence` (n_samples,), `routed_correct, fallback_correct` (n_samples,), `weight`
+    (n_samples,).
     """
     order = np.argsort(confidence, kind="stable")
     ranked = confidence[order]
@@ -265,30 +198,8 @@ def choose_exit(
 
     The smaller the threshold, the more samples leave, and the faster the network is.
 
-    Parameters
-    ----------
-    confidence : ndarray of shape (n_samples,)
-        Of each held-out sample, the route predictor's probability of its most likely class.
-    early_correct, later_correct : bool ndarray of shape (n_samples,)
-        Whether the route predictor's class, and the answer of what comes behind it, are right.
-    target : float
-        Accuracy to keep.  Where even without exits it is not reached, the accuracy without exits
-        is kept instead.
-    weight : ndarray of shape (n_samples,), optional
-        How many times each sample counts. Default: once.
-
-    Returns
-    -------
-    float
-        In [0, 1], or 2.0 where no sample may leave.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from sinfkit.inference import choose_exit
-    >>> early, later = np.array([True, True, False]), np.array([True, True, True])
-    >>> choose_exit(np.array([0.9, 0.7, 0.3]), early, later, target=1.0)
-    0.5
+    Shapes: `confidence` (n_samples,), `early_correct, later_correct` (n_samples,), `weight`
+    (n_samples,).
     """
     order = np.argsort(-confidence, kind="stable")
     ranked = confidence[order]

@@ -61,15 +61,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def build(options: Any, factory: Callable[[], nn.Module] | None) -> nn.Module:
-    """Build an architecture; its weights are on the meta device, or whatever `factory` gave them.
-
-    Raises
-    ------
-    StorageError
-        If it is not known by name and there is no factory.
-    TypeError
-        If the factory gives no module.
-    """
+    """Build an architecture; its weights are on the meta device, or what `factory` gave."""
     if factory is not None:
         module = factory()
         if not isinstance(module, nn.Module):
@@ -112,13 +104,7 @@ def _build(options: Mapping[str, Any]) -> nn.Module:
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
-    """A network's tensors by name, tied ones once.
-
-    Raises
-    ------
-    NotPlainError
-        If one is of a kind that cannot be stored.
-    """
+    """A network's tensors by name, tied ones once."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -430,13 +416,8 @@ class _Shapes(fx.Interpreter):
 def output_of(what: str, gm: fx.GraphModule, x: Tensor, is_custom: bool) -> Tensor:
     """What a graph gives for an input on the meta device: its shape, without any computation.
 
-    Code of a factory need not run there (it may hold tensors that are no buffers): where it fails,
-    it is run in earnest.
-
-    Raises
-    ------
-    StorageError
-        If its layers do not fit together.
+    Code of a factory need not run there (it may hold tensors that are no buffers): where it
+    fails, it is run in earnest.
     """
     twin = copy_sharing_weights(gm)
     for module in twin.modules():

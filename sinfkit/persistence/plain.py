@@ -24,13 +24,7 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def encode(value: Any, name: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
-    """Turn a value into JSON; numeric arrays go to `tensors`, under `name`.
-
-    Raises
-    ------
-    NotPlainError
-        If it is, or holds, something else.
-    """
+    """Turn a value into JSON; numeric arrays go to `tensors`, under `name`."""
     if depth > _DEPTH:
         raise NotPlainError(f"{name} is nested more than {_DEPTH} levels deep.")
     if isinstance(value, np.ndarray):
@@ -71,13 +65,7 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor], depth: int = 0) ->
 
 
 def decode(node: Any, tensors: Mapping[str, Tensor], used: set[str], depth: int = 0) -> Any:
-    """Turn JSON from `encode` into the value; names of the tensors it takes are added to `used`.
-
-    Raises
-    ------
-    StorageError
-        For anything that `encode` does not write.
-    """
+    """Turn JSON from `encode` into the value; names of the tensors it takes are added to `used`."""
     if depth > 2 * _DEPTH:
         raise StorageError("A value in the manifest is nested too deeply.")
     if node is None or isinstance(node, (bool, int, float, str)):

@@ -46,15 +46,7 @@ class Split:
 class Pruned:
     """A smaller network; everything refers to the ORIGINAL filters.
 
-    Attributes
-    ----------
-    sliced : Sliced
-        The network, repaired, and what it kept.
-    scores : dict of str to ndarray of shape (n_filters,)
-    repair_error : dict of str to float
-        As `sinfkit.repair.repair` returns it.
-    cost_ratio : float
-        Cost over that of the base.
+    Shapes: `scores` (n_filters,).
     """
 
     sliced: Sliced

@@ -205,27 +205,7 @@ def layer_seconds(
 ) -> dict[str, float]:
     """Measure how long each layer of a network takes on this machine.
 
-    Parameters
-    ----------
-    graph : GraphModule
-        In eval mode; a copy that shares its weights is run.
-    batch : Tensor of shape (n, ...)
-        Normalised samples, which go through the network at once.
-    repeats : int, default=15
-        Forward passes that are measured.
-    warmup : int, default=3
-        Forward passes before them.
-
-    Returns
-    -------
-    dict of str to float
-        Median seconds of each convolution, linear layer, batch-norm and PReLU, by qualified name.
-        A layer that is called several times counts with all of its calls.
-
-    Notes
-    -----
-    Everything else (other activations, pooling, additions) is not timed: for the choice of filters
-    it is as if it took no time.
+    Shapes: `batch` (n, ...).
     """
     twin = copy_sharing_weights(graph).eval()
     started: dict[str, float] = {}

@@ -26,28 +26,7 @@ Schedule = Literal["global", "linear", "geometric", "uniform", "iterative"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to prune: everything but the network and the samples; checked when it is made.
-
-    Attributes
-    ----------
-    criterion : Criterion
-        Or what `get_criterion` takes.
-    schedule : {"global", "linear", "geometric", "uniform", "iterative"}
-    pruning_ratios : tuple of float
-        Share of the filters removed from the first and from the last group, by depth.
-    budget : float or None
-        With ``"global"``: share of the base's cost that stays; None where it is searched.
-    budget_unit : {"macs", "params", "latency"}
-    max_ratio : float
-        With ``"global"``: the largest share of its filters that any group loses.
-    round_to : int
-        Channels that stay are a multiple of it.
-    penalty : float
-        Of the probe, for criteria that have one.
-    pool_size : int
-    repair : str
-    repair_samples : int
-    """
+    """How to prune: everything but the network and the samples; checked when it is made."""
 
     criterion: Any
     schedule: Schedule = "global"

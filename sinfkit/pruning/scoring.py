@@ -50,19 +50,7 @@ class Scored:
 class ClassSamples:
     """The samples of one set of classes, for criteria: n of them, in one order throughout.
 
-    Attributes
-    ----------
-    y : int ndarray of shape (n,)
-        Classes 0..k-1.
-    outputs : sequence of int
-        The network's output of each class.
-    pooled : mapping of str to Tensor of shape (n, n_channels * pool_size ** 2)
-        Pooled activations by layer, where a criterion asks for them.
-    batches : callable
-        From rows to normalised batches.
-    weight : Tensor of shape (n,)
-        How many times each sample counts.
-    seed : int
+    Shapes: `y` (n,), `pooled` (n, n_channels * pool_size ** 2), `weight` (n,).
     """
 
     y: np.ndarray

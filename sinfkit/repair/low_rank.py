@@ -298,12 +298,7 @@ class _Rows:
 class _Components:
     """Principal components of a layer's outputs.
 
-    Attributes
-    ----------
-    vectors : Tensor of shape (n_channels, n_channels)
-        Columns, the leading one first; float64.
-    error : Tensor of shape (n_channels + 1,)
-        Share of the variance that so many of them leave out.
+    Shapes: `vectors` (n_channels, n_channels), `error` (n_channels + 1,).
     """
 
     vectors: Tensor

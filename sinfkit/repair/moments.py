@@ -28,21 +28,8 @@ MAX_ROWS = 20_000
 class Moments:
     """First and second moments of a layer's inputs, and what follows for its outputs.
 
-    A block is what one group of a grouped convolution reads; other layers have one. The inputs are
-    in the order of the weights: channel by channel, and for a convolution the cells of the kernel.
-
-    Attributes
-    ----------
-    mean : Tensor of shape (n_blocks, n_inputs)
-        Float64, like all of them.
-    covariance : Tensor of shape (n_blocks, n_inputs, n_inputs)
-        Divided by the number of rows.
-    variance : Tensor of shape (n_blocks, n_outputs)
-        Of what the layer's own weights make of the inputs.
-    noise : float
-        Variance that rounding alone can give an input.
-    n_axes : int
-        Axes of the layer's input.
+    Shapes: `mean` (n_blocks, n_inputs), `covariance` (n_blocks, n_inputs, n_inputs), `variance`
+    (n_blocks, n_outputs).
     """
 
     mean: Tensor

@@ -24,17 +24,7 @@ _ATTEMPTS = 10
 class RidgeFit:
     """A batch of ridge regressions.
 
-    Attributes
-    ----------
-    coef : Tensor of shape (n_problems, n_columns, n_outputs)
-        Coefficients, float64.
-    intercept : Tensor of shape (n_problems, n_outputs)
-        Intercepts, float64.
-    alpha : float
-        The chosen penalty; infinity where the coefficients had better be zero.
-    error : float
-        Weighted sum of squared residuals of the held-out rows, from coefficients fitted to the
-        others; of all rows if none were held out.
+    Shapes: `coef` (n_problems, n_columns, n_outputs), `intercept` (n_problems, n_outputs).
     """
 
     coef: Tensor
@@ -53,35 +43,8 @@ def fit_ridge(
 ) -> RidgeFit:
     """Fit ``Y ~ X @ coef + intercept`` with a small ``coef``.
 
-    Parameters
-    ----------
-    X : Tensor of shape (n_problems, n_rows, n_columns)
-        Inputs, float32 or float64. Overwritten: its columns are centred.
-    Y : Tensor of shape (n_problems, n_rows, n_outputs)
-        Targets.
-    n_train : int
-        The first so many rows are fitted with each penalty, the others compare them; then all are
-        fitted with the best. If there are no others, the largest penalty is taken.
-    alphas : sequence of float
-        Penalties, positive, relative to a problem's mean of ``diag(X'X)``, X centred. Infinity,
-        which leaves only the intercept, is always one more. They are tried from the middle one
-        outwards, as long as the error falls.
-    weight : Tensor of shape (n_problems, n_outputs)
-        Of the outputs, when errors are compared. It does not change the fit with a given penalty.
-    counts : Tensor of shape (n_rows,), optional
-        How many times each row counts, larger than 0; takes a copy of `X`. Default: once.
-
-    Returns
-    -------
-    RidgeFit
-
-    Examples
-    --------
-    >>> import torch
-    >>> X = torch.arange(10.0)[None, :, None]
-    >>> fit = fit_ridge(X.clone(), 3 * X + 1, 8, [1e-6, 1.0], torch.ones(1, 1))
-    >>> round(fit.coef.item(), 3), round(fit.intercept.item(), 3), fit.alpha
-    (3.0, 1.0, 1e-06)
+    Shapes: `X` (n_problems, n_rows, n_columns), `Y` (n_problems, n_rows, n_outputs), `weight`
+    (n_problems, n_outputs), `counts` (n_rows,).
     """
     centre = X.mean(1, keepdim=True)
     X -= centre

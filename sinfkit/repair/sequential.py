@@ -55,26 +55,7 @@ _CONSTANT = 1e-12  # a variance below this much of the mean square is rounding
 
 @dataclass(frozen=True)
 class RepairSettings:
-    """How `repair` corrects a network.
-
-    Attributes
-    ----------
-    method : {"none", "mean", "match", "least_squares", "static_least_squares"}, \
-default="least_squares"
-        The correction. ``"none"`` only measures.
-    max_rows : int or None, default=None
-        Least squares: positions per layer entering the regression, spread evenly over the images,
-        at least one per image. None: 20,000, or five of each image if that is more.
-    alphas : sequence of float
-        Least squares: ridge penalties to choose from, relative to the mean squared (centred) input;
-        chosen per layer by the error on one fifth of the images, from the middle one outwards.
-        Keeping the old weights is always a candidate. Default: 1e-4, 1e-3, ..., 100. The static
-        form has one of its own.
-    batch_size : int, default=256
-        Images per forward pass. The result does not depend on it beyond rounding.
-    seed : int, default=0
-        Of the positions and of the held-out images.
-    """
+    """How `repair` corrects a network."""
 
     method: str = "least_squares"
     max_rows: int | None = None

@@ -87,22 +87,7 @@ def group_classes(
 def read_mapping(mapping: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Turn a mapping into cluster numbers.
 
-    Parameters
-    ----------
-    mapping : dict
-        Class to cluster name, or cluster name to a list of classes.
-    classes : ndarray of shape (n_classes,)
-
-    Returns
-    -------
-    class_clusters : int ndarray of shape (n_classes,)
-    names : ndarray of shape (n_clusters,)
-        Sorted; clusters without any of `classes` are left out.
-
-    Raises
-    ------
-    ValueError
-        If a class is missing or named twice.
+    Shapes: `classes` (n_classes,), returns (n_classes,), returns (n_clusters,).
     """
     if not isinstance(mapping, Mapping) or not mapping:
         raise ArgumentError(
@@ -140,20 +125,8 @@ def confusion_affinity(
 ) -> np.ndarray:
     """How often a probe confuses two classes, measured on samples that it was not fitted on.
 
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_features)
-    codes : int ndarray of shape (n_samples,)
-    penalty : float
-        Of the probe.
-    seed : int
-    weight : ndarray of shape (n_samples,), optional
-        How many times each sample counts.  Default: once.
-
-    Returns
-    -------
-    ndarray of shape (n_classes, n_classes)
-        Symmetric; mean over both classes' samples of the probability given to the other.
+    Shapes: `features` (n_samples, n_features), `codes` (n_samples,), `weight` (n_samples,),
+    returns (n_classes, n_classes).
     """
     n_classes = int(codes.max()) + 1
     rng = np.random.default_rng(seed)
@@ -189,18 +162,8 @@ def activation_affinity(
 ) -> np.ndarray:
     """How alike two classes' mean activations are.
 
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_features)
-    codes : int ndarray of shape (n_samples,)
-    weight : ndarray of shape (n_samples,), optional
-        How many times each sample counts.  Default: once.
-
-    Returns
-    -------
-    ndarray of shape (n_classes, n_classes)
-        Cosine between the classes' signatures, from 0 (opposite) to 1 (same).  A signature is the
-        class's mean, centred over classes, each filter divided by its own spread over samples.
+    Shapes: `features` (n_samples, n_features), `codes` (n_samples,), `weight` (n_samples,),
+    returns (n_classes, n_classes).
     """
     n_classes = int(codes.max()) + 1
     x = features.to(torch.float64).cpu()
@@ -222,30 +185,7 @@ def activation_affinity(
 def agglomerate(affinity: np.ndarray, n_clusters: int, max_size: int | None = None) -> np.ndarray:
     """Agglomerative clustering, average linkage, with a limit on the clusters' sizes.
 
-    Parameters
-    ----------
-    affinity : ndarray of shape (n_classes, n_classes)
-        Symmetric.
-    n_clusters : int
-        At most the number of classes.
-    max_size : int, optional
-        Largest number of classes in a cluster.
-
-    Returns
-    -------
-    int ndarray of shape (n_classes,)
-        Clusters are numbered by their first class.
-
-    Raises
-    ------
-    ValueError
-        If `n_clusters` clusters of `max_size` cannot hold the classes.
-
-    Notes
-    -----
-    scikit-learn's ``AgglomerativeClustering`` knows no size limit.  Merging greedily under a limit
-    can end with too many clusters, none of which may be merged; the smallest is then dissolved and
-    its classes go where they fit best.
+    Shapes: `affinity` (n_classes, n_classes), returns (n_classes,).
     """
     n = len(affinity)
     limit = n if max_size is None else max_size

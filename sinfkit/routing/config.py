@@ -96,19 +96,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """How to route: everything but the network, the samples and the clusters.
-
-    Attributes
-    ----------
-    subgraphs, prefix : Recipe
-        What lies behind the route predictor, and before it.  Where the prefix's schedule is
-        ``"global"`` it shares the subgraphs' budget.
-    answers, exit_threshold, confidence_threshold, router_weight, prefix_low_rank, \
-validation_fraction
-        As in `RoutingOptions`.
-    fallback, max_accuracy_drop, confidence, target_speedup, n_jobs, memory, verbose
-        As in `SINFClassifier`.
-    """
+    """How to route: everything but the network, the samples and the clusters."""
 
     subgraphs: Recipe
     prefix: Recipe

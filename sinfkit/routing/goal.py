@@ -10,17 +10,7 @@ __all__ = ["Goal", "Outcome", "hill_climb"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a size gave on held-out samples.
-
-    Attributes
-    ----------
-    drop : float
-        Accuracy of the base minus that of the routed network.
-    cost : float
-        Expected multiplications per sample, as a fraction of the base's.
-    speedup : float
-        Measured time of the base over that of the routed network; NaN where it was not asked for.
-    """
+    """What a size gave on held-out samples."""
 
     drop: float
     cost: float
@@ -29,15 +19,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the search is for: the cheapest within a loss, or the most accurate at a speed.
-
-    Attributes
-    ----------
-    max_drop : float
-        Accuracy that may be given away.
-    speedup : float or None
-        Where given, the most accurate network that is so many times as fast as the base.
-    """
+    """What the search is for: the cheapest within a loss, or the most accurate at a speed."""
 
     max_drop: float
     speedup: float | None = None
@@ -70,35 +52,7 @@ class Goal:
 def hill_climb(
     evaluate: Callable[[int], Outcome], n_sizes: int, start: int, goal: Goal
 ) -> tuple[int, Outcome]:
-    """Find the best of sizes, from careful to bold, over which the outcome has one summit.
-
-    Parameters
-    ----------
-    evaluate : callable
-        From the number of a size to its outcome; called at most once for each.
-    n_sizes : int
-    start : int
-    goal : Goal
-
-    Returns
-    -------
-    index : int
-    outcome : Outcome
-
-    Notes
-    -----
-    From `start` one step at a time, bolder while that is better, else (or where that stays outside
-    the limit, by noise) more careful: a bolder size does less work, but sends more samples to the
-    base, so that the cost has a minimum.  Towards a limit that has not been met yet, the way goes
-    on over steps that are no better, which noise can make.
-
-    Examples
-    --------
-    >>> from sinfkit.routing import Goal, Outcome, hill_climb
-    >>> drops = [0.0, 0.002, 0.004, 0.008, 0.02, 0.05]
-    >>> hill_climb(lambda i: Outcome(drops[i], 1 - i / 10), 6, 1, Goal(max_drop=0.01))[0]
-    3
-    """
+    """Find the best of sizes, from careful to bold, over which the outcome has one summit."""
     best, found = start, evaluate(start)
     for step in (1, -1):
         index = start + step

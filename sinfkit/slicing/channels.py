@@ -41,31 +41,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that can only be removed together, in all the layers that they run through.
-
-    Attributes
-    ----------
-    name : str
-        The first of `layers`.
-    layers : tuple of str
-        Layers whose OUTPUT channels these are, in order of execution: several where they are added
-        or multiplied, or pass through a depthwise convolution.
-    n_channels : int
-        Number of channels, which is the output width of each of `layers`.
-    n_runs : int
-        1, or more where a grouped convolution gives or takes the channels. Then the same local
-        indices must leave each of `n_runs` equal runs of channels, so that the number removed is
-        a multiple of it.
-    consumers : tuple of str
-        Layers that read the channels, in order of execution, depthwise convolutions included.
-    carried : tuple of str
-        Layers that have some of the channels as outputs, or several outputs for each, and lose them
-        along with the others.
-    is_output : bool
-        Whether these are the network's outputs.
-    reason_unsliceable : str
-        Why the group cannot be sliced; empty where it can.
-    """
+    """Channels that can only be removed together, in all the layers that they run through."""
 
     name: str
     layers: tuple[str, ...]
@@ -80,25 +56,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True, eq=False)
 class Sliced:
-    """A physically smaller network, and what was kept of the original one.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The smaller network. Whatever was not sliced shares its storage with the original.
-    support : dict of str to ndarray of int64
-        Every layer that is executed -> its kept ORIGINAL output channels, sorted; those of the
-        output layer in the order asked for.
-    removed_inputs : dict of str to ndarray of int64
-        Layers that lost inputs -> the removed ORIGINAL input channels, sorted. For a linear layer
-        behind a flattened feature map these are flattened features.
-    norm_support : dict of str to ndarray of int64
-        Batch-norm and PReLU modules that were sliced -> their kept ORIGINAL channels.
-    outputs : ndarray of int64 or None
-        The network's kept ORIGINAL outputs, in order; None if all are kept as they were.
-    zeroed : dict of str to ndarray of int64
-        Layers whose removed outputs are consumed by no layer, but by a product (attention): these.
-    """
+    """A physically smaller network, and what was kept of the original one."""
 
     model: nn.Module
     support: dict[str, np.ndarray]

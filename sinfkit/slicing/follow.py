@@ -61,21 +61,7 @@ _SIZES = frozenset("expand reshape unflatten view".split())
 
 
 class Follower:
-    """Follows the channels of a network.
-
-    Attributes
-    ----------
-    produced : dict of str to ndarray
-        Labels of each layer's outputs, in order of execution.
-    consumed : dict of str to ndarray
-        Labels of its inputs.
-    places : list of tuple
-        What else is sliced along: module or node, side, labels.
-    products : set of int
-        Labels that meet in a product of two computed values, where a zero has no effect.
-    outputs : list of ndarray
-        Labels that reach the network's output.
-    """
+    """Follows the channels of a network."""
 
     def __init__(self, gm: fx.GraphModule, example: Tensor) -> None:
         self.gm = gm

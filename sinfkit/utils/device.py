@@ -24,36 +24,7 @@ T = TypeVar("T")
 def in_pieces(function: Callable[..., T], batches: Iterable[Tensor], *rows: Tensor) -> Iterator[T]:
     """Apply a function to each batch, or to parts of it where it runs out of memory.
 
-    Parameters
-    ----------
-    function : callable
-        Of a batch, and of its part of each of `rows`.  It is called again with half of a batch for
-        which it ran out of memory, so it must not have kept anything of it.
-    batches : iterable of Tensor of shape (n, ...)
-    *rows : Tensor of shape (n_samples, ...)
-        What else belongs to the samples, for all batches together, on any device.
-
-    Yields
-    ------
-    object
-        The function's results, in the order of the samples; one per batch or part of one.
-
-    Raises
-    ------
-    MemoryError
-        If not even one sample can be computed; nothing of the batch is held then.
-
-    Warns
-    -----
-    UserWarning
-        Once for each size that turns out to be too large.  What follows is not tried in that size
-        again.
-
-    Examples
-    --------
-    >>> import torch
-    >>> list(in_pieces(len, [torch.zeros(3), torch.zeros(2)]))
-    [3, 2]
+    Shapes: `batches` (n, ...), `*rows` (n_samples, ...).
     """
     limit: int | None = None
     start = 0
@@ -103,22 +74,7 @@ def host_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn a `device` parameter into one concrete device.
-
-    Parameters
-    ----------
-    device : str or torch.device
-        ``"auto"`` is the first CUDA device where there is one, else the CPU.
-
-    Returns
-    -------
-    torch.device
-
-    Raises
-    ------
-    ValueError
-        If the device is unknown, or is not available on this machine.
-    """
+    """Turn a `device` parameter into one concrete device."""
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:

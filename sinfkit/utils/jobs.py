@@ -68,13 +68,7 @@ def _on_dask_worker() -> bool:
 
 
 class Shared(Generic[Value]):
-    """What several jobs have in common: its state is taken once, and unpacked once per process.
-
-    Parameters
-    ----------
-    value : object
-        It has ``__getstate__`` and ``__setstate__``.
-    """
+    """What several jobs have in common: its state is taken once, and unpacked once per process."""
 
     def __init__(self, value: Value) -> None:
         self._value: Value | None = value
@@ -114,14 +108,7 @@ def with_shared(function: Callable[..., Any], shared: Shared[Any], *args: Any) -
 
 
 class Rows:
-    """Some rows of an array or a tensor, by their numbers in it; pickled, no others go along.
-
-    Parameters
-    ----------
-    X : ndarray or Tensor
-    index : int ndarray
-        The rows that will be asked for.
-    """
+    """Some rows of an array or a tensor, by their numbers in it; pickled, no others go along."""
 
     def __init__(self, X: np.ndarray | torch.Tensor, index: np.ndarray) -> None:
         self._X, self._index = X, index

@@ -67,21 +67,7 @@ _MAIN = "sinfkit.main"
 
 @dataclass(frozen=True)
 class Packed:
-    """A picklable object whose tensors have been taken out.
-
-    Attributes
-    ----------
-    structure : bytes
-        The pickled object; each tensor is a persistent id that points into `arrays`.
-    arrays : tuple of ndarray
-        The tensors' values, on the host.  Types that NumPy lacks (bfloat16) are stored as
-        integers of the same width.
-    dtypes : tuple of str
-        The torch type of each entry of `arrays`.
-    main : dict of str to class or function
-        What the object needs of the script or notebook.  Pickled by value where the pickler that
-        this goes through does so, as those of joblib, Dask and Ray do for other processes.
-    """
+    """A picklable object whose tensors have been taken out."""
 
     structure: bytes
     arrays: tuple[np.ndarray, ...]

@@ -55,27 +55,7 @@ _TABLE_COLUMNS = ("wnid", "name", "cluster")
 class ImageDataset:
     """Images, their labels and what the labels mean.
 
-    Parameters
-    ----------
-    X : ndarray of shape (n_samples, 3, height, width), uint8
-        The images.
-    y : ndarray of shape (n_samples,), int64
-        Label of each image, an index into `class_names`.
-    class_names : tuple of str
-        Name of each class.
-    clusters : mapping of int to str, or None, default=None
-        Semantic cluster of each label, where the data come with one: the `mapping` of a
-        ``SemanticClusterer``.
-    paths : tuple of pathlib.Path, default=()
-        File of each image, where each has its own.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from sinfkit.zoo import ImageDataset
-    >>> images = np.zeros((2, 3, 8, 8), dtype=np.uint8)
-    >>> ImageDataset(images, np.array([0, 1]), ("cat", "oak"), {0: "animals", 1: "plants"})
-    ImageDataset(2 images of shape (3, 8, 8), 2 classes, 2 clusters)
+    Shapes: `X` (n_samples, 3, height, width), `y` (n_samples,).
     """
 
     X: np.ndarray

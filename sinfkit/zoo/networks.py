@@ -170,40 +170,7 @@ def default_network(
     dtype: torch.dtype = torch.float32,
     random_state: int | None = None,
 ) -> nn.Module:
-    """Build a small network that suits the shape of one sample.
-
-    Parameters
-    ----------
-    input_shape : sequence of int
-        Shape of ONE sample: ``(channels, height, width)`` for images, ``(n_features,)`` for tables.
-    n_classes : int
-        Number of outputs.
-    dtype : torch.dtype, default=torch.float32
-        Type of the parameters.
-    random_state : int or None, default=None
-        Seed of the initial weights; None draws a fresh one. The global generator is left as it was.
-
-    Returns
-    -------
-    torch.nn.Module
-        For images six 3 x 3 convolutions (32, 32, 64, 64, 128, 128 channels), each with batch-norm
-        and ReLU, then global average pooling and a linear layer. The first stride brings images of
-        64 pixels and more down to about 32. For tables two hidden layers of 64 units, each with
-        batch-norm and ReLU. Both expect inputs of about zero mean and unit variance.
-
-    Raises
-    ------
-    ValueError
-        If `input_shape` has neither one nor three entries, or a size or `n_classes` is below 1.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.zoo import default_network
-    >>> network = default_network((1, 8, 8), n_classes=10, random_state=0).eval()
-    >>> network(torch.zeros(2, 1, 8, 8)).shape
-    torch.Size([2, 10])
-    """
+    """Build a small network that suits the shape of one sample."""
     with naming("input_shape"):
         shape = tuple(input_shape)
     if len(shape) not in (1, 3) or not all(is_integer(n) and n > 0 for n in shape):
