@@ -39,6 +39,8 @@ from .graph.heads import without_head
 from .utils.device import in_pieces, loaded_device, resolve_device
 from .utils.params import check_integer, check_jobs, check_verbose, naming
 from .utils.pickling import pack, versions, warn_of_versions
+from .zoo.networks import default_network
+from .zoo.training import train_network
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
 _FEW = 4  # samples on which a network is tried
@@ -410,8 +412,6 @@ def _train_default(
     weight: np.ndarray,
 ) -> FrozenModel:
     """Train the small default network on the calibration samples themselves."""
-    from .zoo.networks import default_network, train_network
-
     classes, codes = np.unique(y, return_inverse=True)
     double = X.dtype in (np.float64, torch.float64) and X.ndim == 2
     network_type = torch.float64 if double else torch.float32

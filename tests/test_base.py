@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from helpers import blobs, small_cnn
@@ -12,11 +11,10 @@ from sklearn.model_selection import ParameterGrid
 from sinfkit import (
     DCSPruner,
     FrozenModel,
+    RoutingOptions,
     SemanticClusterer,
     SINFClassifier,
     base,
-    classifier,
-    clusterer,
 )
 from sinfkit.base import all_or_nothing
 from sinfkit.data.calibration import progress
@@ -74,33 +72,27 @@ def test_the_estimator_follows_its_device():
         pruner.to("nowhere")
 
 
-@pytest.mark.parametrize("estimator", [SINFClassifier, SemanticClusterer])
-def test_a_network_that_is_trained_does_not_see_what_is_held_out(estimator, monkeypatch):
-    seen = []
-    train = base._train_default
+@pytest.mark.parametrize("kind", [SINFClassifier, SemanticClusterer])
+def test_a_network_that_is_trained_does_not_see_what_is_held_out(kind, monkeypatch):
+    seen, train = [], base.train_network
 
-    def watch(X, y, *args):
-        seen.append(X)
-        return train(X, y, *args)
+    def watched(network, X, y, **settings):
+        seen.append(len(X))
+        return train(network, X, y, **settings | {"epochs": 1})
 
-    monkeypatch.setattr(base, "_train_default", watch)
+    monkeypatch.setattr(base, "train_network", watched)
     X, y = blobs(n_classes=3, per_class=20)
-    made = estimator(validation_fraction=0.25, device="cpu", random_state=0)
-    chosen = []
-    hold = classifier.hold_out if estimator is SINFClassifier else clusterer.hold_out
-
-    def split(*args):
-        chosen.append(hold(*args))
-        return chosen[-1]
-
-    monkeypatch.setattr(classifier, "hold_out", split)
-    monkeypatch.setattr(clusterer, "hold_out", split)
-    made.fit(X, y)
-    assert len(chosen[0][1]) == 15
-    np.testing.assert_array_equal(seen[0], X[chosen[0][0]])
-    if estimator is SINFClassifier:
+    if kind is SINFClassifier:
+        options = RoutingOptions(validation_fraction=0.25)
+        clusterer, pruner = SemanticClusterer(n_clusters=1), DCSPruner(budget=0.7)
+        made = kind(options=options, clusterer=clusterer, pruner=pruner, route_layer="3")
+    else:
+        made = kind(validation_fraction=0.25)
+    made.set_params(device="cpu", random_state=0).fit(X, y)
+    assert seen == [45]
+    if kind is SINFClassifier:
         made.fit(X, y, X_val=X[:30], y_val=y[:30])
-        assert len(seen[1]) == 60
+        assert seen == [45, 60]
 
 
 def test_parameters_of_default_components_are_listed_and_set():

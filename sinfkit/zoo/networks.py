@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.params import check_integer, check_number, is_integer, naming, shown
-from .training import train_network
 
-__all__ = ["default_network", "resnet50", "train_network", "vgg16", "vgg19"]
+__all__ = ["default_network", "resnet50", "vgg16", "vgg19"]
 
 # Channels of each convolution, "M" a 2 x 2 max-pooling: columns D and E of the paper's table 1.
 _VGG16 = (64, 64, "M", 128, 128, "M", *(256,) * 3, "M", *(512,) * 3, "M", *(512,) * 3, "M")
