@@ -340,8 +340,9 @@ n_features)
         }
         self.cost_ratio_ = pruned.cost_ratio
         self.accuracy_drop_ = judged.drop
-        self.certified_ = certificate is not None and certificate.certified
-        self.certified_drop_ = certificate.bound if self.certified_ else math.nan
+        self.certified_, self.certified_drop_ = False, math.nan
+        if certificate is not None and certificate.certified:
+            self.certified_, self.certified_drop_ = True, certificate.bound
         if judged.tried:
             self.search_results_ = judged.tried
         self.outputs_, self._output = calibration.table.outputs, calibration.output
@@ -355,7 +356,7 @@ n_features)
                 "model_ is the base. More calibration samples, or a larger limit, allow a smaller "
                 "one."
             )
-        elif not goal.met_by(judged.drop):
+        elif certificate is not None and not goal.met_by(judged.drop):
             text = (
                 f"On {certificate.n_images} held-out samples the smaller network loses "
                 f"{judged.drop:.1%} of accuracy, more than {limit}."
@@ -532,7 +533,7 @@ n_features)
             return names[names.index(find_layer(calibration.graph, first)) :]
 
     @property
-    def n_jobs(self) -> int | None:
+    def n_jobs(self) -> int | None:  # type: ignore[override]
         """Workers that predict, see `PruningOptions`."""
         options: PruningOptions = self._component("options")
         return options.n_jobs

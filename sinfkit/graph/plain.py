@@ -40,7 +40,7 @@ _SIGNATURES |= {
     torch.layer_norm: "input normalized_shape weight bias eps _".split(),
     torch.group_norm: "input num_groups weight bias eps _".split(),
 }
-_CONVOLUTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
+_CONVOLUTIONS: dict[Any, Any] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 _DROPOUTS: dict[Any, type[nn.Module]] = {
     F.dropout: nn.Dropout,
     F.dropout1d: nn.Dropout1d,
@@ -51,8 +51,15 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
     torch.dropout: nn.Dropout,
 }
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-_HOMES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.batchnorm._BatchNorm)
-_HOMES += (nn.LayerNorm, nn.GroupNorm)
+_HOMES = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Linear,
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout")
 
 
@@ -183,7 +190,8 @@ def _plain(function: Any, arguments: dict[str, Any], constants: _Constants) -> n
     elif function is F.linear:
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             return None
-        module = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+        out, inputs = weight.shape
+        module = nn.Linear(inputs, out, bias=bias is not None, device="meta")
     elif function in (F.batch_norm, torch.batch_norm):
         mean, axes = rest["running_mean"], arguments["input"].meta.get("n_axes")
         if (

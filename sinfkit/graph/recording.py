@@ -208,8 +208,8 @@ class Recorder(Replayer):
                 args = (args[0], *_mapped(args[1:], _written))
                 kwargs = _mapped(kwargs, _written)
             elif target is F.scaled_dot_product_attention and kwargs.get("scale") is None:
-                width = args[0]._held[0].shape[-1] if isinstance(args[0], _Proxy) else None
-                kwargs = kwargs if width is None else {**kwargs, "scale": width**-0.5}
+                held = args[0]._held if isinstance(args[0], _Proxy) else None
+                kwargs = {**kwargs, "scale": held[0].shape[-1] ** -0.5} if held else kwargs
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if not self.batches or not isinstance(proxy, _Proxy) or kind in ("placeholder", "output"):
             return proxy
@@ -253,7 +253,7 @@ class Recorder(Replayer):
 
     def _made(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The tensor that a function makes of facts, which is a constant; None for others."""
-        given: list[_Proxy] = []
+        given: list[Any] = []
         rest = args[1:] if name.startswith("new_") else args
         _mapped((rest, kwargs), lambda a: _noted(a, given))
         like = args[0] if name.startswith("new_") else None
@@ -324,7 +324,7 @@ class _Symbol(fx.Proxy):
 class _Proxy(_Symbol):
     """A proxy that passes for its value where the value's kind matters."""
 
-    _held: tuple[Any, ...] | None = None  # its values
+    _held: Any = None  # its values, one for each batch, if they are known
     _constant = False  # computed from parameters and buffers alone
     _from_data = False  # a number read out of the samples
 
@@ -375,7 +375,7 @@ class _Proxy(_Symbol):
         return int(self._told(len, of_tensors=True))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])
+        return iter([self[i] for i in range(len(self))])  # type: ignore[index]
 
     def __contains__(self, item: Any) -> bool:
         return any(item is one or bool(item == one) for one in self)
@@ -390,7 +390,7 @@ def _holds_numbers(value: Any) -> bool:
     return not isinstance(value, Tensor) and value is not None
 
 
-def _noted(a: Any, into: list[_Proxy]) -> Any:
+def _noted(a: Any, into: list[Any]) -> Any:
     """Add a proxy to a list."""
     if isinstance(a, fx.Proxy):
         into.append(a)
@@ -401,7 +401,7 @@ def _at(i: int, arguments: Any) -> Any:
     """Arguments with the values of the i-th batch, and without the sign of eval mode."""
 
     def value(a: Any) -> Any:
-        if isinstance(a, fx.Proxy):
+        if isinstance(a, _Proxy):
             return a._held[i]
         return False if a is EVAL else a
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ..criteria.activations import Statistics, collect, taylor_scores
 from ..criteria.brain_surgeon import Consumer, costs_in_order, gather_consumers
 from ..criteria.feature_maps import MAX_IMAGES, STATISTICS, map_statistics
-from ..criteria.registry import CRITERIA, LayerData
+from ..criteria.registry import CRITERIA, Criterion, LayerData
 from ..data.calibration import Calibration, progress
 from ..graph.cuts import batch_norm_behind, observation_nodes
 from ..slicing.groups import ChannelGroup
@@ -261,7 +261,7 @@ def score(
     the recipe, ratios, budget and repair do not matter.  `losses` is as in `score_classes`.
     """
     losses = recipe.measures_losses if losses is None else losses
-    criterion = recipe.criterion
+    criterion: Criterion = recipe.criterion
     # A function of the user's may depend on what no cache can see.
     if CRITERIA.get(criterion.name) is not criterion or not _stores(memory):
         return _score(None, calibration, groups, statistics, index, classes, recipe, rows, losses)

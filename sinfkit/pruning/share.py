@@ -52,7 +52,8 @@ def sliceable_share(calibration: Calibration, chosen: Sequence[ChannelGroup]) ->
 def what_stays_whole(calibration: Calibration, within: Iterable[str], share: float) -> str:
     """One line: what share can be sliced, and why the rest cannot, largest reasons first."""
     total, by_layer = count_macs(calibration.graph, calibration.example)
-    allowed, reasons = set(within), defaultdict(float)
+    allowed = set(within)
+    reasons: defaultdict[str, float] = defaultdict(float)
     for group in calibration.groups:
         if (
             group.is_output

@@ -61,7 +61,9 @@ def static_least_squares(
     dict of str to float
         By layer, in order of execution, the share of the variance of the dense layer's output
         (behind its batch-norm, before the non-linearity, at the kept channels) that is lost for
-        good, if the inputs that stay are those of the dense network. 0 where no input is missing.
+        good, if the inputs that stay are those of the dense network. 0 where no input is missing;
+        above 1 by at most :math:`a \|W_k\|^2` over that variance, since the penalty also keeps
+        the weights near the old ones.
 
     Raises
     ------
