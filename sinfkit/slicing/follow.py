@@ -413,7 +413,7 @@ class Follower:
                 along = [1] * known.ndim
                 along[axis] = -1
                 ids = torch.from_numpy(labels.astype(np.float64) + 1)
-                return ids.reshape(along).expand(shape)
+                return ids.reshape(along).expand(shape).contiguous()  # or it has no view
 
             args, kwargs = fx.map_arg((node.args, node.kwargs), given)
             with torch.no_grad():
