@@ -1,11 +1,13 @@
-"""Physical slicing of channels, on torch-pruning's dependency graph.
+"""Physical slicing of channels.
 
 Removing a filter also removes its batch-norm entries, the inputs of every layer that reads it, and
 the same channel of all that it is added to. `find_groups` says which channels can only leave
 together, `slice_channels` builds the smaller network, and `check_sliced` proves it equal to the
-masked one. This is the only file that knows torch-pruning.
+masked one.
 
-torch-pruning supplies the dependency graph: its nodes, what each triggers in which other, and how
+Channels of a traced network, which is all that the estimators slice, are followed by `Follower`.
+Those of any other module are followed through torch-pruning's dependency graph, and this is the
+only file that knows it. torch-pruning supplies the graph: its nodes, what each triggers in which other, and how
 channels are renumbered on the way. Following a group through it, and slicing, are done here. Its
 own ``get_pruning_group`` need not end where reshapes form a loop; its ``prune`` works in place, one
 group after the other, so that later groups are mapped through sizes that no longer hold, takes
