@@ -7,11 +7,11 @@ masked one.
 
 Channels of a traced network, which is all that the estimators slice, are followed by `Follower`.
 Those of any other module are followed through torch-pruning's dependency graph, and this is the
-only file that knows it. torch-pruning supplies the graph: its nodes, what each triggers in which other, and how
-channels are renumbered on the way. Following a group through it, and slicing, are done here. Its
-own ``get_pruning_group`` need not end where reshapes form a loop; its ``prune`` works in place, one
-group after the other, so that later groups are mapped through sizes that no longer hold, takes
-wrong inputs of grouped convolutions, and thaws frozen weights.
+only file that knows it. torch-pruning supplies the graph: its nodes, what each triggers in which
+other, and how channels are renumbered on the way. Following a group through it, and slicing, are
+done here. Its own ``get_pruning_group`` need not end where reshapes form a loop; its ``prune``
+works in place, one group after the other, so that later groups are mapped through sizes that no
+longer hold, takes wrong inputs of grouped convolutions, and thaws frozen weights.
 """
 
 from __future__ import annotations
