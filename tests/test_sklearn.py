@@ -174,12 +174,19 @@ def test_grid_search_over_nested_parameters(trained):
             frozen,
             pruner=DCSPruner(criterion="dcs", schedule="linear"),
             route_layer="3",
+            fallback="base",
             random_state=0,
         ),
-        {"pruner__pruning_ratios": [(0.1, 0.2), (0.1, 0.6)], "confidence_threshold": [0.0, "auto"]},
+        {
+            "pruner__pruning_ratios": [(0.1, 0.2), (0.1, 0.6)],
+            "options__confidence_threshold": [0.0, "auto"],
+        },
         cv=2,
     ).fit(X, y)
-    assert set(search.best_params_) == {"pruner__pruning_ratios", "confidence_threshold"}
+    assert set(search.best_params_) == {
+        "pruner__pruning_ratios",
+        "options__confidence_threshold",
+    }
     assert search.best_score_ > 0.7
     scores = cross_val_score(
         DCSPruner(frozen, criterion="dcs", schedule="linear", random_state=0), X, y, cv=2
@@ -327,7 +334,9 @@ def test_one_host_copy_per_batch(fallback, trained, dispatch):
         batch_size=100,
         random_state=0,
         device="cpu",
-        options=RoutingOptions(confidence_threshold=0.9, exit_threshold=0.999),
+        options=RoutingOptions(
+            confidence_threshold="auto" if fallback == "none" else 0.9, exit_threshold=0.999
+        ),
     ).fit(X, y)
     x = torch.as_tensor(X)
     with HostReads() as reads:
@@ -446,9 +455,7 @@ def test_reprs_are_short_with_a_resnet50_inside():
             html = estimator._repr_html_()
             assert len(html) < 60_000  # most of it scikit-learn's style sheet
             assert "Conv2d" not in html and "23.5M parameters" in html
-    assert repr(DCSPruner(network, criterion="dcs", schedule="linear")).startswith(
-        "DCSPruner(model=_ResNet50(23.5M parameters))"
-    )
+    assert repr(DCSPruner(network)) == "DCSPruner(model=_ResNet50(23.5M parameters))"
     # Lines break where scikit-learn breaks them.
     long = SINFClassifier(
         route_layer="3", max_accuracy_drop=0.02, options=RoutingOptions(validation_fraction=0.3)

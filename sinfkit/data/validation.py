@@ -69,12 +69,17 @@ def validate_X(
     if expected is not None:
         check_shape(tuple(checked.shape), tuple(expected))
     elif not any_shape:
-        _check_ndim(shape)
+        _check_ndim(tuple(checked.shape))
     if checked.ndim > 2:
         if reset:
             estimator.input_range_ = seen_range(checked)
         elif hasattr(estimator, "input_range_"):
-            checked = match_range(checked, estimator.input_range_, whole=whole, look=finite)
+            checked = match_range(
+                checked,
+                estimator.input_range_,
+                whole=whole,
+                look=finite and not get_config()["assume_finite"],
+            )
     return checked
 
 
