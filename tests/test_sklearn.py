@@ -350,7 +350,8 @@ def test_one_host_copy_per_batch(fallback, trained, dispatch):
     ).fit(X, y)
     with HostReads() as reads:
         pruner.transform(x)
-    assert reads.found == ["_local_scalar_dense"]  # whether samples are finite, once a call
+    # Whether samples are finite, and their range, once a call.
+    assert reads.found == ["_local_scalar_dense"] * 3
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -460,7 +461,7 @@ def test_reprs_are_short_with_a_resnet50_inside():
     long = SINFClassifier(
         route_layer="3", max_accuracy_drop=0.02, options=RoutingOptions(validation_fraction=0.3)
     )
-    assert repr(long).count("\n") == 1
+    assert repr(long).count("\n") == 2
 
 
 def test_fitted_html_is_short(trained):
