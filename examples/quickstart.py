@@ -20,7 +20,14 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from sinfkit import SemanticClusterer, SINFClassifier, load_cifar10, load_cifar100, train_network
+from sinfkit import (
+    DCSPruner,
+    SemanticClusterer,
+    SINFClassifier,
+    load_cifar10,
+    load_cifar100,
+    train_network,
+)
 
 # %%
 # Images
@@ -53,7 +60,7 @@ else:
     parts = np.split(np.random.default_rng(0).permutation(1797), [900, 1350])
     (X, y), (X_new, y_new), (X_test, y_test) = (
         digit_pairs(rows, n, seed)
-        for seed, (rows, n) in enumerate(zip(parts, (8000, 4000, 4000), strict=True))
+        for seed, (rows, n) in enumerate(zip(parts, (6000, 2500, 3000), strict=True))
     )
 
 # %%
@@ -83,7 +90,8 @@ network = train_network(network, X, y, epochs=6, batch_size=64, max_lr=0.05, ran
 sinf = SINFClassifier(
     network,
     clusterer=SemanticClusterer(n_clusters=5),
-    route_layer="7",  # the third convolution; left out, this and the clusters are searched too
+    pruner=DCSPruner(budget=0.5),  # left out, this, the clusters and the layer are searched too
+    route_layer="7",  # the third convolution
     max_accuracy_drop=0.01,
     random_state=0,
 ).fit(X_new, y_new)

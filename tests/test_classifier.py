@@ -227,7 +227,10 @@ def test_one_class_clusters_and_too_many_clusters(frozen, data):
     X, y, X_test, y_test = data
     mapping = {0: "a", 1: "b", 2: "b", 3: "c", 4: "c", 5: "c"}
     clusterer = SemanticClusterer(method="given", mapping=mapping)
-    clf = SINFClassifier(frozen, clusterer=clusterer, random_state=0).fit(X, y)
+    # A limit that is wide enough for the clusters to stay.
+    clf = SINFClassifier(frozen, clusterer=clusterer, max_accuracy_drop=0.2, random_state=0).fit(
+        X, y
+    )
     assert sorted(clf.network_.subgraphs) == ["1", "2"]
     assert clf.cluster_names_.tolist() == ["a", "b", "c"]
     assert clf.score(X_test, y_test) > 0.7
