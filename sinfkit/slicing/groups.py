@@ -20,11 +20,10 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from torch import Tensor, fx, nn
 
 from ..graph.nodes import is_layer
@@ -42,6 +41,9 @@ from .channels import (
 )
 from .verify import check_sliced, try_groups
 
+if TYPE_CHECKING:
+    import torch_pruning as tp
+
 __all__ = [
     "ChannelGroup",
     "Sliced",
@@ -50,7 +52,6 @@ __all__ = [
     "slice_channels",
 ]
 
-_OP = tp.ops.OPTYPE
 # Without parameters torch-pruning would pass by them, and they mix so weakly that a trial might.
 _MIXERS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
@@ -246,6 +247,8 @@ def _trace(model: nn.Module, example: Tensor) -> _Trace:
 
 def _trace_at(model: nn.Module, example: Tensor) -> _Trace:
     """Trace on the device of the example."""
+    # Only here: where timm is installed, torch-pruning imports it, and that takes seconds.
+    import torch_pruning as tp
 
     def private(tensor: Tensor) -> Tensor:
         # Autograd passes by frozen weights, so each gets a stand-in that is not.
@@ -328,7 +331,7 @@ def _read_group(trace: _Trace, layer: str) -> ChannelGroup:
     for (node, handler), pairs in places.items():
         obstacles.append(_obstacle(trace, node))
         side = "in" if handler.__name__ == "prune_in_channels" else "out"
-        is_output |= node.type == _OP.OUTPUT or (side == "out" and not node.outputs)
+        is_output |= node.type.name == "OUTPUT" or (side == "out" and not node.outputs)
         name = trace.names.get(node.module, "")
         if name in trace.calls:
             index, channel = np.array(sorted(pairs), dtype=np.int64).T
@@ -376,11 +379,11 @@ def _takes_all(part: Any) -> bool:
 def _obstacle(trace: _Trace, node: Any) -> str:
     """Say why channels that run through a node of the dependency graph cannot be sliced."""
     module, name = node.module, trace.names.get(node.module, "")
-    if node.type == _OP.PARAMETER:
+    if node.type.name == "PARAMETER":
         return f"its channels are tied to {name}"
-    if node.type in (_OP.SPLIT, _OP.UNBIND):
+    if node.type.name in ("SPLIT", "UNBIND"):
         return "the forward pass splits its channels"
-    if node.type == _OP.SLICE and module.dim not in (2, 3) and not _takes_all(module):
+    if node.type.name == "SLICE" and module.dim not in (2, 3) and not _takes_all(module):
         return "the forward pass takes a part of its channels"
     if module not in trace.names:
         return ""
