@@ -96,7 +96,7 @@ class NotPlainError(SinfkitError, TypeError):
 
 
 class SinfkitWarning(UserWarning):
-    """Base of the warnings that have a type of their own."""
+    """Base of the warnings that have a type of their own; a filter for it catches them all."""
 
 
 class PromiseWarning(SinfkitWarning):

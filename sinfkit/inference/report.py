@@ -98,7 +98,7 @@ class PruningReport:
     >>> sizes |= dict(base_bytes=360, bytes=160, latency=None, latency_batch=1, promise=None)
     >>> report = PruningReport(0.98, 0.97, lost=9, gained=3, n_samples=600, **sizes)
     >>> report.accuracy_drop, [round(end, 4) for end in report.drop_interval]
-    (0.01, [-0.0015, 0.024])
+    (0.01, [-0.0016, 0.0239])
     """
 
     base_accuracy: float
