@@ -44,17 +44,10 @@ autodoc_default_options = {
 }
 numpydoc_show_class_members = False  # The class template lists the methods.
 
-# The gallery. These run when the pages are built, each in at most three minutes on two cores; the
-# others need more than the package (a folder of images, several machines) and are only shown.
+# The gallery. These run when the pages are built, each in about a minute on two cores; the others
+# take longer or need more than the package, and are only shown.
 examples = Path(__file__).resolve().parents[1] / "examples"
-executed = [
-    "quickstart",
-    "resnet18_dataset",
-    "budget",
-    "what_clusters_share",
-    "grid_search",
-    "store_and_load",
-]
+executed = ["what_clusters_share", "store_and_load"]
 # A page needs a title: a script whose docstring has none is left out.
 untitled = [
     path.name
