@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,7 +222,7 @@ def gather(
     if not _stores(memory):
         return _gather(None, calibration, nodes, pool_size, verbose)
     cached = check_memory(memory).cache(_gather, ignore=["calibration", "verbose"])
-    return cached(calibration.key, calibration, nodes, pool_size, verbose)
+    return _call(cached, calibration.key, calibration, nodes, pool_size, verbose)
 
 
 def _stores(memory: Any) -> bool:
@@ -285,7 +287,22 @@ def score(
             *("classes", "recipe", "rows", "losses"),
         ],
     )
-    return cached(key, calibration, groups, statistics, index, classes, recipe, rows, losses)
+    return _call(cached, key, calibration, groups, statistics, index, classes, recipe, rows, losses)
+
+
+def _call(cached: Any, *args: Any) -> Any:
+    """Call a function through its cache: a full disk costs the cache, not the result.
+
+    joblib passes over results that it cannot write, but not over the function's own source.
+    """
+    try:
+        return cached(*args)
+    except OSError as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_code is cached.func.__code__ for frame, _ in frames):
+            raise  # it is the function's own
+        warnings.warn(f"Unable to cache to disk: {error}", stacklevel=2)
+        return cached.func(*args)
 
 
 def selected(

@@ -6,7 +6,7 @@ import hashlib
 import pickle
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -157,15 +157,25 @@ def _fitted(
     """
     if state.keys() == expected.keys():
         return state
+    first = min(expected, key=len, default="")
     for wrappers in ((), _WRAPPERS):
-        named = {_without(key, wrappers): value for key, value in state.items()}
-        first = min(expected, key=len, default="")
-        ends = [key for key in named if key == first or key.endswith(f".{first}")]
-        for prefix in sorted({key[: len(key) - len(first)] for key in ends}, key=len):
-            under = {k[len(prefix) :]: v for k, v in named.items() if k.startswith(prefix)}
-            if under.keys() == expected.keys():
-                return under
+        for prefix in sorted(_prefixes(state, first, wrappers), key=lambda name: (len(name), name)):
+            under = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+            named = {_without(key, wrappers): value for key, value in under.items()}
+            if named.keys() == expected.keys() and len(named) == len(under):
+                return named
     return None
+
+
+def _prefixes(names: Iterable[str], ending: str, wrappers: tuple[str, ...]) -> set[str]:
+    """Beginnings after which a name is `ending`, but for wrappers; each ends at a dot, or is ""."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        for k in range(len(parts)):
+            if _without(".".join(parts[k:]), wrappers) == ending:
+                found.add("".join(f"{part}." for part in parts[:k]))
+    return found
 
 
 def _without(key: str, parts: tuple[str, ...]) -> str:

@@ -232,6 +232,7 @@ def test_pieces_keep_their_order_and_other_errors_pass():
 @pytest.mark.parametrize("name", ["DCSPruner", "SINFClassifier"])
 def test_a_killed_fit_goes_on_from_the_last_finished_stage(fresh, data, name, tmp_path, capsys):
     X, y = data
+    where = "pruner__memory" if name == "SINFClassifier" else "memory"
 
     def killed():
         stored = []
@@ -244,7 +245,7 @@ def test_a_killed_fit_goes_on_from_the_last_finished_stage(fresh, data, name, tm
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(watch)
-        clone(fresh[name]).set_params(memory=str(tmp_path)).fit(X, y)
+        clone(fresh[name]).set_params(**{where: str(tmp_path)}).fit(X, y)
 
     assert in_child(killed).status == -signal.SIGKILL
     (statistics,) = tmp_path.rglob("output.pkl")
@@ -253,7 +254,7 @@ def test_a_killed_fit_goes_on_from_the_last_finished_stage(fresh, data, name, tm
     capsys.readouterr()
     # At this level joblib tells of every call that it has to make.
     memory = joblib.Memory(str(tmp_path), verbose=1)
-    resumed = clone(fresh[name]).set_params(memory=memory).fit(X, y)
+    resumed = clone(fresh[name]).set_params(**{where: memory}).fit(X, y)
     calls = capsys.readouterr().out
     assert "Calling sinfkit.pruning.scoring._score" in calls
     assert "Calling sinfkit.pruning.scoring._gather" not in calls

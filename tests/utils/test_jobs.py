@@ -199,8 +199,8 @@ def test_loky_workers_without_a_file(network, data, tmp_path):
     methods = [pruner.predict_proba, pruner.transform, clusterer.predict, clusterer.transform]
     expected = [method(X_test) for method in methods]
     with parallel_config("loky", n_jobs=2):
-        taylor = DCSPruner(schedule="linear", criterion="taylor")
-        remote = classifier(model, pruner=taylor, memory=str(tmp_path)).fit(X, y)
+        taylor = DCSPruner(schedule="linear", criterion="taylor", memory=str(tmp_path))
+        remote = classifier(model, pruner=taylor).fit(X, y)
         for method, answer in zip(methods, expected, strict=True):
             for samples in (X_test, torch.from_numpy(X_test)):
                 found = method(samples)
