@@ -143,4 +143,5 @@ def test_the_gallery_is_linked():
     sources = [p for p in (ROOT / "docs").rglob("*.rst") if not built.intersection(p.parts)]
     pages = "".join(p.read_text(encoding="utf-8") for p in sources)
     for name in re.findall(r":ref:`sphx_glr_auto_examples_(\w+)\.py`", pages):
-        assert name in gallery()
+        script = ROOT / "examples" / f"{name}.py"
+        assert (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "").count("\n=")
