@@ -1,86 +1,183 @@
 """How much of any network can be removed: ours beside torch-pruning, network by network.
 
-Each network of torchvision and timm gets random weights and loses half of every group of channels
-that can be sliced. Counted are the multiplications that go; compared are the sliced network and the
-masked one. torch-pruning's MagnitudePruner removes half of its groups beside it, at its defaults,
-and counts as working if its network runs on two batch sizes. Every network has a process of its
-own, so that none takes others along; finished rows are kept, and a second run goes on.
+Networks of torchvision, timm and transformers get random weights and lose half of every group of
+channels that can be sliced. Counted are the multiplications that go; compared are the sliced and
+the masked network. torch-pruning's MetaPruner removes half of its groups beside it, at its
+defaults, and counts as working if its network runs on two batch sizes. Each network has a process
+of its own, so that none takes others along; finished rows are kept, and a second run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import subprocess
-import sys
+import multiprocessing
+import statistics
 import time
 import warnings
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-FIELDS = "network pixels ours theirs equal whole seconds ours_says theirs_says".split()
-RESULTS = Path(__file__).parent / "results" / "any_network.csv"
-SIZES = {"inception_v3": 128, "vit": 224, "swin": 224, "deit": 224, "mixer": 224, "maxvit": 224}
-DEFAULT_SIZE = 64
+from .library import (
+    check_sliced,
+    check_traced,
+    count_macs,
+    find_groups,
+    output_layer,
+    slice_channels,
+    trace,
+)
+from .record import RESULTS, Table, read
 
-TORCHVISION = (
-    "alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 "
-    "maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 "
-    "resnet50 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t vgg11_bn vit_b_16"
-).split()
-TIMM = (
-    "beit_base_patch16_224 cait_xxs24_224 coatnet_0_rw_224 convmixer_768_32 convnext_atto "
-    "convnextv2_atto crossvit_tiny_240 cspdarknet53 cspresnet50 darknet53 deit_tiny_patch16_224 "
-    "densenet121 dla34 dpn68 edgenext_xx_small efficientformer_l1 efficientnet_b0 "
-    "efficientnet_lite0 eva02_tiny_patch14_224 fastvit_t8 gcresnet33ts gernet_s ghostnet_100 "
-    "hardcorenas_a hgnet_tiny hrnet_w18_small inception_v4 lcnet_050 legacy_senet154 levit_128s "
-    "mixer_b16_224 mixnet_s mnasnet_100 mobilenetv2_100 mobilenetv3_small_100 "
-    "mobilenetv4_conv_small mobileone_s0 nf_resnet50 nfnet_l0 pit_ti_224 poolformer_s12 "
-    "pvt_v2_b0 regnetx_002 regnety_002 repghostnet_050 repvgg_a0 res2net50_26w_4s resnest14d "
-    "resnet18 resnet26d resnetv2_50 resnext50_32x4d rexnet_100 selecsls42 seresnet50 "
-    "skresnet18 swin_tiny_patch4_window7_224 tf_efficientnetv2_b0 tinynet_e tresnet_m "
-    "twins_pcpvt_small vgg11_bn visformer_tiny vit_tiny_patch16_224 vovnet39a wide_resnet50_2 "
-    "xception41 xcit_nano_12_p16_224"
-).split()
-NAMES = [f"torchvision.{n}" for n in TORCHVISION] + [f"timm.{n}" for n in TIMM]
+NAME = "any_network"
+OURS, THEIRS = "sinfkit", "torch-pruning"
+KEYS = ("network", "contestant")
+VALUES = ("family", "pixels", "removed", "equal", "cpu_seconds", "whole", "error")
+QUICK = ("torchvision.resnet18", "torchvision.squeezenet1_0")
+N_OUTPUTS = 100
+
+# Library, networks and the size of their images; small ones, where the network lets us choose.
+FAMILIES: dict[str, str] = {
+    "plain convolutions": """
+        torchvision.alexnet/64 torchvision.vgg11_bn torchvision.squeezenet1_0 timm.vgg11_bn
+        timm.darknet53 timm.repvgg_a0 timm.mobileone_s0 timm.cspdarknet53 timm.selecsls42
+        timm.vovnet39a timm.hgnetv2_b0""",
+    "residual": """
+        torchvision.resnet18 torchvision.resnet50 torchvision.resnext50_32x4d
+        torchvision.regnet_x_400mf torchvision.regnet_y_400mf torchvision.wide_resnet50_2
+        timm.resnet26d timm.resnetv2_50 timm.seresnet50 timm.skresnet18 timm.resnest14d
+        timm.res2net50_26w_4s timm.cspresnet50 timm.nf_resnet50 timm.gernet_s timm.regnetx_002
+        timm.regnety_002 timm.tresnet_m timm.gcresnet33ts timm.legacy_senet154/32
+        timm.ecaresnet26t timm.nfnet_l0 transformers.ResNet transformers.RegNet transformers.Bit""",
+    "concatenation": """
+        torchvision.densenet121 torchvision.googlenet torchvision.inception_v3/96 timm.dla34
+        timm.dpn68 timm.hrnet_w18_small timm.inception_v4/96 timm.densenet121""",
+    "mobile": """
+        torchvision.mobilenet_v2 torchvision.mobilenet_v3_small torchvision.mnasnet0_5
+        torchvision.shufflenet_v2_x0_5 torchvision.efficientnet_b0 torchvision.efficientnet_v2_s
+        timm.efficientnet_b0 timm.efficientnet_lite0 timm.ghostnet_100 timm.hardcorenas_a
+        timm.lcnet_050 timm.mixnet_s timm.mobilenetv3_small_100 timm.mobilenetv4_conv_small
+        timm.repghostnet_050 timm.rexnet_100 timm.tf_efficientnetv2_b0 timm.tinynet_e
+        timm.xception41 timm.fbnetv3_b timm.spnasnet_100
+        transformers.MobileNetV1 transformers.MobileNetV2 transformers.EfficientNet
+        transformers.PPLCNet""",
+    "ConvNeXt and the like": """
+        torchvision.convnext_tiny timm.convnext_atto timm.convnextv2_atto timm.convmixer_768_32/56
+        timm.poolformer_s12 timm.inception_next_atto timm.rdnet_tiny timm.starnet_s1
+        transformers.ConvNext transformers.ConvNextV2 transformers.PoolFormer
+        transformers.FocalNet""",
+    "vision transformers": """
+        torchvision.vit_b_16/32 timm.vit_tiny_patch16_224/64 timm.deit_tiny_patch16_224/64
+        timm.deit_tiny_distilled_patch16_224/64 timm.beit_base_patch16_224/32 timm.cait_xxs24_224/64
+        timm.eva02_tiny_patch14_224/56 timm.mixer_s32_224/224 timm.gmlp_s16_224/224
+        timm.resmlp_12_224/224 timm.xcit_nano_12_p16_224/64 timm.vit_relpos_small_patch16_224/64
+        timm.vit_small_patch14_dinov2/56 transformers.ViT transformers.DeiT transformers.Beit
+        transformers.Dinov2 transformers.ViTMSN transformers.Siglip""",
+    "transformers in stages": """
+        torchvision.swin_t torchvision.swin_v2_t torchvision.maxvit_t/224
+        timm.swin_tiny_patch4_window7_224/224 timm.swinv2_cr_tiny_224/224 timm.pvt_v2_b0
+        timm.twins_pcpvt_small timm.pit_ti_224/64 timm.crossvit_tiny_240/240 timm.davit_tiny
+        timm.focalnet_tiny_srf timm.hiera_tiny_224/224 transformers.Swin transformers.Swinv2
+        transformers.Segformer transformers.Pvt transformers.PvtV2""",
+    "convolutions and attention": """
+        timm.coatnet_0_rw_224/224 timm.edgenext_xx_small timm.efficientformer_l1/224 timm.fastvit_t8
+        timm.levit_128s/224 timm.visformer_tiny/224 timm.mobilevit_xxs timm.mobilevitv2_050
+        timm.efficientvit_b0 timm.repvit_m0_9 timm.tiny_vit_5m_224/224
+        timm.mobilenetv4_hybrid_medium timm.botnet26t_256/64 transformers.Levit
+        transformers.MobileViT transformers.Cvt""",
+}
+# Smaller than their defaults, in everything that does not change what kind of network it is.
+_SMALLER = {
+    "num_hidden_layers": 3,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_attention_heads": 3,
+    "image_size": 64,
+}
 
 
-def build(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """A network with random weights, and one image."""
+def networks() -> dict[str, tuple[str, int]]:
+    """Family and image size of each network."""
+    found = {}
+    for family, names in FAMILIES.items():
+        for entry in names.split():
+            name, _, size = entry.partition("/")
+            found[name] = family, int(size or 64)
+    return found
+
+
+def build(name: str, size: int) -> tuple[nn.Module, torch.Tensor]:
+    """A network with random weights, and two images."""
     library, _, kind = name.partition(".")
-    size = next((s for part, s in SIZES.items() if part in kind), DEFAULT_SIZE)
-    size = next((s for s in (224, 240) if kind.endswith(f"_{s}")), size)
     torch.manual_seed(0)
+    network: nn.Module
     if library == "torchvision":
         import torchvision
 
-        options = {"init_weights": True} if kind in ("googlenet", "inception_v3") else {}
+        options: dict[str, Any] = {"num_classes": N_OUTPUTS}
+        options |= {"init_weights": False} if kind in ("googlenet", "inception_v3") else {}
+        options |= {"image_size": size} if kind.startswith("vit") else {}
         network = getattr(torchvision.models, kind)(**options)
-    else:
+    elif library == "timm":
         import timm
 
-        network = timm.create_model(kind, num_classes=1000)
+        try:
+            network = timm.create_model(kind, num_classes=N_OUTPUTS, img_size=size)
+        except TypeError:  # it takes images of any size
+            network = timm.create_model(kind, num_classes=N_OUTPUTS)
+    else:
+        network = _of_transformers(kind)
     for module in network.modules():  # fresh statistics would make the norms the identity
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
+    for parameter in network.parameters():  # layer scale starts near zero, and hides its block
+        vector = parameter.numel() == max(parameter.shape, default=1)
+        if vector or float(parameter.detach().abs().max()) == 0:
+            parameter.data.add_(torch.rand_like(parameter), alpha=0.5)
     return network.eval(), torch.randn(2, 3, size, size)
+
+
+def _of_transformers(kind: str) -> nn.Module:
+    """A small network of transformers; where sizes go by stages, those of its defaults."""
+    import transformers
+
+    make = getattr(transformers, f"{kind}Config")
+    default = make()
+    if kind == "Siglip":
+        default = default.vision_config
+    sizes = {k: v for k, v in _SMALLER.items() if type(getattr(default, k, None)) is int}
+    if kind == "Siglip":
+        config = make(vision_config=sizes, num_labels=N_OUTPUTS)
+    else:
+        config = make(**sizes, num_labels=N_OUTPUTS)
+    network: nn.Module = getattr(transformers, f"{kind}ForImageClassification")(config)
+    return network
+
+
+class Logits(nn.Module):
+    """A network that returns a tensor, as torch-pruning wants it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The class scores."""
+        output = self.network(x)
+        scores: torch.Tensor = getattr(output, "logits", output)
+        return scores
 
 
 def ours(network: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     """Share of multiplications removed, and whether sliced equals masked."""
-    from sinfkit.graph import check_traced, count_macs, output_layer, trace
-    from sinfkit.slicing import check_sliced, find_groups, slice_channels
-
-    start = time.perf_counter()
+    start = time.process_time()
     graph = trace(network, x[:1])
-    check_traced(graph, network, x)
-    groups = find_groups(graph, x[:1], output_layer(graph, network(x[:1]).shape[1]))
+    groups = find_groups(graph, x[:1], output_layer(graph, N_OUTPUTS))
     keep = {}
     for group in groups:
         run = group.n_channels // group.n_runs
@@ -88,9 +185,10 @@ def ours(network: nn.Module, x: torch.Tensor) -> dict[str, Any]:
             half = range((run + 1) // 2)
             keep[group.name] = [r * run + i for r in range(group.n_runs) for i in half]
     sliced = slice_channels(graph, x[:1], keep, groups=groups)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
+    check_traced(graph, network, x)
+    difference = check_sliced(graph, sliced, x, tol=float("inf"))
     macs, by_module = count_macs(graph, x[:1])
-    difference = check_sliced(graph, sliced, x)
     whole: dict[str, float] = {}
     for group in groups:
         if group.reason_unsliceable:
@@ -98,10 +196,10 @@ def ours(network: nn.Module, x: torch.Tensor) -> dict[str, Any]:
             whole[group.reason_unsliceable] = whole.get(group.reason_unsliceable, 0) + share
     largest = sorted(whole.items(), key=lambda item: -item[1])[:3]
     return {
-        "ours": f"{1 - count_macs(sliced.model, x[:1])[0] / macs:.4f}",
+        "removed": f"{1 - count_macs(sliced.model, x[:1])[0] / macs:.4f}",
         "equal": f"{difference:.1e}",
-        "whole": "; ".join(f"{share:.0%} {why}" for why, share in largest),
-        "seconds": f"{seconds:.1f}",
+        "whole": "; ".join(f"{share:.0%} {why}" for why, share in largest if share >= 0.005),
+        "cpu_seconds": f"{seconds:.1f}",
     }
 
 
@@ -109,12 +207,12 @@ def theirs(network: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     """The same share by torch-pruning, if its network works."""
     import torch_pruning as tp
 
-    from sinfkit.graph import count_macs
-
+    network = Logits(network).eval()
     before = count_macs(network, x[:1])[0]
-    last = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    classes = [m for m in last if getattr(m, "out_features", getattr(m, "out_channels", 0)) == 1000]
-    pruner = tp.pruner.MagnitudePruner(
+    layers = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    classes = [m for m in layers if len(m.weight) == N_OUTPUTS]
+    start = time.process_time()
+    pruner = tp.pruner.MetaPruner(
         network,
         x[:1],
         tp.importance.MagnitudeImportance(),
@@ -122,60 +220,89 @@ def theirs(network: nn.Module, x: torch.Tensor) -> dict[str, Any]:
         ignored_layers=classes[-1:],
     )
     pruner.step()
+    seconds = time.process_time() - start
     with torch.no_grad():
-        if network(x).shape != (2, 1000) or network(x[:1]).shape != (1, 1000):
+        if network(x).shape != (2, N_OUTPUTS) or network(x[:1]).shape != (1, N_OUTPUTS):
             raise ValueError("another shape")
-    return {"theirs": f"{1 - count_macs(network, x[:1])[0] / before:.4f}"}
+    removed = 1 - count_macs(network, x[:1])[0] / before
+    return {"removed": f"{removed:.4f}", "cpu_seconds": f"{seconds:.1f}"}
 
 
-def one(name: str) -> dict[str, Any]:
-    """One row."""
-    row: dict[str, Any] = dict.fromkeys(FIELDS, "")
+def one(name: str, contestant: str, answer: Connection) -> None:
+    """Measure one network in a process of its own."""
+    family, size = networks()[name]
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for side, measure in (("ours", ours), ("theirs", theirs)):
-        try:
-            network, x = build(name)
-            row |= {"network": name, "pixels": x.shape[-1], **measure(network, x)}
-        except Exception as error:
-            row[f"{side}_says"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    return row | {"network": name}
+    try:
+        network, x = build(name, size)
+        found = (ours if contestant == OURS else theirs)(network, x)
+    except Exception as error:  # whatever it is, it is what this network's row says
+        found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    answer.send({"family": family, "pixels": size, **found})
+
+
+def summary(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Lines that say what was found, by family."""
+    by_network: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        by_network.setdefault(row["network"], {})[row["contestant"]] = row
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        both = [b for b in by_network.values() if next(iter(b.values()))["family"] == family]
+        shares = [_removed(b.get(OURS)) for b in both]
+        others = [_removed(b.get(THEIRS)) for b in both]
+        found = [share for share in shares if share is not None]
+        works = [share for share in others if share is not None]
+        behind = [t - o for o, t in zip(shares, others, strict=True) if o is not None and t]
+        lines.append(
+            f"{family}: {len(both)} networks; {OURS} {len(found)}, median "
+            f"{statistics.median(found or [0]):.0%}, least {min(found, default=0):.0%}; {THEIRS} "
+            f"{len(works)}, median {statistics.median(works or [0]):.0%}; ours behind by at most "
+            f"{100 * max(behind, default=0):.1f} points"
+        )
+    return lines
+
+
+def _removed(row: dict[str, str] | None) -> float | None:
+    """Share of multiplications removed, where it worked."""
+    return float(row["removed"]) if row and row["removed"] else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing in the file of results, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=NAMES, help="library.name")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--quick", action="store_true", help="four small networks only")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for one network")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=list(networks()), help="library.name")
+    parser.add_argument("--contestants", nargs="+", default=[OURS, THEIRS])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
+    parser.add_argument("--quick", action="store_true", help="two small networks only")
+    parser.add_argument("--show", action="store_true", help="only print what was found")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for one network")
     options = parser.parse_args(arguments)
-    if options.one:
-        print(json.dumps(one(options.one)))
-        return
-    names = options.networks
-    if options.quick:
-        names = ["torchvision.resnet18", "torchvision.mobilenet_v2", "torchvision.squeezenet1_0"]
-    rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    table = Table(options.out / f"{NAME}.csv", KEYS, VALUES)
+    context = multiprocessing.get_context("fork")  # the libraries are imported once
+    names = [] if options.show else list(QUICK) if options.quick else options.networks
     for name in names:
-        if any(row["network"] == name for row in rows):
-            continue
-        command = [sys.executable, __file__, "--one", name]
-        try:
-            told = subprocess.run(
-                command, capture_output=True, text=True, timeout=options.timeout, check=True
-            )
-            rows.append(json.loads(told.stdout.splitlines()[-1]))
-        except (subprocess.SubprocessError, ValueError, IndexError) as error:
-            rows.append(
-                dict.fromkeys(FIELDS, "") | {"network": name, "ours_says": type(error).__name__}
-            )
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-        print(*(f"{rows[-1][field]}" for field in FIELDS), sep=" | ", flush=True)
+        for contestant in options.contestants:
+            row = {"network": name, "contestant": contestant}
+            if row in table:
+                continue
+            __import__(name.partition(".")[0])
+            if contestant == THEIRS:
+                __import__("torch_pruning")
+            listening, answer = context.Pipe(duplex=False)
+            process = context.Process(target=one, args=(name, contestant, answer))
+            process.start()
+            answer.close()
+            try:
+                found = listening.recv() if listening.poll(options.timeout) else None
+            except EOFError:
+                found = None
+            process.kill()
+            process.join()
+            found = found or {"family": networks()[name][0], "error": "no answer in time"}
+            table.add(**{**row, **found})
+            print(*row.values(), *found.values(), sep=" | ", flush=True)
+    print("\n".join(summary(read(table.path))))
 
 
 if __name__ == "__main__":

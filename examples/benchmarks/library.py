@@ -30,15 +30,18 @@ from sinfkit import (
 )
 from sinfkit.criteria import CRITERIA, LayerData, collect
 from sinfkit.graph import (
+    check_traced,
     count_macs,
     count_parameters,
     fold_batch_norm,
     layer_names,
     observation_nodes,
+    output_layer,
     paired_latency,
     trace,
 )
 from sinfkit.inference import Normalise, can_prepack, fast_form, prepacked
+from sinfkit.slicing import check_sliced, find_groups, slice_channels
 from sinfkit.zoo import ImageDataset
 
 __all__ = [
@@ -51,22 +54,27 @@ __all__ = [
     "SINFClassifier",
     "SemanticClusterer",
     "__version__",
+    "check_sliced",
+    "check_traced",
     "collect",
     "count_macs",
     "count_parameters",
     "discriminative_capability",
     "fast",
     "fast_routed",
+    "find_groups",
     "fold_batch_norm",
     "layer_names",
     "load_cifar100",
     "load_image_folder",
     "observation_nodes",
     "onnx_routed",
+    "output_layer",
     "paired_latency",
     "pruner",
     "resnet50",
     "routed",
+    "slice_channels",
     "trace",
     "train_network",
     "vgg16",

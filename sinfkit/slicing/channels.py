@@ -6,10 +6,9 @@ of groups that run through it.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -93,61 +92,6 @@ def _composed(
     """Kept channels of kept channels, by module."""
     both = {name: kept[later[name]] for name, kept in earlier.items() if name in later}
     return {**earlier, **later, **both}
-
-
-def assemble(
-    alone: ChannelGroup,
-    members: Sequence[Member],
-    modules: Mapping[str, nn.Module],
-    obstacles: list[str],
-) -> ChannelGroup:
-    """Complete a group, one layer with its channels, by all its members.
-
-    Sees whether they fit into each of the modules, which come in order of execution.
-    `obstacles` are reasons known already why it cannot be sliced.
-    """
-    n, layers, consumers, runs = alone.n_channels, {alone.name}, set(), [alone.n_channels]
-    for member in members:
-        name, module = member.module, modules[member.module]
-        produces = member.side == "out" and is_layer(module)
-        if member.side == "in" or is_depthwise(module):
-            consumers.add(name)
-        if _is_one_to_one(member, n, width(module, member.side)):
-            if produces:
-                layers.add(name)
-            if groups_of(module) > 1:
-                runs.append(n // groups_of(module))
-                if not np.array_equal(member.index, member.channel):
-                    obstacles.append(f"its channels come to {name!r} in another order")
-        elif produces or groups_of(module) > 1:
-            obstacles.append(f"its {n} channels are not one to one those of {name!r}")
-        elif member.index.max() >= width(module, member.side):
-            obstacles.append(f"its {n} channels are more than {name!r} has")
-        elif len(np.unique(member.index)) < len(member.index):
-            obstacles.append(f"several of its channels share a place in {name!r}")
-    run = math.gcd(*runs)
-    if run == 1 < n:
-        obstacles.append("a grouped convolution needs every one of its channels")
-    in_order = tuple(name for name in modules if name in layers)
-    return replace(
-        alone,
-        name=in_order[0],
-        layers=in_order,
-        n_runs=n // run,
-        consumers=tuple(name for name in modules if name in consumers),
-        reason_unsliceable=obstacles[0] if obstacles else "",
-        _members=tuple(members),
-    )
-
-
-def _is_one_to_one(member: Member, n_channels: int, width: int) -> bool:
-    """Whether each of a group's channels has one position in a module, and no position is left."""
-    every = np.arange(n_channels)
-    return (
-        len(member.index) == width == n_channels
-        and np.array_equal(np.sort(member.index), every)
-        and np.array_equal(np.sort(member.channel), every)
-    )
 
 
 def checked_indices(group: ChannelGroup, indices: Any) -> np.ndarray:

@@ -60,6 +60,10 @@ _MOVING_MODULES = (
 _SIZES = frozenset("expand reshape unflatten view".split())
 
 
+class UnclearError(Exception):
+    """A form of call that is not known."""
+
+
 class Follower:
     """Follows the channels of a network."""
 
@@ -142,7 +146,7 @@ class Follower:
             if module is not None:
                 return self._of_module(node, module)
             return self._of_function(node, function_name(node))
-        except Exception:  # a form of call that is not known
+        except UnclearError:
             return self._unknown(node)
 
     def _of_attribute(self, node: Any) -> Axes | None:
@@ -248,17 +252,18 @@ class Follower:
         return axes
 
     def _of_function(self, node: Any, name: str) -> Any:
+        if name in ("cat", "concat", "concatenate"):
+            return self._concatenated(node)
         if name in _MOVES:
             return self._moved_function(node, name)
         if name in ("softmax", "log_softmax"):
-            axes = self._axes[node.args[0]]
-            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
-            self.pin(axes[dim], "its channels run through a softmax")
+            axes = self._axes[_given(node, 0, "input")]
+            self.pin(axes[_number(node, 1, "dim")], "its channels run through a softmax")
             return axes
         if name in _REDUCTIONS:
             return self._reduced(node)
         if "pool" in name or name in ("interpolate", "upsample"):
-            axes, n = self._axes[node.args[0]], self._values[node].ndim
+            axes, n = self._axes[_given(node, 0, "input")], self._values[node].ndim
             return [*axes[:2], *[None] * (n - 2)]
         if name in ("matmul", "bmm"):
             return self._product(node)
@@ -297,11 +302,12 @@ class Follower:
 
     def _reduced(self, node: Any) -> Any:
         """A mean or sum over axes: over channels it would change with them."""
-        axes, value = list(self._axes[node.args[0]]), self._values[node]
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        if isinstance(dims, fx.Node):
-            return self._unknown(node)
-        every = range(len(axes)) if dims is None else ([dims] if isinstance(dims, int) else dims)
+        axes, value = list(self._axes[_given(node, 0, "input")]), self._values[node]
+        at = 2 if function_name(node) == "norm" else 1
+        dims = _given(node, at, "dim", None)
+        every = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else dims
+        if not all(isinstance(d, int) for d in every):
+            raise UnclearError
         gone = {d % len(axes) for d in every}
         for axis in gone:
             self.pin(axes[axis], f"its channels are reduced by {function_name(node)}")
@@ -313,10 +319,10 @@ class Follower:
 
     def _product(self, node: Any) -> Axes:
         """A product of two matrices: what is summed over meets."""
-        one, other = node.args[:2]
+        one, other = _given(node, 0, "input"), _given(node, 1, "other", node.kwargs.get("mat2"))
         a, b = self._axes[one], self._axes[other]
         if len(a) < 2 or len(b) < 2:
-            return self._unknown(node)
+            raise UnclearError
         self._meet(a[-1], b[-2], self._values[one].shape[-1])
         return [*self._batched(a[:-2], b[:-2]), a[-2], b[-1]]
 
@@ -343,8 +349,9 @@ class Follower:
 
     def _attention(self, node: Any) -> Axes:
         """Queries and keys meet over their dimensions, weights and values over tokens."""
-        q, k, v = (self._axes[a] for a in node.args[:3])
-        n = self._values[node.args[0]].shape[-1]
+        parts = [_given(node, i, name) for i, name in enumerate(("query", "key", "value"))]
+        q, k, v = (self._axes[part] for part in parts)
+        n = self._values[parts[0]].shape[-1]
         self._meet(q[-1], k[-1], n)
         for labels in (q[-2], k[-2], v[-2]):
             self.pin(labels, "its channels are the tokens of attention")
@@ -356,7 +363,9 @@ class Follower:
     def _einsum(self, node: Any) -> Axes:
         """The same by letters."""
         equation, *operands = node.args
-        inputs, output = str(equation).replace(" ", "").split("->")
+        inputs, arrow, output = str(equation).replace(" ", "").partition("->")
+        if not arrow or "." in inputs or not all(isinstance(o, fx.Node) for o in operands):
+            raise UnclearError
         found: dict[str, Any] = {}
         where: Counter[str] = Counter()
         for letters, operand in zip(inputs.split(","), operands, strict=True):
@@ -376,6 +385,29 @@ class Follower:
             if letter not in output and where[letter] == 1:
                 self.pin(labels, "its channels are summed")
         return [found[letter] for letter in output]
+
+    def _concatenated(self, node: Any) -> Axes:
+        """Channels of one part after those of the other; along all other axes they meet."""
+        parts = _given(node, 0, "tensors")
+        if isinstance(parts, fx.Node):  # all of a split
+            values, axes = list(self._values[parts]), self._axes[parts]
+        else:
+            values, axes = [self._values[p] for p in parts], [self._axes[p] for p in parts]
+        dim = _number(node, 1, "dim", node.kwargs.get("axis", 0)) % values[0].ndim
+        found: Axes = []
+        for axis in range(values[0].ndim):
+            several = [
+                np.full(value.shape[axis], -1) if one[axis] is None else one[axis]
+                for one, value in zip(axes, values, strict=True)
+            ]
+            known = [one[axis] is not None for one in axes]
+            if axis == dim:
+                found.append(np.concatenate(several) if any(known) else None)
+                continue
+            for other in several[1:] if any(known) else ():
+                self.join(several[0], other, "its channels meet values that stay")
+            found.append(several[0] if all(known) else None)
+        return found
 
     def _moved_function(self, node: Any, name: str) -> Any:
         if name == "getitem" and not isinstance(self._values[node.args[0]], Tensor):
@@ -405,7 +437,7 @@ class Follower:
                 if not isinstance(known, Tensor):
                     return known
                 if not known.is_floating_point():
-                    return operator.attrgetter(str(n.target))(self.gm)
+                    return self._constant(n)
                 shape = torch.Size(known.shape)
                 labels: Any = self._axes[n][axis] if axis < known.ndim else None
                 if labels is None:
@@ -416,13 +448,23 @@ class Follower:
                 return ids.reshape(along).expand(shape).contiguous()  # or it has no view
 
             args, kwargs = fx.map_arg((node.args, node.kwargs), given)
-            with torch.no_grad():
-                result = run(*args, **kwargs)
+            try:
+                with torch.no_grad():
+                    result = run(*args, **kwargs)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise UnclearError from error
             for axes, ids in zip(
                 found, [result] if isinstance(result, Tensor) else result, strict=True
             ):
                 self._read(axes, ids)
         return found[0] if isinstance(value, Tensor) else found
+
+    def _constant(self, node: fx.Node) -> Tensor:
+        """A tensor of positions or flags, which the graph holds itself."""
+        if node.op != "get_attr":
+            raise UnclearError
+        found: Tensor = operator.attrgetter(str(node.target))(self.gm)
+        return found.cpu()
 
     def _read(self, axes: Axes, ids: Tensor) -> None:
         """Say along which axis labels lie now."""
@@ -507,6 +549,25 @@ class Follower:
         if isinstance(value, (tuple, list)):
             return [[None] * v.ndim if isinstance(v, Tensor) else None for v in value]
         return None
+
+
+_NEEDED: Any = object()
+
+
+def _given(node: Any, position: int, name: str, default: Any = _NEEDED) -> Any:
+    """An argument of a call, by position or by name."""
+    found = node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+    if found is _NEEDED:
+        raise UnclearError
+    return found
+
+
+def _number(node: Any, position: int, name: str, default: Any = _NEEDED) -> int:
+    """An argument that is a number."""
+    found = _given(node, position, name, default)
+    if not isinstance(found, int):
+        raise UnclearError
+    return found
 
 
 def _every(axes: Any) -> Iterable[np.ndarray | None]:

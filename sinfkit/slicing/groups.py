@@ -3,46 +3,22 @@
 Removing a filter also removes its batch-norm entries, the inputs of every layer that reads it, and
 the same channel of all that it is added to. `find_groups` says which channels can only leave
 together, `slice_channels` builds the smaller network, and `check_sliced` proves it equal to the
-masked one.
-
-Channels of a traced network, which is all that the estimators slice, are followed by `Follower`.
-Those of any other module are followed through torch-pruning's dependency graph, and this is the
-only file that knows it. torch-pruning supplies the graph: its nodes, what each triggers in which
-other, and how channels are renumbered on the way. Following a group through it, and slicing, are
-done here. Its own ``get_pruning_group`` need not end where reshapes form a loop; its ``prune``
-works in place, one group after the other, so that later groups are mapped through sizes that no
-longer hold, takes wrong inputs of grouped convolutions, and thaws frozen weights.
+masked one. All three work on a traced network, whose channels `Follower` has followed.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
-from ..graph.nodes import is_layer
-from .assembly import followed_groups
-from .channels import (
-    NARROWABLE,
-    ChannelGroup,
-    Member,
-    Sliced,
-    assemble,
-    checked_indices,
-    is_depthwise,
-    take_out,
-    width,
-)
+from ..graph.nodes import called_module, is_layer, n_channels
+from ..graph.tracing import trace
+from .channels import ChannelGroup, Member, Sliced, checked_indices, is_depthwise, take_out
+from .follow import Follower
 from .verify import check_sliced, try_groups
-
-if TYPE_CHECKING:
-    import torch_pruning as tp
 
 __all__ = [
     "ChannelGroup",
@@ -51,9 +27,6 @@ __all__ = [
     "find_groups",
     "slice_channels",
 ]
-
-# Without parameters torch-pruning would pass by them, and they mix so weakly that a trial might.
-_MIXERS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
 def find_groups(model: nn.Module, example: Tensor, output_layer: str) -> list[ChannelGroup]:
@@ -67,8 +40,8 @@ def find_groups(model: nn.Module, example: Tensor, output_layer: str) -> list[Ch
     Parameters
     ----------
     model : nn.Module
-        Any module that maps one tensor to one tensor, also a `torch.fx.GraphModule`, whose opaque
-        submodules are then left whole. It is not changed.
+        A `torch.fx.GraphModule`, best from `sinfkit.graph.trace`; any other module is traced. Its
+        opaque submodules are left whole. It is not changed.
     example : Tensor of shape (n, ...)
         An input that the network accepts, on its device. One row is used.
     output_layer : str
@@ -96,16 +69,8 @@ def find_groups(model: nn.Module, example: Tensor, output_layer: str) -> list[Ch
     0 8 ('3',) False
     3 10 () True
     """
-    if isinstance(model, fx.GraphModule):
-        found = followed_groups(model, example)
-    else:
-        trace = _trace(model, example)
-        found = []
-        covered: set[str] = set()
-        for layer in trace.layers:
-            if layer not in covered:
-                found.append(_read_group(trace, layer))
-                covered.update(found[-1].layers)
+    graph = _traced(model, example)
+    found = _followed_groups(graph, example)
     layers = [layer for group in found for layer in group.layers]
     if output_layer not in layers:
         raise ValueError(
@@ -121,7 +86,7 @@ def find_groups(model: nn.Module, example: Tensor, output_layer: str) -> list[Ch
         groups.append(replace(group, is_output=is_output))
     able = [group for group in groups if not group.reason_unsliceable]
     reasons = {group.name: group.reason_unsliceable for group in groups}
-    reasons |= try_groups(model, able, example)
+    reasons |= try_groups(graph, able, example)
     return [replace(group, reason_unsliceable=reasons[group.name]) for group in groups]
 
 
@@ -137,9 +102,10 @@ def slice_channels(
     Parameters
     ----------
     model : nn.Module
-        The network. It is not changed.
+        The network: a `torch.fx.GraphModule`; any other module is traced. It is not changed.
     example : Tensor of shape (n, ...)
-        An input that the network accepts, on its device. Not used where `groups` are given.
+        An input that the network accepts, on its device. Not used where `groups` are given and the
+        network is traced.
     keep : mapping of str to array-like of int
         Group name -> kept ORIGINAL channels. Groups that are not named keep all of theirs. The
         network's outputs come out in the order given, all other channels sorted.
@@ -151,7 +117,7 @@ def slice_channels(
     Returns
     -------
     Sliced
-        The smaller network, in the mode of `model`, and what it kept.
+        The smaller network, a `torch.fx.GraphModule` in the mode of `model`, and what it kept.
 
     Raises
     ------
@@ -166,20 +132,16 @@ def slice_channels(
     >>> from sinfkit.slicing import slice_channels
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     >>> sliced = slice_channels(net, torch.zeros(1, 3, 8, 8), {"0": [0, 2, 5], "3": [9, 1]})
-    >>> sliced.model[0].out_channels, sliced.model[3].in_features
-    (3, 108)
+    >>> sliced.model.get_submodule("3")
+    Linear(in_features=108, out_features=2, bias=True)
     >>> sliced.support["3"]
     array([9, 1])
     """
-    if groups is None and isinstance(model, fx.GraphModule):
-        groups = followed_groups(model, example)
+    graph = _traced(model, example)
     if groups is None:
-        trace = _trace(model, example)
-        layers = trace.layers
-        found = {name: _read_group(trace, name) for name in keep if name in layers}
-    else:
-        layers = [n for group in groups for n in (*group.layers, *group.carried)]
-        found = {layer: group for group in groups for layer in group.layers}
+        groups = _followed_groups(graph, example)
+    layers = [n for group in groups for n in (*group.layers, *group.carried)]
+    found = {layer: group for group in groups for layer in group.layers}
     chosen: list[tuple[ChannelGroup, np.ndarray]] = []
     for name, indices in keep.items():
         if name not in found:
@@ -196,209 +158,128 @@ def slice_channels(
         kept = checked_indices(group, indices)
         if not np.array_equal(kept, np.arange(group.n_channels)):
             chosen.append((group, kept))
-    return take_out(model, layers, chosen)
+    sliced = take_out(graph, layers, chosen)
+    if graph is not model:
+        sliced.model.train(model.training)
+    return sliced
 
 
-class _Place(NamedTuple):
-    """A position in a module, and the channel of a group that it holds (torch-pruning's names)."""
-
-    idx: int
-    root_idx: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Trace:
-    """What one forward pass of a private copy of the network showed."""
-
-    graph: tp.DependencyGraph | None
-    failure: str  # why there is no graph
-    modules: dict[str, nn.Module]  # of the copy
-    names: dict[Any, str]  # of its modules, its parameters and its input
-    calls: dict[str, int]  # narrowable module -> how often it was executed, in order
-    opaque: dict[str, str]  # narrowable module inside an opaque leaf of a GraphModule -> that leaf
-
-    @property
-    def layers(self) -> list[str]:
-        """Layers in order of first execution."""
-        return [name for name in self.calls if is_layer(self.modules[name])]
-
-    @property
-    def widest(self) -> int:
-        """Largest number of channels on any side of a layer or batch-norm."""
-        sides = ("in", "out")
-        return max((width(self.modules[n], s) for n in self.calls for s in sides), default=0)
-
-
-def _trace(model: nn.Module, example: Tensor) -> _Trace:
-    """Run a copy of the network under autograd, from which torch-pruning reads the graph."""
+def _traced(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """A network as a graph."""
     if not isinstance(example, Tensor) or example.ndim < 2 or not example.is_floating_point():
         raise ValueError("example must be a floating-point tensor of shape (n, ...).")
-    # Two rows: a forward pass may squeeze a single one away.
-    shape = (2, *example.shape[1:])
-    with torch.inference_mode(False), torch.enable_grad():
-        try:  # Without data, in a moment whatever the size of the images.
-            return _trace_at(model, torch.empty(shape, dtype=example.dtype, device="meta"))
-        except Exception:  # It looks at values, or makes tensors of its own.
-            try:
-                return _trace_at(model, example.detach()[:1].expand(shape).clone())
-            except Exception as error:
-                raise ValueError(f"The model fails on the example input: {error}") from error
+    return model if isinstance(model, fx.GraphModule) else trace(model, example)
 
 
-def _trace_at(model: nn.Module, example: Tensor) -> _Trace:
-    """Trace on the device of the example."""
-    # Only here: where timm is installed, torch-pruning imports it, and that takes seconds.
-    import torch_pruning as tp
-
-    def private(tensor: Tensor) -> Tensor:
-        # Autograd passes by frozen weights, so each gets a stand-in that is not.
-        new = tensor.detach().to(example.device)
-        learned = isinstance(tensor, nn.Parameter) and new.is_floating_point()
-        return nn.Parameter(new) if learned else new
-
-    tensors = (*model.parameters(), *model.buffers())
-    twin = copy.deepcopy(model, {id(tensor): private(tensor) for tensor in tensors})
-    for module in list(twin.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.PReLU) and child.num_parameters == 1:
-                # It takes the single slope for an operand, and infers the width from that.
-                setattr(module, name, nn.LeakyReLU())
-    # torch-pruning does not know the input; as a parameter, it becomes a node of the graph.
-    entry = nn.Parameter(example)
-    modules = dict(twin.named_modules())
-    names: dict[Any, str] = {module: name for name, module in modules.items()}
-    names |= {parameter: f"the parameter {name!r}" for name, parameter in twin.named_parameters()}
-    names[entry] = "the network's input"
-    calls: dict[str, int] = {}
-
-    def count(module: nn.Module, args: Any) -> None:
-        calls[names[module]] = calls.get(names[module], 0) + 1
-
-    for module in modules.values():
-        if isinstance(module, NARROWABLE):
-            module.register_forward_pre_hook(count)
-
-    ran = False
-
-    def forward(twin: nn.Module, x: Tensor) -> Tensor:
-        nonlocal ran
-        output = twin(x.clone())  # a leaf could not be overwritten in place
-        if not isinstance(output, Tensor):
-            raise TypeError(f"it must return one tensor, not {type(output).__name__}")
-        ran = True
-        return output
-
-    graph, failure = tp.DependencyGraph(), ""
-    try:
-        with warnings.catch_warnings():
-            # What torch-pruning does not understand shows in the trials; what the forward pass
-            # has to say, it says whenever it runs.
-            warnings.simplefilter("ignore")
-            graph.build_dependency(
-                twin,
-                entry,
-                forward_fn=forward,
-                unwrapped_parameters=[(entry, 1)],
-                customized_pruners={kind: tp.ops.DummyPruner() for kind in _MIXERS},
-                verbose=False,
-            )
-    except Exception as error:
-        if not ran:
-            raise
-        graph, failure = None, f"torch-pruning cannot follow the network's channels ({error})"
-    opaque = {}
-    if isinstance(model, fx.GraphModule):
-        leaves = {str(node.target) for node in model.graph.nodes if node.op == "call_module"}
-        for name in calls.keys() - leaves:
-            opaque[name] = next((leaf for leaf in leaves if name.startswith(leaf + ".")), name)
-    return _Trace(graph, failure, modules, names, calls, opaque)
+def _followed_groups(gm: fx.GraphModule, example: Tensor) -> list[ChannelGroup]:
+    """The groups of a traced network, in order of execution, not tried yet."""
+    follower = Follower(gm, example)
+    produced = {name: follower.roots(labels) for name, labels in follower.produced.items()}
+    everything = _Everything(gm, follower, produced)
+    found = [everything.group(names) for names in _connected(produced)]
+    return found + _hidden(gm)
 
 
-def _read_group(trace: _Trace, layer: str) -> ChannelGroup:
-    """Read the group of a layer's outputs; ``is_output`` tells whether it reaches the output."""
-    root = trace.modules[layer]
-    alone = ChannelGroup(layer, (layer,), width(root, "out"))
-    if trace.graph is None:
-        return replace(alone, reason_unsliceable=trace.failure)
-    if root not in trace.graph.module2node:
-        return replace(
-            alone, reason_unsliceable="no gradient comes back to it from the network's output"
+def _hidden(gm: fx.GraphModule) -> list[ChannelGroup]:
+    """Layers inside of what cannot be looked into: each a group that stays whole."""
+    found = {}
+    for node in gm.graph.nodes:
+        module = called_module(gm, node)
+        if module is None or is_layer(module):
+            continue
+        why = f"it lies in {node.target!r}, which torch.fx cannot look into"
+        for inner, layer in module.named_modules(prefix=str(node.target)):
+            if is_layer(layer):
+                n = n_channels(layer)
+                found[inner] = ChannelGroup(inner, (inner,), n, reason_unsliceable=why)
+    return list(found.values())
+
+
+def _connected(produced: dict[str, np.ndarray]) -> list[list[str]]:
+    """Layers that share channels, in order of execution."""
+    sets: list[tuple[set[int], list[str]]] = []
+    for name, roots in produced.items():
+        labels, names = set(roots.tolist()), [name]
+        apart = []
+        for others, theirs in sets:
+            if labels & others:
+                labels, names = labels | others, theirs + names
+            else:
+                apart.append((others, theirs))
+        sets = [*apart, (labels, names)]
+    order = {name: i for i, name in enumerate(produced)}
+    found = [sorted(names, key=order.__getitem__) for _, names in sets]
+    return sorted(found, key=lambda names: order[names[0]])
+
+
+class _Everything:
+    """What a follower found, in terms of what is joined."""
+
+    def __init__(
+        self, gm: fx.GraphModule, follower: Follower, produced: dict[str, np.ndarray]
+    ) -> None:
+        self.modules = dict(gm.named_modules())
+        self.produced = produced
+        self.consumed = {n: follower.roots(labels) for n, labels in follower.consumed.items()}
+        self.places = [(n, side, follower.roots(labels)) for n, side, labels in follower.places]
+        self.pins = follower.pinned()
+        roots = [follower.roots(labels) for labels in follower.products]
+        self.products = set(np.concatenate(roots).tolist()) if roots else set()
+        outputs = [follower.roots(labels) for labels in follower.outputs]
+        self.outputs = set(np.concatenate(outputs).tolist()) if outputs else set()
+
+    def group(self, names: list[str]) -> ChannelGroup:
+        """The group of layers that share channels."""
+        roots = set(np.concatenate([self.produced[n] for n in names]).tolist())
+        full = [n for n in names if set(self.produced[n].tolist()) == roots]
+        first = self.produced[(full or names)[0]]
+        layers = [n for n in full or names[:1] if np.array_equal(self.produced[n], first)]
+        n_channels = len(first)
+        run = len(np.unique(first))
+        reasons = [why for root, why in self.pins.items() if root in roots]
+        if not full:
+            reasons.append("its channels are joined from those of several layers")
+        elif n_channels % run or not np.array_equal(first, np.tile(first[:run], n_channels // run)):
+            reasons.append("its channels are taken apart in a way that is not sliced")
+        elif run == 1 < n_channels:
+            reasons.append("a grouped convolution needs every one of its channels")
+        members = list(self._members(names, roots, first))
+        consumers = [n for n, labels in self.consumed.items() if roots & set(labels.tolist())]
+        order = {name: i for i, name in enumerate(self.produced)}
+        return ChannelGroup(
+            layers[0],
+            tuple(layers),
+            n_channels,
+            n_channels // run if n_channels % run == 0 else 1,
+            tuple(sorted(consumers, key=lambda n: order.get(n, -1))),
+            tuple(n for n in names if n not in layers),
+            bool(roots & self.outputs),
+            reasons[0] if reasons else "",
+            tuple(members),
         )
-    places, broken_off = _follow(trace.graph, root, trace.widest)
-    obstacles: list[str] = []
-    members: list[Member] = []
-    is_output = False
-    for (node, handler), pairs in places.items():
-        obstacles.append(_obstacle(trace, node))
-        side = "in" if handler.__name__ == "prune_in_channels" else "out"
-        is_output |= node.type.name == "OUTPUT" or (side == "out" and not node.outputs)
-        name = trace.names.get(node.module, "")
-        if name in trace.calls:
-            index, channel = np.array(sorted(pairs), dtype=np.int64).T
-            members.append(Member(name, side, index, channel))
-    if broken_off:
-        obstacles.append("its channels are reshaped in a way that torch-pruning cannot follow")
-    alone = replace(alone, is_output=is_output)
-    executed = {name: trace.modules[name] for name in trace.calls}
-    return assemble(alone, members, executed, [why for why in obstacles if why])
 
+    def _members(self, names: list[str], roots: set[int], first: np.ndarray) -> list[Member]:
+        """All the places where the channels are."""
+        channel_of = {root: i for i, root in reversed(list(enumerate(first.tolist())))}
 
-def _follow(
-    graph: tp.DependencyGraph, root: nn.Module, widest: int
-) -> tuple[dict[tuple[Any, Any], set[_Place]], bool]:
-    """Follow a layer's outputs to all the places they reach, by node and pruning function.
+        def member(name: str, side: str, labels: np.ndarray, length: int = 0) -> Member | None:
+            if np.array_equal(labels, first):
+                index = channel = np.arange(len(first))
+            else:
+                index = np.array([i for i, a in enumerate(labels.tolist()) if a in channel_of])
+                channel = np.array([channel_of[labels[i]] for i in index.tolist()])
+            return Member(name, side, index, channel, length) if len(index) else None
 
-    Also tells whether that was broken off: more channels in a node than any layer has.
-    """
-    places: dict[tuple[Any, Any], set[_Place]] = {}
-    handler = graph.get_pruner_of_module(root).prune_out_channels
-    start = {_Place(i, i) for i in range(width(root, "out"))}
-    todo: list[tuple[Any, Any, set[_Place]]] = [(graph.module2node[root], handler, start)]
-    while todo:
-        node, handler, found = todo.pop()
-        seen = places.setdefault((node, handler), set())
-        fresh = found - seen
-        seen |= fresh
-        if len(seen) > widest:
-            return places, True
-        for dependency in node.dependencies if fresh else ():
-            if dependency.is_triggered_by(handler):
-                mapped: Any = fresh
-                for mapping in dependency.index_mapping:
-                    mapped = mapping(mapped) if mapping is not None else mapped
-                if mapped:
-                    todo.append((dependency.target, dependency.handler, set(mapped)))
-    return places, False
-
-
-def _takes_all(part: Any) -> bool:
-    """Whether a slice is a plain colon, which older versions of torch record as well."""
-    return bool(part.start == 0 and part.step == 1 and part.end >= 2**62)
-
-
-def _obstacle(trace: _Trace, node: Any) -> str:
-    """Say why channels that run through a node of the dependency graph cannot be sliced."""
-    module, name = node.module, trace.names.get(node.module, "")
-    if node.type.name == "PARAMETER":
-        return f"its channels are tied to {name}"
-    if node.type.name in ("SPLIT", "UNBIND"):
-        return "the forward pass splits its channels"
-    if node.type.name == "SLICE" and module.dim not in (2, 3) and not _takes_all(module):
-        return "the forward pass takes a part of its channels"
-    if module not in trace.names:
-        return ""
-    if name in trace.opaque:
-        return f"its channels run through {trace.opaque[name]!r}, which torch.fx cannot look into"
-    what = f"its channels run through the {type(module).__name__} {name!r}"
-    if not isinstance(module, NARROWABLE):
-        return f"{what}, which is not sliced"
-    if "weight" not in module._parameters or (
-        isinstance(module, (nn.Conv2d, nn.Linear)) and not is_layer(module)
-    ):
-        return f"{what}, whose weight is computed from others"
-    if trace.calls[name] > 1:
-        return f"{what}, which is executed {trace.calls[name]} times"
-    if isinstance(module, nn.Conv2d) and 1 < module.groups == module.out_channels:
-        if not is_depthwise(module):
-            return f"{what}, which has one group for each output"
-    return ""
+        found = [member(n, "out", self.produced[n]) for n in names]
+        for name, labels in self.consumed.items():
+            if not is_depthwise(self.modules[name]):
+                found.append(member(name, "in", labels))
+        for name, side, labels in self.places:
+            found.append(member(name, side, labels, 0 if side == "out" else len(labels)))
+        if roots & self.products:
+            for name in names:
+                if set(self.produced[name].tolist()) & self.products:
+                    found.append(
+                        member(name, "zero", self.produced[name], len(self.produced[name]))
+                    )
+        return [one for one in found if one is not None]
