@@ -2,7 +2,7 @@
 
 from .classifier import SINFClassifier
 from .clusterer import SemanticClusterer
-from .criteria.registry import discriminative_capability
+from .criteria.discriminability import discriminative_capability
 from .display import (
     ClusterTreeDisplay,
     FilterOverlapDisplay,
@@ -24,8 +24,8 @@ from .frozen import FrozenModel
 from .inference.report import PruningReport, SINFReport
 from .persistence.estimators import load, save
 from .pruner import DCSPruner
-from .pruning.options import PruningOptions
-from .routing.config import RoutingOptions
+from .pruning.recipe import PruningOptions
+from .routing.study import RoutingOptions
 from .version import __version__
 from .zoo.datasets import load_cifar10, load_cifar100, load_image_folder
 from .zoo.networks import resnet50, vgg16, vgg19

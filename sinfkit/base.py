@@ -17,15 +17,21 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import nn
 
-from .data.calibration import Batcher, Calibration
-from .data.heads import check_logits, with_two_outputs
-from .data.images import with_labels
-from .data.labels import check_order, match_classes, warn_if_mismatched
-from .data.pixels import Images, check_normalisation, spread
-from .data.shapes import count_outputs, looks_like_nhwc
+from .data.calibration import (
+    Batcher,
+    Calibration,
+    check_logits,
+    check_order,
+    match_classes,
+    warn_if_mismatched,
+    with_two_outputs,
+)
+from .data.images import Images, check_normalisation, spread, with_labels
 from .data.validation import (
     check_answers,
+    count_outputs,
     hold_out,
+    looks_like_nhwc,
     mean,
     validate_weight,
     validate_X,
@@ -33,9 +39,9 @@ from .data.validation import (
     without_zeros,
 )
 from .frozen import FrozenModel, as_frozen, describe
-from .graph.cuts import output_layer, trace
-from .graph.fidelity import check_traced, output_of
-from .graph.heads import without_head
+from .graph.cuts import output_layer
+from .graph.recording import output_of
+from .graph.tracing import check_traced, trace, without_head
 from .utils.device import in_pieces, loaded_device, resolve_device
 from .utils.params import check_integer, check_jobs, check_verbose, naming
 from .utils.pickling import pack, versions, warn_of_versions

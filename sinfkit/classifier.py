@@ -18,17 +18,9 @@ from torch import nn
 
 from .base import TorchClassifierMixin, TorchEstimator, all_or_nothing, answers_in_torch
 from .clusterer import SemanticClusterer
-from .data.calibration import Batcher, Calibration
-from .data.images import with_labels
-from .data.labels import encode
-from .data.validation import (
-    Images,
-    hold_out,
-    validate_weight,
-    validate_X,
-    validate_y,
-    without_zeros,
-)
+from .data.calibration import Batcher, Calibration, encode
+from .data.images import Images, with_labels
+from .data.validation import hold_out, validate_weight, validate_X, validate_y, without_zeros
 from .errors import PromiseWarning
 from .export.onnx import to_onnx
 from .inference.forms import fast_form, half_precision
@@ -39,10 +31,8 @@ from .pruner import DCSPruner, recipe_of
 from .pruning.recipe import Recipe, warn_about_whole
 from .pruning.search import Goal, split_samples
 from .routing.builder import Builder, Built
-from .routing.config import RoutingConfig, RoutingOptions
-from .routing.placement import groupings_to_try, plan_networks
-from .routing.search import Kept, Search
-from .routing.study import Samples, Study
+from .routing.search import Kept, Search, groupings_to_try, plan_networks
+from .routing.study import RoutingConfig, RoutingOptions, Samples, Study
 from .utils.jobs import over_chunks
 from .utils.params import caller_level, check_integer, check_number, naming
 

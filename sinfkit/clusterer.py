@@ -16,7 +16,7 @@ from .data.images import with_labels
 from .data.validation import hold_out, mean, validate_X
 from .graph.cost import count_macs
 from .graph.cuts import CutPoint, cut_points, find_cut, layer_names, split
-from .inference.router import cluster_posterior, fit_route_predictor
+from .inference.network import cluster_posterior, fit_route_predictor
 from .pruning.scoring import gather
 from .routing.clusters import METHODS, Clusters, Grouping, group_classes
 from .utils.jobs import over_chunks

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .classifier import SINFClassifier
 from .clusterer import SemanticClusterer
-from .data.labels import encode
+from .data.calibration import encode
 from .data.validation import validate_y
 from .inference.report import PruningReport
 from .pruner import DCSPruner

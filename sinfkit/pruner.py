@@ -17,9 +17,8 @@ from torch import fx, nn
 
 from .base import TorchClassifierMixin, TorchEstimator, all_or_nothing
 from .criteria.activations import pool
-from .data.calibration import Calibration
+from .data.calibration import Calibration, encode
 from .data.images import with_labels
-from .data.labels import encode
 from .data.validation import validate_X, validate_y
 from .errors import PromiseWarning
 from .frozen import FrozenModel
@@ -27,12 +26,10 @@ from .graph.cuts import find_layer, layer_names, observation_nodes, penultimate
 from .inference.forms import fast_form
 from .inference.measure import make_pruning_report
 from .inference.report import PruningReport, promise_of
-from .pruning.builder import Builder, Split
-from .pruning.options import PruningOptions
-from .pruning.recipe import Recipe, sliceable
+from .pruning.costs import check_sliceable
+from .pruning.recipe import PruningOptions, Recipe, sliceable
 from .pruning.scoring import Scored, gather, score
-from .pruning.search import Goal, Judged, judge, search, split_samples, walk
-from .pruning.share import check_sliceable
+from .pruning.search import Builder, Goal, Judged, Split, judge, search, split_samples, walk
 from .pruning.tvsprune import prune_in_rounds
 from .slicing.groups import ChannelGroup
 from .utils.jobs import over_chunks

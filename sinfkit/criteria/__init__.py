@@ -8,7 +8,7 @@ from .brain_surgeon import (
     removal_costs,
     weigh_outputs,
 )
-from .discriminability import DCSResult, discriminative_capability
+from .discriminability import DCSResult, Probe, discriminative_capability, fit_probe
 from .feature_maps import (
     MAX_IMAGES,
     STATISTICS,
@@ -17,7 +17,6 @@ from .feature_maps import (
     map_statistics,
     map_zeros,
 )
-from .probe import Probe, fit_probe
 from .registry import CRITERIA, Criterion, LayerData, get_criterion
 from .separability import (
     abs_snr,

@@ -1,8 +1,7 @@
 """Samples and labels: checked, matched with the network, read in batches."""
 
-from .calibration import Batcher, Calibration
+from .calibration import Batcher, Calibration, check_order, match_classes, warn_if_mismatched
 from .images import LazyImages, images_of, with_labels
-from .labels import check_order, match_classes, warn_if_mismatched
 from .validation import (
     hold_out,
     validate_weight,

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from ..data.validation import Images
+from ..data.images import Images
 from ..graph.cost import fold_batch_norm
 from ..graph.tracing import trace
-from ..inference.network import Route, SINFNetwork
-from ..inference.router import cluster_posterior
+from ..inference.network import Route, SINFNetwork, cluster_posterior
 from ..utils.device import settle_after_fork
 from ..utils.params import check_choice, check_flag, check_integer, check_kind, check_path
 from ..utils.pickling import pack

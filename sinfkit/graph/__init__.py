@@ -5,20 +5,17 @@ from .cuts import (
     CutPoint,
     batch_norm_behind,
     channel_axis,
-    copy_sharing_weights,
     cut_points,
     find_cut,
     find_layer,
     layer_names,
     observation_nodes,
-    opaque_modules,
     output_layer,
     penultimate,
     split,
     with_capture,
 )
-from .fidelity import check_traced
-from .tracing import trace
+from .tracing import check_traced, copy_sharing_weights, opaque_modules, trace
 
 __all__ = [
     "CutPoint",

@@ -24,7 +24,6 @@ import torch.fx._symbolic_trace
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .fidelity import logits_of
 from .nodes import is_layer, is_switched
 
 __all__ = ["EVAL", "NeedsDataError", "Recorder", "Replayer", "UntraceableError"]
@@ -512,3 +511,20 @@ def _asserted(frame: FrameType) -> bool | None:
 def _raises_assertion(instruction: dis.Instruction) -> bool:
     """Whether an ``assert`` that fails goes on with an instruction."""
     return instruction.opname == "LOAD_ASSERTION_ERROR" or instruction.argrepr == "AssertionError"
+
+
+def output_of(module: nn.Module, X: Tensor) -> Tensor:
+    """The logits that a module gives for samples that it may overwrite."""
+    given = module(X.clone())
+    found: Tensor = given if isinstance(given, Tensor) else logits_of(given)
+    return found
+
+
+def logits_of(output: Any) -> Any:
+    """Of a model's output, the class scores: the field "logits", or the only element."""
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, dict):
+        found = output.get("logits")
+    if found is None and isinstance(output, tuple | list) and len(output) == 1:
+        found = output[0]
+    return output if found is None else found

@@ -1,4 +1,4 @@
-"""From a model to a graph of its operations, by torch.fx, without touching the model."""
+"""From a model to a graph of its operations that is known to compute the same, without its head."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from ..utils.device import full_float32, is_out_of_memory
 from ..utils.params import caller_level
-from .fidelity import close
 from .nodes import called_module, holds_layers, is_identity, is_layer, is_shape_query, out_of_place
 from .plain import made_plain
-from .recording import NeedsDataError, Recorder, Replayer, UntraceableError
-
-__all__ = ["trace"]
+from .recording import NeedsDataError, Recorder, Replayer, UntraceableError, output_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -252,3 +250,170 @@ def _renumbered(graph: fx.Graph) -> fx.Graph:
         kwargs = fx.map_arg(node.kwargs, env.__getitem__)
         env[node] = new.create_node(node.op, node.target, args, kwargs)
     return new
+
+
+_N_SAMPLES = 4
+_STATISTICS = (
+    "It may have a batch-norm with track_running_stats=False, or take a mean over the batch: its "
+    "answers would change with batch_size. Train it with running statistics, or set them from data."
+)
+# Of the largest value. Graph and network run the same kernels on the same tensors.
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def check_traced(graph: fx.GraphModule, module: nn.Module, X: Tensor) -> None:
+    """Compare a graph with the module it was traced from, on a few real samples.
+
+    Raises ValueError, with what is likely to be the cause, if they differ, or if the answer for a
+    sample depends on the others of its batch. `X` is of shape (n, ...), normalised.
+    """
+    X = X[:_N_SAMPLES]
+    with torch.inference_mode(), full_float32():
+        first, again = output_of(module, X), output_of(module, X)
+        if not close(first, again):
+            raise ValueError(
+                "The model gives another answer when it is asked again: its forward draws random "
+                "numbers, or keeps state from call to call, in eval mode. Seed the draw with the "
+                "input or take it out; switch Monte Carlo dropout off."
+            )
+        found = graph(X.clone())
+    if not close(found, first):
+        raise ValueError(
+            "The model could not be followed: the graph recorded from its forward gives other "
+            f"answers than the model itself (off by {difference(found, first):.2g} of the "
+            f"largest). {_cause(module)}"
+        )
+    _check_alone(module, X, first)
+
+
+def _check_alone(module: nn.Module, X: Tensor, together: Tensor) -> None:
+    """Raise where samples get other answers alone than `together`."""
+    if len(X) < 2:
+        return
+    with torch.inference_mode(), full_float32():
+        try:
+            alone = torch.cat([output_of(module, x) for x in X.split(1)])
+        except Exception as error:  # a network may raise what it likes
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"The model cannot take one sample alone. {_STATISTICS}") from error
+    if not close(alone, together):
+        raise ValueError(
+            "The model's answer for a sample depends on the others of its batch (by "
+            f"{difference(alone, together):.2g} of the largest). {_STATISTICS}"
+        )
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two outputs are the same but for rounding."""
+    if found.shape != wanted.shape:
+        return False
+    same = torch.isfinite(wanted) == torch.isfinite(found)
+    return bool(same.all()) and difference(found, wanted) <= _TOLERANCES.get(wanted.dtype, 1e-4)
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference of two outputs, relative to the largest value."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    finite = torch.isfinite(wanted)
+    if not bool(finite.any()):
+        return 0.0
+    gap = (found.double() - wanted.double())[finite].abs().max()
+    largest = wanted[finite].double().abs().max().clamp_min(1e-12)
+    return float(gap / largest)
+
+
+def _cause(module: nn.Module) -> str:
+    """What is likely to have been lost."""
+    hooked = [
+        name or "the model itself"
+        for name, part in module.named_modules()
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+    ]
+    if hooked:
+        return (
+            f"It has hooks, or a forward set on the object, at {', '.join(hooked[:3])}: put what "
+            "they do into the module's class."
+        )
+    return (
+        "Its forward may write in place into a view (a slice, a chunk, out=), or use something "
+        "computed once outside of it: write y = f(x) instead of f_(x[...]), and concatenate."
+    )
+
+
+_MODULES = {nn.Softmax: "softmax", nn.LogSoftmax: "log_softmax", nn.Sigmoid: "sigmoid"}
+_FUNCTIONS = {
+    "softmax": "softmax",
+    "log_softmax": "log_softmax",
+    "sigmoid": "sigmoid",
+    "expit": "sigmoid",
+    "log": "log",
+}
+# They move numbers about and change none.
+_SHAPES = frozenset("contiguous flatten reshape squeeze to float view".split())
+
+
+def without_head(gm: fx.GraphModule, samples: Tensor | None = None) -> fx.GraphModule:
+    """Leave out what turns logits into probabilities at the end of a graph, which is changed.
+
+    With `samples`, of shape (n, ...), whether the head on the logits gives what it gave is checked,
+    and the graph is left as it was where not: its softmax is over something else.
+    """
+    output = gm.graph.find_nodes(op="output")[0]
+    found: list[tuple[fx.Node, str]] = []
+    node = output.args[0]
+    while isinstance(node, fx.Node) and node.all_input_nodes:
+        kind = _kind(gm, node)
+        if kind is not None:
+            found.append((node, kind))
+        elif not (_name(node) in _SHAPES or is_identity(gm, node)):
+            break
+        if kind in ("softmax", "log_softmax", "sigmoid"):
+            break
+        node = node.all_input_nodes[0]
+    heads = [kind for _, kind in reversed(found)]
+    if not heads or heads[0] == "log":  # of something else than a softmax
+        return gm
+    before = None if samples is None else gm(samples)
+    changed: list[tuple[fx.Node, fx.Node, fx.Node]] = []
+    for head, _ in reversed(found):
+        source = head.all_input_nodes[0]
+        for user in list(head.users):
+            user.replace_input_with(head, source)
+            changed.append((user, source, head))
+    gm.recompile()
+    if samples is not None and before is not None:
+        if not close(_applied(heads, gm(samples)), before):
+            for user, source, head in reversed(changed):
+                user.replace_input_with(source, head)
+            gm.recompile()
+            return gm
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def _applied(heads: list[str], logits: Tensor) -> Tensor:
+    """What heads make of logits, the first one first."""
+    for kind in heads:
+        if kind == "log":
+            logits = logits.log()
+        else:
+            logits = logits.sigmoid() if kind == "sigmoid" else getattr(logits, kind)(1)
+    return logits
+
+
+def _kind(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """Which head a node is, if any."""
+    module = called_module(gm, node)
+    if module is not None:
+        return _MODULES.get(type(module))
+    return _FUNCTIONS.get(_name(node))
+
+
+def _name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls."""
+    if node.op == "call_method":
+        return str(node.target)
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""

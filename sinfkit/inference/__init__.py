@@ -2,17 +2,19 @@
 
 from .forms import HalfNetwork, PackedNetwork, fast_form, half_precision
 from .measure import base_for_timing, branch_costs
-from .network import Normalise, SINFNetwork, own_classes
-from .prepacked import PrepackedConv2d, can_prepack, group_size, prepacked
-from .report import ClusterRow, Promise, PruningReport, SINFReport
-from .router import (
+from .network import (
+    Normalise,
     RoutePredictor,
+    SINFNetwork,
     choose_exit,
     choose_threshold,
     cluster_posterior,
     fit_route_predictor,
     fuse,
+    own_classes,
 )
+from .prepacked import PrepackedConv2d, can_prepack, group_size, prepacked
+from .report import ClusterRow, Promise, PruningReport, SINFReport
 
 __all__ = [
     "SINFReport",

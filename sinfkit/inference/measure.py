@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.calibration import Batcher
-from ..data.validation import Images, check_answers
+from ..data.images import Images
+from ..data.validation import check_answers
 from ..graph.cost import Latency, count_macs, count_parameters, fold_batch_norm, paired_latency
-from ..graph.cuts import trace
+from ..graph.tracing import trace
 from ..promise import count_discordant
 from ..utils.device import in_pieces
 from .forms import fast_form

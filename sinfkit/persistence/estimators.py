@@ -26,11 +26,10 @@ from ..errors import NotPlainError, StorageError
 from ..frozen import FrozenModel
 from ..graph.cost import fold_batch_norm
 from ..graph.cuts import find_cut, output_layer, split
-from ..inference.network import FALLBACKS, Normalise, SINFNetwork
-from ..inference.router import RoutePredictor
+from ..inference.network import FALLBACKS, Normalise, RoutePredictor, SINFNetwork
 from ..pruner import DCSPruner, recipe_of
-from ..pruning.options import PruningOptions
-from ..routing.config import RoutingOptions
+from ..pruning.recipe import PruningOptions
+from ..routing.study import RoutingOptions
 from ..utils.device import loaded_device, resolve_device
 from ..utils.params import check_integer, check_path
 from ..utils.pickling import versions

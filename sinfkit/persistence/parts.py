@@ -17,9 +17,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import NotPlainError, StorageError
-from ..graph.heads import without_head
 from ..graph.nodes import function_name
-from ..graph.tracing import copy_sharing_weights, trace
+from ..graph.tracing import copy_sharing_weights, trace, without_head
 from ..repair.low_rank import NARROW, WIDE, insert_factors
 from ..slicing.channels import NARROWABLE, is_depthwise
 from ..zoo import networks as models

@@ -1,24 +1,26 @@
 """How many filters go from each layer, and the smaller network that results."""
 
-from .budget import Budgeted, budgeted_widths, shared_widths, tighten
-from .builder import Builder, Pruned, Split
-from .costs import UNITS, CostModel, network_cost
+from ..errors import OutOfReachError
+from .costs import Budgeted, CostModel, budgeted_widths, network_cost, shared_widths, tighten
 from .layer_times import LayerTime, expected_seconds, fit_layer_times, layer_seconds
-from .options import PruningOptions
-from .recipe import Recipe, choose_channels, extract, sliceable
-from .schedules import (
+from .recipe import (
     SCHEDULES,
-    OutOfReachError,
+    UNITS,
+    PruningOptions,
+    Recipe,
+    choose_channels,
+    extract,
     marginal_losses,
     n_above_mean,
     n_removed,
     removal_order,
     removal_ratios,
     select_top,
+    sliceable,
     widths_within,
 )
 from .scoring import ClassSamples, Scored, group_scores, score_classes
-from .search import SIZES, Goal, Judged, judge, search, split_samples, walk
+from .search import SIZES, Builder, Goal, Judged, Pruned, Split, judge, search, split_samples, walk
 from .tvsprune import FACTORS, prune_in_rounds
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a network costs, as a function of how many channels are left in each group.
+"""What a network costs with fewer channels in its groups, and which widths keep to a budget.
 
 A layer multiplies each of its inputs with each of its outputs, so its cost is its dense cost times
 the fraction of inputs left times the fraction of outputs left.  That is exact for multiplications
@@ -7,21 +7,27 @@ and for parameters; for time it is a model, with the overhead of each call besid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.isotonic import isotonic_regression
 from torch import Tensor, fx, nn
 
-from ..graph.cost import count_macs
-from ..slicing.channels import NARROWABLE, ChannelGroup, is_depthwise, width
-from .layer_times import LayerTime
-
-__all__ = ["UNITS", "CostModel", "network_cost"]
-
-UNITS = ("macs", "params", "latency")
-"""What a budget may be counted in."""
+from ..data.calibration import Calibration
+from ..errors import OutOfReachError, SlicingWarning, UnsliceableError
+from ..graph.cost import count_macs, paired_latency
+from ..slicing.channels import NARROWABLE, is_depthwise, width
+from ..slicing.groups import ChannelGroup, slice_channels
+from ..utils.params import caller_level
+from .layer_times import LayerTime, fit_layer_times
+from .recipe import UNITS, Recipe, choose_channels, marginal_losses, widths_within
+from .scoring import Scored
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,3 +178,185 @@ def _narrowable(module: nn.Module) -> bool:
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return False
     return isinstance(module, NARROWABLE)
+
+
+_REPEATS = 15  # rounds of a measurement
+_BISECTIONS = 5
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """Channels left in each group, by name, and the network's cost over that of the base."""
+
+    widths: dict[str, int]
+    cost_ratio: float
+
+
+def shared_widths(
+    groups: Sequence[ChannelGroup],
+    scored: Sequence[Scored],
+    cost: CostModel,
+    recipe: Recipe,
+    budget: float | None = None,
+) -> dict[str, int]:
+    """One width for each group, for one or several clusters, that keeps to a budget.
+
+    `scored` has one entry for each cluster; `groups` are those of `cost`.  Clusters keep different
+    filters but equally many, so that one compiled graph serves all.  What the n-th removal costs is
+    the mean over clusters of what each one's own costs; one that makes cheaper ones possible is
+    taken together with them (the lower convex hull of `Scored.losses`).
+    """
+    budget = recipe.budget if budget is None else budget
+    if budget is None:
+        raise ValueError("schedule='global' needs a budget, the fraction of the cost that stays.")
+    losses = [np.mean([_losses(group, one, recipe) for one in scored], axis=0) for group in groups]
+    widths = widths_within(losses, cost, budget, recipe.max_ratio)
+    return {group.name: int(n) for group, n in zip(groups, widths, strict=True)}
+
+
+def _losses(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.float64]:
+    """Comparable losses of one group, one entry for all channels that have to go together."""
+    losses = _each(group, scored, recipe)
+    together = recipe.round_to // math.gcd(recipe.round_to, group.n_runs)
+    # A layer whose own width is no multiple has no widths to round to.
+    return losses if len(losses) % together else losses.reshape(-1, together).sum(1)
+
+
+def _each(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.float64]:
+    """Comparable losses of one group, from scores of one set of classes."""
+    try:
+        if group.name in scored.losses:
+            return isotonic_regression(np.diff(scored.losses[group.name], prepend=0.0))
+        if recipe.criterion.cumulative:
+            scores = scored.layers[group.name]
+            # A group whose readers are unknown was ranked by L1 norm, in shares that add up to 1.
+            if abs(scores.sum() - 1) > 1e-9:
+                return marginal_losses(scores, group.n_runs, cumulative=True)
+        return marginal_losses(scored.groups[group.name], group.n_runs)
+    except ValueError as error:
+        raise ValueError(f"Layer {group.name!r}: {error}.") from error
+
+
+def budgeted_widths(
+    graph: fx.GraphModule,
+    groups: Sequence[ChannelGroup],
+    chosen: Sequence[ChannelGroup],
+    scored: Scored,
+    recipe: Recipe,
+    batch: Tensor,
+    others: Mapping[str, np.ndarray],
+    budget: float,
+) -> Budgeted:
+    """Find the widths of one network under a budget; OutOfReachError where there are none.
+
+    `groups` are all of the network's, `chosen` those that may be narrowed, `others` the channels
+    kept of other groups, by name.  A latency is measured on the whole of `batch` (n, ...) at once.
+    """
+    unit = recipe.budget_unit
+    times = fit_layer_times(graph, groups, chosen, batch) if unit == "latency" else None
+    kept = {name: len(channels) for name, channels in others.items()}
+    cost = network_cost(graph, groups, chosen, batch, unit, kept=kept, times=times)
+    if unit != "latency":
+        widths = shared_widths(chosen, [scored], cost, recipe, budget)
+        return Budgeted(widths, cost.total(list(widths.values())) / cost.base)
+
+    def measure(modelled: float) -> float:
+        widths = shared_widths(chosen, [scored], cost, recipe, modelled)
+        keep = choose_channels(chosen, scored.groups, recipe, widths) | dict(others)
+        small = slice_channels(graph, batch[:1], keep, groups=groups).model
+        functions: dict[str, Callable[[], Any]] = {
+            "base": lambda: graph(batch),
+            "small": lambda: small(batch),
+        }
+        return paired_latency(functions, repeats=_REPEATS).ratio("small", "base")
+
+    modelled, measured = tighten(measure, budget)
+    return Budgeted(shared_widths(chosen, [scored], cost, recipe, modelled), measured)
+
+
+def tighten(
+    measure: Callable[[float], float], budget: float, n_bisections: int = _BISECTIONS
+) -> tuple[float, float]:
+    """Find the largest budget in a model that keeps to a budget in truth.
+
+    `measure` maps the first to the true cost ratio, or raises OutOfReachError.  `budget` is tried
+    first; then the interval between too wide and narrow enough is halved, `n_bisections` times.
+    Returns the budget in the model, and the true ratio.
+    """
+    measured = measure(budget)
+    if measured <= budget:
+        return budget, measured
+    low, high = 0.0, budget
+    best: tuple[float, float] | None = None
+    fastest = measured
+    for _ in range(n_bisections):
+        modelled = (low + high) / 2
+        try:
+            measured = measure(modelled)
+        except OutOfReachError:
+            low = modelled  # no network is so small
+            continue
+        fastest = min(fastest, measured)
+        if measured <= budget:
+            low, best = modelled, (modelled, measured)
+        else:
+            high = modelled
+    if best is None:
+        raise OutOfReachError(
+            f"budget={budget:g} cannot be met: the fastest network that was measured takes "
+            f"{fastest:.2f} of the base's time. Choose a larger budget or max_ratio."
+        )
+    return best
+
+
+LEAST_SHARE = 0.05
+_REASONS = 4  # that are named
+
+
+def check_sliceable(
+    calibration: Calibration,
+    chosen: Sequence[ChannelGroup],
+    within: Collection[str],
+    allow: bool,
+    verbose: int,
+) -> float:
+    """Share of the multiplications that slicing can reach; an error where that is next to none."""
+    share = sliceable_share(calibration, chosen)
+    text = what_stays_whole(calibration, within, share)
+    if share < LEAST_SHARE and not allow:
+        raise UnsliceableError(
+            f"{text} Hardly anything could be removed. options=PruningOptions("
+            "allow_unsliceable=True) prunes all the same."
+        )
+    if "whole" in text:
+        warnings.warn(text, SlicingWarning, stacklevel=caller_level())
+    elif verbose:
+        print(f"DCSPruner: {text}")
+    return share
+
+
+def sliceable_share(calibration: Calibration, chosen: Sequence[ChannelGroup]) -> float:
+    """Share of the base's multiplications that go with the channels of `chosen`."""
+    cost = network_cost(calibration.graph, calibration.groups, chosen, calibration.example)
+    return float(1 - cost.total(np.zeros(len(chosen))) / cost.base) if cost.base else 0.0
+
+
+def what_stays_whole(calibration: Calibration, within: Iterable[str], share: float) -> str:
+    """One line: what share can be sliced, and why the rest cannot, largest reasons first."""
+    total, by_layer = count_macs(calibration.graph, calibration.example)
+    allowed = set(within)
+    reasons: defaultdict[str, float] = defaultdict(float)
+    for group in calibration.groups:
+        if (
+            group.is_output
+            or not group.reason_unsliceable
+            or not allowed.intersection(group.layers)
+        ):
+            continue
+        for layer in group.layers:
+            reasons[group.reason_unsliceable] += by_layer.get(layer, 0) / max(total, 1)
+    text = f"{share:.0%} of the multiplications can be sliced"
+    if reasons:
+        largest = sorted(reasons.items(), key=lambda item: -item[1])[:_REASONS]
+        text += "; what stays whole: " + ", ".join(f"{part:.0%} ({why})" for why, part in largest)
+    return text + "."

@@ -23,8 +23,7 @@ from ..data.calibration import Calibration, progress
 from ..graph.cuts import batch_norm_behind, observation_nodes
 from ..slicing.groups import ChannelGroup
 from ..utils.jobs import Rows
-from .recipe import Recipe
-from .schedules import removal_order
+from .recipe import Recipe, removal_order
 
 __all__ = ["ClassSamples", "Scored", "gather", "group_scores", "score", "score_classes", "selected"]
 

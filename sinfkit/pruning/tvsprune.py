@@ -19,11 +19,9 @@ from ..criteria.activations import collect
 from ..graph.cuts import observation_nodes
 from ..repair.walk import graph_of
 from ..slicing.groups import ChannelGroup, find_groups
-from .builder import Builder, Pruned, Split, mend
-from .recipe import choose_channels, extract, sliceable
-from .schedules import n_above_mean
+from .recipe import choose_channels, extract, n_above_mean, sliceable
 from .scoring import ClassSamples, Scored, score_classes
-from .search import Goal, Witness
+from .search import Builder, Goal, Pruned, Split, Witness, mend
 
 __all__ = ["FACTORS", "prune_in_rounds"]
 

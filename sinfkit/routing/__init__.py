@@ -1,18 +1,16 @@
 """ROUTE, at fit time: where to put the route predictor, which clusters, and the search."""
 
 from .assembly import build_subgraph, pooled_output
+from .builder import ROUTER_WEIGHTS, TEMPERATURES, HeldOut, choose_weight, routed_answers
 from .clusters import (
     activation_affinity,
     agglomerate,
     confusion_affinity,
     read_mapping,
 )
-from .config import BUDGETS
-from .fusion import ROUTER_WEIGHTS, TEMPERATURES, HeldOut, choose_weight, routed_answers
-from .gates import Gates, Passage, Signals, let_through
-from .goal import Goal, Outcome, hill_climb
-from .placement import Candidate, rank_candidates, some_of_each
-from .study import Samples
+from .gates import Gates, Outcome, Passage, Signals, let_through
+from .search import Candidate, Goal, hill_climb, rank_candidates, some_of_each
+from .study import BUDGETS, Samples
 
 __all__ = [
     "BUDGETS",

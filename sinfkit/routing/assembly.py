@@ -16,9 +16,8 @@ from ..criteria.activations import pool
 from ..data.calibration import Calibration, progress
 from ..graph.cost import fold_batch_norm
 from ..graph.cuts import CutPoint, layer_names, split
-from ..inference.network import Normalise, SINFNetwork, own_classes
-from ..inference.router import RouteFit, cluster_posterior
-from ..pruning.budget import shared_widths
+from ..inference.network import Normalise, RouteFit, SINFNetwork, cluster_posterior, own_classes
+from ..pruning.costs import shared_widths
 from ..pruning.recipe import choose_channels, extract, sliceable
 from ..pruning.scoring import Scored
 from ..repair.low_rank import factorize
@@ -29,8 +28,7 @@ from ..utils.device import in_pieces
 from ..utils.jobs import Rows, Shared, run, with_shared
 from ..utils.params import naming
 from ..utils.pickling import Packed, pack
-from .config import Size
-from .study import Study, sides
+from .study import Size, Study, sides
 
 _FEW_ROUTED = 64  # samples, too few to repair a subgraph with
 

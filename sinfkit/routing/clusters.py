@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..criteria.discriminability import average, centred
-from ..criteria.probe import fit_probe
+from ..criteria.discriminability import average, centred, fit_probe
 from ..errors import ArgumentError
 from ..utils.params import caller_level, naming
 

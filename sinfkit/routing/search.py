@@ -1,16 +1,289 @@
-"""Searches the sizes, numbers of clusters and ranks for the network that serves the goal best."""
+"""What to build: places for the route predictor, numbers of clusters, sizes and ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..criteria.activations import collect
 from ..errors import OutOfReachError, UnreachableShareError
+from ..graph.cost import count_macs
+from ..graph.cuts import CutPoint, cut_points, find_cut
+from ..inference.network import cluster_posterior, fit_route_predictor, fuse
+from ..pruning.recipe import Recipe, choose_channels
+from ..slicing.groups import ChannelGroup, slice_channels
+from ..utils.params import caller_level, naming
 from .builder import Builder, Built, set_gates
-from .certify import Verdict, judge
-from .config import Plan
-from .goal import Goal, Outcome, hill_climb
+from .clusters import Clusters, Grouping, group_classes
+from .gates import Outcome, Signals, Verdict, choose_gates, judge, let_through
+from .study import Plan, Samples, Size, Study, sides
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the search is for: the cheapest within a loss, or the most accurate at a speed."""
+
+    max_drop: float
+    speedup: float | None = None
+
+    def reached(self, outcome: Outcome) -> bool:
+        """Tell whether an outcome is within the limit."""
+        if self.speedup is not None:
+            return outcome.speedup >= self.speedup
+        return outcome.drop <= self.max_drop + 1e-12
+
+    def better(self, a: Outcome, b: Outcome) -> bool:
+        """Tell whether `a` serves the goal better than `b`.
+
+        Within the limit, the cheaper (for a speed: the more accurate) is better; outside, the one
+        that is nearer to the limit.
+        """
+        inside = self.reached(a)
+        if inside != self.reached(b):
+            return inside
+        if self.speedup is None:
+            return a.cost < b.cost if inside else a.drop < b.drop
+        return a.drop < b.drop if inside else a.speedup > b.speedup
+
+    @property
+    def away(self) -> int:
+        """Which way, over sizes from careful to bold, leads away from the limit."""
+        return 1 if self.speedup is None else -1
+
+
+def hill_climb(
+    evaluate: Callable[[int], Outcome], n_sizes: int, start: int, goal: Goal
+) -> tuple[int, Outcome]:
+    """Find the best of sizes, from careful to bold, over which the outcome has one summit."""
+    best, found = start, evaluate(start)
+    for step in (1, -1):
+        index = start + step
+        while 0 <= index < n_sizes:
+            outcome = evaluate(index)
+            if goal.better(outcome, found):
+                best, found = index, outcome
+            elif goal.reached(found) or step == goal.away:
+                break
+            index += step
+        if best != start and (goal.reached(found) or step != goal.away):
+            break
+    return best, found
+
+
+_PROBE_SAMPLES = 5_000
+_CLUSTERS = (1, 2, 5, 10, 20)  # tried where no number is given
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place for the route predictor, and what is expected of it on held-out samples.
+
+    `n_clusters` is what was asked for; `route_accuracy` the share of samples whose cluster the
+    probe predicts.  `accuracy` is that of the unpruned network (restricted to the routed cluster,
+    where subgraphs answer no other classes), fused with the probe, fallback and exits included:
+    what routing alone costs.  `macs` are the expected multiplications per sample after slicing.
+    """
+
+    cut: CutPoint
+    n_clusters: int
+    route_accuracy: float
+    accuracy: float
+    macs: float
+
+
+def plan_networks(
+    study: Study,
+    groupings: Mapping[int, Grouping],
+    route_layer: str | float,
+) -> list[Plan]:
+    """Where to cut and how many clusters to make: the most promising plan first.
+
+    One plan for each number of clusters, with the cut that suits it best, of middle size.  Nothing
+    is tried where there is nothing to choose.
+    """
+    graph, size = study.calibration.graph, study.config.middle_size
+    if isinstance(route_layer, str) and route_layer != "auto":
+        with naming("route_layer"):
+            cuts = [find_cut(graph, route_layer)]
+    else:
+        cuts = usable_cuts(graph, cut_points(graph), study.calibration.output)
+    if not cuts:
+        raise ValueError(
+            "The model has no place where it can be cut in two. Pass it as "
+            "nn.Sequential(prefix, rest)."
+        )
+    if len(cuts) == 1 and len(groupings) == 1:
+        return [Plan(cuts[0], next(iter(groupings.values())), size)]
+    few = some_of_each(study.fit, _PROBE_SAMPLES, study.rng())
+    candidates = try_cuts(study, cuts, groupings, few)
+    reach = None if isinstance(route_layer, str) else float(route_layer)
+    target = study.choose.mean(study.base_right(study.choose)) - study.config.max_accuracy_drop
+    best: dict[int, Plan] = {}
+    for found in rank_candidates(candidates, reach, target):
+        best.setdefault(found.n_clusters, Plan(found.cut, groupings[found.n_clusters], size))
+    return list(best.values())
+
+
+def groupings_to_try(grouping: Grouping, n_classes: int) -> dict[int, Grouping]:
+    """Groupings of several numbers of clusters, of two classes or more on average."""
+    most = min(n_classes, max(2, n_classes // 2))
+    return {n: replace(grouping, n_clusters=n) for n in _CLUSTERS if n <= most}
+
+
+def some_of_each(samples: Samples, n: int, rng: np.random.Generator) -> Samples:
+    """At most `n` of the samples, drawn by chance, but one of each class in any case."""
+    order = rng.permutation(len(samples.y))
+    first = np.unique(samples.y[order], return_index=True)[1]
+    rows = np.concatenate((order[first], np.delete(order, first)[: max(n - len(first), 0)]))
+    return samples.some(rows)
+
+
+def usable_cuts(graph: fx.GraphModule, cuts: Sequence[CutPoint], output: str) -> list[CutPoint]:
+    """Cuts with a hidden layer behind them, so that a subgraph has something to leave out."""
+    return [cut for cut in cuts if set(sides(graph, cut)[1]) - {output}]
+
+
+def rank_candidates(
+    candidates: Sequence[Candidate], route_accuracy: float | None, target: float
+) -> list[Candidate]:
+    """Order the candidates, which come in forward order, the best first.
+
+    Those that reach `route_accuracy` are in front, the earliest first (stated by the paper, with
+    75 %).  Then those expected to keep the accuracy `target`, the cheapest first; then the rest,
+    the most accurate first.  Warns where none reaches `route_accuracy`.
+    """
+    good = [c for c in candidates if c.accuracy >= target]
+    poor = [c for c in candidates if c.accuracy < target]
+    ranked = sorted(good, key=lambda c: (c.macs, -c.accuracy))
+    ranked += sorted(poor, key=lambda c: -c.accuracy)
+    if route_accuracy is None:
+        return ranked
+    early = [c for c in candidates if c.route_accuracy >= route_accuracy]
+    if not early:
+        best = ranked[0]
+        warnings.warn(
+            f"No layer predicts the cluster with {route_accuracy:.0%} accuracy on held-out "
+            f"samples; {best.cut.name!r} ({best.route_accuracy:.0%}) is taken, which keeps the "
+            "best accuracy for the time it saves. Fewer clusters, or clusters by confusion, route "
+            "better.",
+            UserWarning,
+            stacklevel=caller_level(),
+        )
+    return early + [c for c in ranked if c not in early]
+
+
+def expected_macs(study: Study, cut: CutPoint, size: Size) -> tuple[float, float, float]:
+    """Multiplications of prefix, subgraph and dense tail for one sample, as shares of the base's.
+
+    Prefix and subgraph are sliced; the subgraph answers all classes.
+    """
+    config, (total, dense) = study.config, study.macs
+    names = sides(study.calibration.graph, cut)
+    before, tail = (sum(dense.get(name, 0) for name in part) / total for part in names)
+    if config.shares_budget:
+        assert size.budget is not None
+        # Which layers will lose how much depends on scores that are not known yet.
+        return size.budget * before, size.budget * tail, tail
+    early, late = study.groups(cut)
+    keep = first_channels(early, config.prefix)
+    if size.budget is None:
+        keep |= first_channels(late, config.subgraphs)
+    graph, example = study.calibration.graph, study.calibration.example
+    smaller = slice_channels(graph, example, keep, groups=study.calibration.groups).model
+    sliced = count_macs(smaller, example)[1]
+    prefix, subgraph = (sum(sliced.get(name, 0) for name in part) / total for part in names)
+    if size.budget is not None:
+        subgraph = max(size.budget - prefix, 0.0)
+    return prefix, subgraph, tail
+
+
+def first_channels(groups: Sequence[ChannelGroup], recipe: Recipe) -> dict[str, np.ndarray]:
+    """As many channels as `recipe` keeps, whichever: enough to count multiplications."""
+    zeros = {group.name: np.zeros(group.n_channels) for group in groups}
+    return choose_channels(groups, zeros, recipe)
+
+
+def try_cuts(
+    study: Study, cuts: Sequence[CutPoint], groupings: Mapping[int, Grouping], few: Samples
+) -> list[Candidate]:
+    """Fit a probe behind each cut, on `few` samples, and estimate what routing there would give.
+
+    Returns one candidate for each cut and each number of clusters, those of `groupings`.
+    """
+    nodes = {cut.name: cut.node for cut in cuts}
+    pool_size = next(iter(groupings.values())).pool_size
+    seen, held = (
+        collect(study.calibration.graph, study.batches(samples), nodes, pool_size).pooled
+        for samples in (few, study.choose)
+    )
+    found = []
+    for cut in cuts:
+        route = fit_route_predictor(
+            seen[cut.name],
+            few.y,
+            held[cut.name],
+            study.choose.y,
+            pool_size=pool_size,
+            weight=few.weight,
+            held_out_weight=study.choose.weight,
+        )
+        for n_clusters, grouping in groupings.items():
+            with naming("clusterer"):
+                clusters = group_classes(
+                    grouping,
+                    study.calibration.table.classes,
+                    seen[cut.name],
+                    few.y,
+                    route.penalty,
+                    study.calibration.seed,
+                    few.weight,
+                )
+            found.append(estimate(study, cut, n_clusters, route.log_posterior, clusters))
+    return found
+
+
+def estimate(
+    study: Study, cut: CutPoint, n_clusters: int, log_posterior: Tensor, clusters: Clusters
+) -> Candidate:
+    """What routing by a probe is expected to give: subgraphs as good as the base, but smaller."""
+    config, held, size = study.config, study.choose, study.config.middle_size
+    class_clusters = torch.as_tensor(clusters.class_clusters)
+    posterior = cluster_posterior(log_posterior, class_clusters, len(clusters.names))
+    confidence, chosen = posterior.max(1)
+    members = (class_clusters == chosen[:, None]) | (config.answers == "all")
+    routed = fuse(log_posterior, study.base_logits(held), members, 0.5).argmax(1).numpy() == held.y
+    sure, early = (part.numpy() for part in log_posterior.max(1))
+    prefix, subgraph, tail = expected_macs(study, cut, size)
+    base = config.fallback == "base"
+    signals = Signals(
+        study.base_right(held),
+        sure,
+        early == held.y,
+        confidence.numpy(),
+        routed,
+        study.base_right(held) if base else routed,
+        np.full(len(held.y), subgraph),
+        np.full(len(held.y), tail if base else subgraph),
+        prefix,
+        held.weight,
+    )
+    # Given thresholds are for the finished network, whose subgraphs are worse than the base.
+    exits = None if config.exit_threshold is None else "auto"
+    passage = let_through(signals, choose_gates(signals, exits, "auto", config.max_accuracy_drop))
+    return Candidate(
+        cut,
+        n_clusters,
+        held.mean(chosen.numpy() == clusters.class_clusters[held.y]),
+        held.mean(passage.right),
+        passage.cost,
+    )
+
 
 _LOW_RANK = 0.5  # tried in a search; at three quarters, two layers take as long as the one
 

@@ -136,7 +136,7 @@ def test_what_is_read_is_let_go_again(n, data, frozen, monkeypatch):
         most[0] = max(most[0], sum(len(one) for one in alive.values()))
         return batch
 
-    monkeypatch.setattr("sinfkit.data.pixels.LOOKED_AT", 32)
+    monkeypatch.setattr("sinfkit.data.images.LOOKED_AT", 32)
     monkeypatch.setattr(LazyImages, "__getitem__", watched)
     dataset = Counting(X, y)
     for estimator in estimators(frozen):
