@@ -23,6 +23,7 @@ from sklearn import get_config
 
 from .device import host_tensor
 from .params import check_integer
+from .pickling import Pickled, dump, load
 
 __all__ = ["Rows", "Shared", "elsewhere", "run", "with_shared"]
 
@@ -72,30 +73,28 @@ class Shared(Generic[Value]):
 
     def __init__(self, value: Value) -> None:
         self._value: Value | None = value
-        self._reduced: tuple[Callable[..., Any], tuple[Any, ...], Any] | None = None
+        self._pickled: Pickled | None = None
         self._token = uuid4().hex
 
     def get(self) -> Value:
         """Return the object: itself in its own process, elsewhere the copy."""
         if self._value is None:
-            # Not on arrival: that is another thread's, and rebuilding traced networks patches torch
-            # for a moment, which a job that runs meanwhile must not see.
+            # Not on arrival: that is another thread's, where what cannot be imported would hang
+            # Dask, and rebuilding traced networks patches torch for a moment, which a job that
+            # runs meanwhile must not see.
             with _LOCK:
                 if self._token not in _UNPACKED:
                     _UNPACKED.clear()  # one, or a worker would fill up with old ones
-                    assert self._reduced is not None
-                    make, arguments, state = self._reduced
-                    value = make(*arguments)
-                    value.__setstate__(state)
-                    _UNPACKED[self._token] = value
-                self._value, self._reduced = _UNPACKED[self._token], None
+                    assert self._pickled is not None
+                    _UNPACKED[self._token] = load(self._pickled)
+                self._value, self._pickled = _UNPACKED[self._token], None
         return cast(Value, self._value)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._reduced is None:
-            # Kept, so that all jobs pickle the same arrays, of which joblib maps large ones once.
-            self._reduced = cast(Any, self._value).__reduce_ex__(4)[:3]
-        return {"_value": None, "_reduced": self._reduced, "_token": self._token}
+        if self._pickled is None:
+            # Kept, so that all jobs send the same arrays, of which joblib maps large ones once.
+            self._pickled = dump(self._value)
+        return {"_value": None, "_pickled": self._pickled, "_token": self._token}
 
     def __sizeof__(self) -> int:
         """Large: Dask sends such arguments once per worker, by itself."""

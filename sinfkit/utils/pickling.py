@@ -169,6 +169,55 @@ class _Unpickler(pickle.Unpickler):
         return self._parameters[key]
 
 
+@dataclass(frozen=True)
+class Pickled:
+    """Any object on its way to another process: a pickle, its arrays, and what scripts define."""
+
+    structure: bytes
+    arrays: list[np.ndarray]
+    main: Mapping[str, Any]
+
+
+def dump(obj: Any) -> Pickled:
+    """Pickle an object, its arrays beside it, uncopied."""
+    buffer, buffers = io.BytesIO(), []
+    pickler = _MainPickler(buffer, protocol=5, buffer_callback=buffers.append)
+    pickler.dump(obj)
+    return Pickled(buffer.getvalue(), [np.asarray(b.raw()) for b in buffers], pickler.main)
+
+
+def load(pickled: Pickled) -> Any:
+    """Counterpart of `dump`; arrays may be read-only."""
+    unpickler = _MainUnpickler(io.BytesIO(pickled.structure), buffers=pickled.arrays)
+    unpickler.main = pickled.main
+    return unpickler.load()
+
+
+class _MainPickler(pickle.Pickler):
+    """Pickler that leaves classes and functions of scripts to the pickler around it."""
+
+    main: dict[str, Any]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.main = {}
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not _is_of_main(obj):
+            return None
+        self.main[obj.__qualname__] = obj
+        return obj.__qualname__
+
+
+class _MainUnpickler(pickle.Unpickler):
+    """Counterpart of `_MainPickler`."""
+
+    main: Mapping[str, Any]
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self.main[pid]
+
+
 def _is_of_main(obj: Any) -> bool:
     """Whether this is a class or function that a script or notebook defines at its top level."""
     kinds = (type, types.FunctionType)

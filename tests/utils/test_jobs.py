@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import sys
 import time
-import uuid
+import types
 import warnings
 from pathlib import Path
 
@@ -19,16 +20,10 @@ from helpers import blobs, small_cnn
 from joblib import Parallel, delayed, parallel_config
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, ShuffleSplit
-from torch import nn
+from workers import Marked, inside, noted_cnn, whose
 
 from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
-from sinfkit.utils import Rows, Shared, elsewhere, run, with_shared
-
-
-def noted_cnn(folder: str) -> nn.Module:
-    """A network that leaves a note of the process that builds it."""
-    (Path(folder) / f"{os.getpid()}-{uuid.uuid4().hex}").touch()
-    return small_cnn()
+from sinfkit.utils import Rows, Shared, elsewhere, with_shared
 
 
 @pytest.fixture(scope="module")
@@ -155,27 +150,14 @@ def test_jobs_stay_on_a_worker_of_dask(client):
     assert all(inner) and not elsewhere()
 
 
-class Marked:
-    """Says in which process, and as which copy, it is used."""
-
-    def __init__(self, model: FrozenModel) -> None:
-        self.model, self.copy = model, "original"
-
-    def __getstate__(self) -> dict:
-        return {"model": self.model}
-
-    def __setstate__(self, state: dict) -> None:
-        self.model, self.copy = state["model"], uuid.uuid4().hex
-
-
-def whose(marked: Marked) -> tuple[int, str]:
-    time.sleep(0.02)  # long enough for both workers to take part
-    return os.getpid(), marked.copy
-
-
-def inside() -> bool:
-    """Whether a job's own jobs run in its process."""
-    return not elsewhere() and run([delayed(os.getpid)()], 2) == [os.getpid()]
+def test_a_network_that_workers_cannot_import_is_an_error(client, frozen, data, monkeypatch):
+    # In the job, where it is told: what fails on a worker's way in is never heard of.
+    here = types.ModuleType("known_here_only")
+    exec("def build():\n    from helpers import small_cnn\n    return small_cnn()", here.__dict__)
+    monkeypatch.setitem(sys.modules, "known_here_only", here)
+    model = FrozenModel.from_file(frozen.weights_file.path, here.build)
+    with parallel_config("dask"), pytest.raises(ModuleNotFoundError, match="known_here_only"):
+        classifier(model, batch_size=32).fit(*data[:2])
 
 
 def test_nothing_goes_elsewhere_unless_asked_to():
