@@ -40,7 +40,7 @@ VALUES = (
 )
 WAYS = ("search", "iterative", "budget 0.7", "budget 0.4", "sinf", "sinf 2", "sinf 4")
 SIZES = (100, 200, 400, 800, 1400, 2000)
-TRAINING_IMAGES, TEST_IMAGES = 4_000, 20_000
+EPOCHS, TRAINING_IMAGES, TEST_IMAGES = 12, 4_000, 20_000
 CONFIDENCE = 0.9
 
 
@@ -128,17 +128,17 @@ NETWORKS = {
 
 
 @functools.cache
-def trained(network: str, epochs: int, folder: Path) -> FrozenModel:
+def trained(network: str, n_images: int, folder: Path) -> FrozenModel:
     """The base, on images of its own; a stopped run finds it in the folder."""
     build, images = NETWORKS[network]
-    X, y = images(TRAINING_IMAGES, np.random.default_rng(1), True)
+    X, y = images(n_images, np.random.default_rng(1), True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build()
     scale = {"mean": [0.5] * X.shape[1], "std": [0.25] * X.shape[1]}
     folder.mkdir(parents=True, exist_ok=True)
-    how = {"epochs": epochs, "max_lr": 0.05, "random_state": 0}
-    how["checkpoint"] = folder / f"{NAME}_{network}_{epochs}.ckpt"
+    how = {"epochs": EPOCHS, "max_lr": 0.05, "random_state": 0}
+    how["checkpoint"] = folder / f"{NAME}_{network}_{n_images}.ckpt"
     return FrozenModel(train_network(model, X, y, **how, **scale), **scale)
 
 
@@ -269,16 +269,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     path = options.out / f"{NAME}{'_quick' * options.quick}.csv"
     if options.quick:
-        options.networks, options.images, options.limits = ["plain"], [100, 600], [0.02]
-        options.ways = ["search", "iterative"]
-    epochs, test_images = (6, 4000) if options.quick else (12, TEST_IMAGES)
+        options.networks, options.images, options.limits = ["depthwise"], [100, 500], [0.05]
+        options.ways = ["search", "budget 0.7"]
+    n_images, test_images = (1000, 2000) if options.quick else (TRAINING_IMAGES, TEST_IMAGES)
     if not options.show:
         table, start = Table(path, KEYS, VALUES), time.monotonic()
         cells = (range(options.seeds), options.limits, options.images, options.ways)
         for seed, limit, images, way, network in itertools.product(*cells, options.networks):
             row = dict(zip(KEYS, (network, way, images, limit, seed), strict=True))
             if row not in table and time.monotonic() - start < 60 * options.minutes:
-                model = trained(network, epochs, options.out)
+                model = trained(network, n_images, options.out)
                 table.add(**row, **fit(row, model, test_images))
     print(summary(read(path)))
 

@@ -221,7 +221,7 @@ def test_only_what_differs_from_the_base_is_stored(data, frozen, tmp_path):
     assert sum(len(c) for name, (_, _, c) in stored.items() if name.startswith("base/")) == base
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(["none", "least_squares"]),
     st.integers(0, 2**31),
@@ -508,10 +508,10 @@ def test_a_file_from_a_gpu_is_loaded_on_the_cpu(classifier, data, tmp_path):
 
 
 def test_hostile_files_are_refused_or_harmless():
-    outcomes, growth = fuzz_files.run(count=250, seed=1)
+    outcomes, growth = fuzz_files.run(count=80, seed=1)
     results = {result for _, result in outcomes}
     assert results == {"refused", "loaded"}, outcomes
-    assert sum(n for (_, result), n in outcomes.items() if result == "refused") > 100
+    assert sum(n for (_, result), n in outcomes.items() if result == "refused") > 30
     assert growth < fuzz_files.MEMORY
 
 

@@ -21,9 +21,9 @@ def digits():
     X = (X / 16).reshape(-1, 1, 8, 8).astype(np.float32)
     network = default_network((1, 8, 8), 10, random_state=0)
     trained = train_network(
-        network, X[:1000], y[:1000], epochs=6, batch_size=64, random_state=0, device="cpu"
+        network, X[:1000], y[:1000], epochs=4, batch_size=64, random_state=0, device="cpu"
     )
-    return FrozenModel(trained), X[1000:], y[1000:]
+    return FrozenModel(trained), X[1000:1400], y[1000:1400]
 
 
 def accuracy(model, X, y):
@@ -38,9 +38,7 @@ def split_of(pruner, y):
     return split_samples(y, np.arange(len(y)), pruner.options.validation_fraction, goal, seed)
 
 
-@pytest.mark.parametrize(
-    ("criterion", "repair"), [("hellinger", "none"), ("dcs", "least_squares"), ("obs", "match")]
-)
+@pytest.mark.parametrize(("criterion", "repair"), [("hellinger", "none"), ("dcs", "least_squares")])
 def test_it_removes_filters_and_stays_above_the_floor(digits, criterion, repair):
     frozen, X, y = digits
     pruner = DCSPruner(
@@ -51,7 +49,7 @@ def test_it_removes_filters_and_stays_above_the_floor(digits, criterion, repair)
         max_accuracy_drop=0.08,
         random_state=0,
         device="cpu",
-        options=PruningOptions(validation_fraction=0.3, repair_samples=200),
+        options=PruningOptions(validation_fraction=0.3, repair_samples=100),
     ).fit(X, y)
     split = split_of(pruner, y)
     for rows in (split.choose, split.certify):
@@ -92,7 +90,7 @@ def test_several_rounds_go_further_than_one_and_say_so(digits, capsys):
         random_state=0,
         device="cpu",
         verbose=1,
-        options=PruningOptions(repair_samples=200),
+        options=PruningOptions(repair_samples=100),
     ).fit(X, y)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("factor")]
     kept = [int(line.split()[2]) for line in lines if line.endswith("kept")]
@@ -110,7 +108,7 @@ def test_a_subset_of_classes(digits):
         classes=[7, 2, 5],
         max_accuracy_drop=0.05,
         random_state=0,
-        options=PruningOptions(repair_samples=200),
+        options=PruningOptions(repair_samples=100),
     ).fit(X, y)
     own = np.isin(y, [2, 5, 7])
     assert pruner.classes_.tolist() == [2, 5, 7]
