@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -63,8 +64,7 @@ FAMILIES: dict[str, str] = {
         timm.lcnet_050 timm.mixnet_s timm.mobilenetv3_small_100 timm.mobilenetv4_conv_small
         timm.repghostnet_050 timm.rexnet_100 timm.tf_efficientnetv2_b0 timm.tinynet_e
         timm.xception41 timm.fbnetv3_b timm.spnasnet_100
-        transformers.MobileNetV1 transformers.MobileNetV2 transformers.EfficientNet
-        transformers.PPLCNet""",
+        transformers.MobileNetV1 transformers.MobileNetV2 transformers.EfficientNet""",
     "ConvNeXt and the like": """
         torchvision.convnext_tiny timm.convnext_atto timm.convnextv2_atto timm.convmixer_768_32/56
         timm.poolformer_s12 timm.inception_next_atto timm.rdnet_tiny timm.starnet_s1
@@ -150,7 +150,9 @@ def _of_transformers(kind: str) -> nn.Module:
     default = make()
     if kind == "Siglip":
         default = default.vision_config
-    sizes = {k: v for k, v in _SMALLER.items() if type(getattr(default, k, None)) is int}
+    staged = hasattr(default, "depths") or hasattr(default, "hidden_sizes")
+    names = () if staged else tuple(_SMALLER)
+    sizes = {k: _SMALLER[k] for k in names if type(getattr(default, k, None)) is int}
     if kind == "Siglip":
         config = make(vision_config=sizes, num_labels=N_OUTPUTS)
     else:
@@ -182,8 +184,8 @@ def ours(network: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     for group in groups:
         run = group.n_channels // group.n_runs
         if not group.is_output and not group.reason_unsliceable and run > 1:
-            half = range((run + 1) // 2)
-            keep[group.name] = [r * run + i for r in range(group.n_runs) for i in half]
+            half = [r * run + i for r in range(group.n_runs) for i in range(0, run, 2)]
+            keep[group.name] = group.with_every_part(np.array(half))
     sliced = slice_channels(graph, x[:1], keep, groups=groups)
     seconds = time.process_time() - start
     check_traced(graph, network, x)

@@ -40,9 +40,19 @@ _FACTORIES = frozenset(
 _SIZED = frozenset("expand reshape repeat split unflatten view".split())
 # What these read of a tensor is known before it is computed.
 _FACTS = frozenset(
-    "shape ndim dtype device layout is_cuda is_sparse is_quantized requires_grad names itemsize "
+    "shape ndim dtype device layout is_cpu is_cuda is_meta is_nested is_sparse is_quantized "
+    "requires_grad names itemsize "
     "nbytes size dim ndimension numel nelement stride element_size is_floating_point is_complex "
     "is_contiguous get_device type storage_offset".split()
+)
+
+
+# Parts of torch that hold layers, whose code can be followed.
+_LOOKED_INTO = (
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
 )
 
 
@@ -140,7 +150,7 @@ class Recorder(Replayer):
         """Plain layers, what torch supplies, and what cannot be followed."""
         if module_qualified_name in self.opaque:
             return True
-        if _is_hooked(m) or _computes_weight(m):
+        if _is_hooked(m) or _computes_weight(m) or isinstance(m, _LOOKED_INTO):
             return False
         return (
             is_layer(m)

@@ -20,7 +20,7 @@ from ..errors import NotPlainError, StorageError
 from ..graph.nodes import function_name
 from ..graph.tracing import copy_sharing_weights, trace, without_head
 from ..repair.low_rank import NARROW, WIDE, insert_factors
-from ..slicing.channels import NARROWABLE, is_depthwise
+from ..slicing.channels import NARROWABLE, is_depthwise, multiplies
 from ..zoo import networks as models
 from .container import fits
 from .plain import take
@@ -373,6 +373,9 @@ def _fit_widths(what: str, module: nn.Module) -> None:
             module.out_features, module.in_features = out, inputs
         elif is_depthwise(module):
             module.in_channels = module.out_channels = module.groups = out
+        elif multiplies(module):
+            each = module.out_channels // module.groups
+            module.out_channels, module.in_channels, module.groups = out, out // each, out // each
         else:
             module.out_channels, module.in_channels = out, inputs * module.groups
             if out % module.groups:

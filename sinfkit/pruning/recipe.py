@@ -434,7 +434,7 @@ def choose_channels(
     name.  Widths say how many stay where the schedule is not a function of depth.
     """
     if widths is not None:
-        return {g.name: select_top(scores[g.name], widths[g.name], g.n_runs) for g in groups}
+        return {g.name: _select(g, scores[g.name], widths[g.name]) for g in groups}
     if recipe.schedule not in SCHEDULES:
         raise ValueError(
             f"schedule={recipe.schedule!r} cannot be used here; choose one of {tuple(SCHEDULES)}."
@@ -446,8 +446,13 @@ def choose_channels(
         # Upwards: more than the ratio asks for never goes.
         multiple = math.lcm(recipe.round_to, group.n_runs)
         n_kept = min(-(-n_kept // multiple) * multiple, group.n_channels)
-        keep[group.name] = select_top(scores[group.name], n_kept, group.n_runs)
+        keep[group.name] = _select(group, scores[group.name], n_kept)
     return keep
+
+
+def _select(group: ChannelGroup, scores: np.ndarray, n_kept: int) -> np.ndarray:
+    """The best channels of a group; at least one of each part of it that a layer takes alone."""
+    return group.with_every_part(select_top(scores, n_kept, group.n_runs))
 
 
 def extract(

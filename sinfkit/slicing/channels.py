@@ -52,6 +52,15 @@ class ChannelGroup:
     reason_unsliceable: str = ""
     _members: tuple[Member, ...] = field(default=(), repr=False, compare=False)
 
+    def with_every_part(self, kept: np.ndarray) -> np.ndarray:
+        """Kept channels and, of each part that goes a way of its own, the first if none is kept."""
+        parts = {m.channel.tobytes(): m.channel for m in self._members}
+        for part in parts.values():
+            if not np.isin(part, kept).any():
+                run = self.n_channels // self.n_runs
+                kept = np.union1d(kept, np.arange(part.min() % run, self.n_channels, run))
+        return kept
+
 
 @dataclass(frozen=True, eq=False)
 class Sliced:
@@ -230,9 +239,12 @@ def narrow(module: nn.Module, outputs: np.ndarray | None, inputs: np.ndarray | N
     """
     if inputs is not None:
         if isinstance(module, nn.Conv2d):
-            # The same local indices stay in every group, so those of the first serve all.
-            local = inputs[inputs < module.in_channels // module.groups]
-            _select(module, "weight", local, dim=1)
+            if 1 < module.groups == module.in_channels:  # each has outputs of its own
+                module.groups = len(inputs)
+            else:
+                # The same local indices stay in every group, so those of the first serve all.
+                local = inputs[inputs < module.in_channels // module.groups]
+                _select(module, "weight", local, dim=1)
             module.in_channels = len(inputs)
         elif isinstance(module, nn.Linear):
             _select(module, "weight", inputs, dim=1)
@@ -293,6 +305,15 @@ def is_depthwise(module: nn.Module) -> bool:
     )
 
 
+def multiplies(module: nn.Module) -> bool:
+    """Whether a convolution makes several outputs of each input alone."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and 1 < module.groups == module.in_channels < module.out_channels
+    )
+
+
 def groups_of(module: nn.Module) -> int:
     """Number of groups of channels of a convolution; 1 for all else, and where it is depthwise."""
-    return module.groups if isinstance(module, nn.Conv2d) and not is_depthwise(module) else 1
+    alone = is_depthwise(module) or multiplies(module)
+    return module.groups if isinstance(module, nn.Conv2d) and not alone else 1

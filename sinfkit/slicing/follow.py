@@ -30,7 +30,7 @@ from ..graph.nodes import (
     is_shape_query,
 )
 from ..graph.tracing import on_meta
-from .channels import groups_of, is_depthwise
+from .channels import groups_of, is_depthwise, multiplies
 
 __all__ = ["Follower"]
 
@@ -54,10 +54,14 @@ _MOVING_MODULES = (
     nn.PixelShuffle,
     nn.PixelUnshuffle,
     nn.ChannelShuffle,
-    nn.modules.padding._ConstantPadNd,
-    nn.ZeroPad2d,
+    nn.modules.padding._CircularPadNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
 )
 _SIZES = frozenset("expand reshape unflatten view".split())
+
+
+_NEEDED: Any = object()
 
 
 class UnclearError(Exception):
@@ -189,6 +193,8 @@ class Follower:
             return axes
         if is_pool(self.gm, node) or isinstance(module, (nn.Upsample, nn.InstanceNorm2d)):
             return [*axes[:2], *[None] * (shape.ndim - 2)] if shape.ndim > 2 else axes
+        if isinstance(module, nn.modules.padding._ConstantPadNd):
+            return self._padded(node, module.padding)
         if isinstance(module, _MOVING_MODULES):
             return self._moved(node, lambda x: module(x))
         if holds_layers(module):
@@ -219,6 +225,14 @@ class Follower:
             self.produced[name] = self.fresh(out)
             self.join(self.produced[name], labels, "the network's input is one of its channels")
             self.consumed[name] = labels
+        elif isinstance(layer, nn.Conv2d) and multiplies(layer):
+            self.produced[name] = self.fresh(out)
+            if given is None:
+                given = np.full(layer.groups, -1)
+            else:
+                self.consumed[name] = given
+            several = np.repeat(given, out // layer.groups)
+            self.join(self.produced[name], several, "the network's input is one of its channels")
         else:
             if given is not None:
                 self.consumed[name] = given
@@ -254,11 +268,13 @@ class Follower:
     def _of_function(self, node: Any, name: str) -> Any:
         if name in ("cat", "concat", "concatenate"):
             return self._concatenated(node)
+        if name == "pad" and _given(node, 2, "mode", "constant") == "constant":
+            return self._padded(node, _given(node, 1, "pad"))
         if name in _MOVES:
             return self._moved_function(node, name)
         if name in ("softmax", "log_softmax"):
             axes = self._axes[_given(node, 0, "input")]
-            self.pin(axes[_number(node, 1, "dim")], "its channels run through a softmax")
+            self.pin(axes[self._number(node, 1, "dim")], "its channels run through a softmax")
             return axes
         if name in _REDUCTIONS:
             return self._reduced(node)
@@ -393,7 +409,7 @@ class Follower:
             values, axes = list(self._values[parts]), self._axes[parts]
         else:
             values, axes = [self._values[p] for p in parts], [self._axes[p] for p in parts]
-        dim = _number(node, 1, "dim", node.kwargs.get("axis", 0)) % values[0].ndim
+        dim = self._number(node, 1, "dim", node.kwargs.get("axis", 0)) % values[0].ndim
         found: Axes = []
         for axis in range(values[0].ndim):
             several = [
@@ -408,6 +424,31 @@ class Follower:
                 self.join(several[0], other, "its channels meet values that stay")
             found.append(several[0] if all(known) else None)
         return found
+
+    def _number(self, node: Any, position: int, name: str, default: Any = _NEEDED) -> int:
+        """An argument that is a number."""
+        return self._known(_given(node, position, name, default))
+
+    def _known(self, number: Any) -> int:
+        """A number that is written out, or computed from sizes."""
+        found = self._values.get(number) if isinstance(number, fx.Node) else number
+        if not isinstance(found, int):
+            raise UnclearError
+        return found
+
+    def _padded(self, node: Any, sizes: Any) -> Axes:
+        """Constants before and behind what there is, from the last axis on."""
+        axes = list(self._axes[_given(node, 0, "input")])
+        sizes = [self._known(n) for n in sizes]
+        if min(sizes, default=0) < 0:
+            raise UnclearError
+        for i in range(len(sizes) // 2):
+            before, behind = sizes[2 * i : 2 * i + 2]
+            labels = axes[-1 - i]
+            if labels is not None and (before or behind):
+                none = [np.full(n, -1) for n in (before, behind)]
+                axes[-1 - i] = np.concatenate([none[0], labels, none[1]])
+        return axes
 
     def _moved_function(self, node: Any, name: str) -> Any:
         if name == "getitem" and not isinstance(self._values[node.args[0]], Tensor):
@@ -470,8 +511,7 @@ class Follower:
         """Say along which axis labels lie now."""
         first = [ids.narrow(a, 0, 1) for a in range(ids.ndim)]
         varying = [a for a in range(ids.ndim) if bool((ids != first[a]).any())]
-        if not varying:
-            self.pin(np.unique(ids.numpy()).astype(np.int64) - 1, "its only channel is moved")
+        if not varying:  # a single channel, which stays where it is a part of its own
             return
         axis = varying[-1]
         rows = ids.movedim(axis, -1).flatten(0, -2)
@@ -507,6 +547,7 @@ class Follower:
                     continue
                 if isinstance(one, slice) and one.step in (None, 1):
                     self.places.append((node.name, f"slice {axis}", axes[axis]))
+                    self.places.append((node.name, "kept", axes[axis][one]))
                 else:
                     self.pin(axes[axis], "the forward pass takes a part of its channels")
         elif name not in ("cat", "concat", "stack", "permute", "transpose", "flatten", "unsqueeze"):
@@ -551,21 +592,10 @@ class Follower:
         return None
 
 
-_NEEDED: Any = object()
-
-
 def _given(node: Any, position: int, name: str, default: Any = _NEEDED) -> Any:
     """An argument of a call, by position or by name."""
     found = node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
     if found is _NEEDED:
-        raise UnclearError
-    return found
-
-
-def _number(node: Any, position: int, name: str, default: Any = _NEEDED) -> int:
-    """An argument that is a number."""
-    found = _given(node, position, name, default)
-    if not isinstance(found, int):
         raise UnclearError
     return found
 

@@ -466,14 +466,6 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: between(lambda s, x: x.amax(1, keepdim=True), 1),
         "reduced by amax",
     ),
-    "padded channels": (
-        lambda: between(lambda s, x: F.pad(x, (0, 0, 0, 0, 1, 1)), 10),
-        "moved by pad",
-    ),
-    "one channel per group": (
-        lambda: between(lambda s, x: s.n(x), 16, n=conv(8, 16, groups=8)),
-        "every one of its channels",
-    ),
     "executed twice": (lambda: between(lambda s, x: s.n(s.n(x)), n=conv(8, 8)), "executed 2 times"),
     "added to the input": (
         lambda: Net(
@@ -502,6 +494,8 @@ def test_what_cannot_be_sliced_stays_whole_and_says_why(name):
 
 
 SLICED: dict[str, Callable[[], nn.Module]] = {
+    "padded channels": lambda: between(lambda s, x: F.pad(x, (0, 0, 0, 0, 1, 1)), 10),
+    "one channel per group": lambda: between(lambda s, x: s.n(x), 16, n=conv(8, 16, groups=8)),
     "group norm": lambda: between(lambda s, x: s.n(x), n=nn.GroupNorm(2, 8)),
     "instance norm": lambda: between(lambda s, x: s.n(x), n=nn.InstanceNorm2d(8)),
     "parameter": lambda: between(lambda s, x: x * s.n, n=nn.Parameter(torch.ones(8, 1, 1))),
