@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -272,18 +273,16 @@ def check_traced(graph: fx.GraphModule, module: nn.Module, X: Tensor) -> None:
     X = X[:_N_SAMPLES]
     try:
         _check(graph, module, X)
-    except ValueError:
-        # Rounding, which deep networks may amplify beyond any tolerance, is far less in float64.
-        wide = None if X.dtype == torch.float64 else _widened(graph, module)
-        if wide is None:
-            raise
-        try:
+        return
+    except ValueError as error:
+        found = error
+    # Rounding, which deep networks may amplify beyond any tolerance, is far less in float64.
+    wide = None if X.dtype == torch.float64 else _widened(graph, module)
+    if wide is not None:
+        with contextlib.suppress(RuntimeError, ValueError):
             _check(*wide, X.double())
-        except RuntimeError:  # code that insists on its precision
-            pass
-        else:
             return
-        raise
+    raise found
 
 
 def _widened(graph: fx.GraphModule, module: nn.Module) -> tuple[fx.GraphModule, nn.Module] | None:
