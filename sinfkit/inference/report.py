@@ -201,9 +201,8 @@ class PruningReport:
             bars.insert(0, ("multiplications per sample, millions", macs))
         for axis, (label, values) in zip(axes[1:], bars, strict=True):
             drawn = axis.barh(names, values, color=colours, height=0.55)
-            axis.bar_label(drawn, fmt="{:.3g}", padding=3)
+            axis.bar_label(drawn, fmt="{:.3g}", label_type="center", color="white")
             axis.set_xlabel(label)
-            axis.margins(x=0.25)
         axes[0].set_yticks([0, 1], names)
         axes[0].set_ylim(1.6, -0.6)
         for axis in axes:
