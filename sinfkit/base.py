@@ -43,7 +43,7 @@ from .graph.cuts import output_layer
 from .graph.recording import output_of
 from .graph.tracing import check_traced, trace, without_head
 from .utils.device import in_pieces, loaded_device, resolve_device
-from .utils.params import check_integer, check_jobs, check_verbose, naming
+from .utils.params import check_integer, check_jobs, check_verbose, naming, once_each
 from .utils.pickling import pack, versions, warn_of_versions
 from .zoo.networks import default_network
 from .zoo.training import train_network
@@ -63,7 +63,8 @@ def all_or_nothing(fit: Fit) -> Fit:
     @functools.wraps(fit)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         twin = type(self)(**self.get_params(deep=False))
-        fit(twin, *args, **kwargs)
+        with once_each():
+            fit(twin, *args, **kwargs)
         kept = {k: v for k, v in self.__dict__.items() if not k.endswith("_") or k.startswith("_")}
         # One assignment: Ctrl-C comes before it or after it.
         self.__dict__ = kept | twin.__dict__
@@ -187,7 +188,7 @@ class TorchEstimator(BaseEstimator):
                     "model_classes describes the outputs of `model`, but model is None."
                 )
             rows = _unseen(y, held_out, seed)
-            frozen = _train_default(X[rows], y[rows], device, seed, self.verbose, weight[rows])
+            frozen = _train_default(X[rows], y[rows], device, seed, weight[rows])
         module = frozen.module(device)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         batcher = Batcher(frozen, device, dtype, int(self.batch_size))
@@ -414,7 +415,6 @@ def _train_default(
     y: np.ndarray,
     device: torch.device,
     seed: int,
-    verbose: int,
     weight: np.ndarray,
 ) -> FrozenModel:
     """Train the small default network on the calibration samples themselves."""
@@ -443,6 +443,5 @@ def _train_default(
         sample_weight=weight,
         device=device,
         random_state=seed,
-        verbose=verbose,
     )
     return FrozenModel(trained, mean.tolist(), std.tolist())

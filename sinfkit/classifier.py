@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,18 +22,21 @@ from .data.images import Images, with_labels
 from .data.validation import hold_out, validate_weight, validate_X, validate_y, without_zeros
 from .errors import PromiseWarning
 from .export.onnx import to_onnx
+from .graph.cuts import layer_names
 from .inference.forms import fast_form, half_precision
 from .inference.measure import make_report
 from .inference.network import SINFNetwork
 from .inference.report import SINFReport, promise_of
 from .pruner import DCSPruner, recipe_of
-from .pruning.recipe import Recipe, warn_about_whole
+from .pruning.costs import check_sliceable
+from .pruning.recipe import Recipe, sliceable
 from .pruning.search import Goal, split_samples
 from .routing.builder import Builder, Built
-from .routing.search import Kept, Search, groupings_to_try, plan_networks
+from .routing.search import Kept, Search, announce, groupings_to_try, plan_networks
 from .routing.study import RoutingConfig, RoutingOptions, Samples, Study
 from .utils.jobs import over_chunks
-from .utils.params import caller_level, check_integer, check_number, naming
+from .utils.params import check_integer, check_number, naming, warn
+from .utils.progress import Progress
 
 # Shares of filters removed before the route predictor where no budget decides.
 _PREFIX_RATIOS = (0.3, 0.3)
@@ -89,6 +91,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         Threads that score and build subgraphs; inside ``joblib.parallel_config``, workers.
     random_state : int, RandomState or None, default=None
     verbose : int, default=0
+        1: an estimate at the start, one bar over everything, and what came out.
 
     Attributes
     ----------
@@ -298,20 +301,26 @@ n_features)
         calibration = self._calibrate(X, y, sample_weight=sample_weight, held_out=fraction)
         for recipe in (config.subgraphs, config.prefix):
             recipe.check_weights(calibration.weight)
-        warn_about_whole(calibration.groups)
+        groups, layers = calibration.groups, layer_names(calibration.graph)
+        check_sliceable(calibration, sliceable(groups), layers, allow=True)
         parts = self._split(calibration, X_val, y_val, sample_weight_val, config)
-        study = Study(calibration, *parts, config)
         grouping = clusterer._grouping()
         groupings = {0: grouping}
         if self.clusterer is None:
-            groupings = groupings_to_try(grouping, len(study.classes))
-        plans = plan_networks(study, groupings, self.route_layer)
-        self._check_base(study.gather([plan.cut for plan in plans]), calibration)
-        search = Search(Builder(study))
-        kept = search.judged(search.run(plans))
-        self.search_results_ = search.rows
-        self._adopt(kept.built, clusterer, pruner, config)
-        self._promise(kept, study)
+            groupings = groupings_to_try(grouping, len(calibration.table.classes))
+        with Progress("SINFClassifier", self.verbose) as progress:
+            study = Study(calibration, *parts, config, progress)
+            announce(study, len(groupings))
+            plans = plan_networks(study, groupings, self.route_layer)
+            cuts = [plan.cut for plan in plans]
+            self._check_base(study.gather(cuts), calibration)
+            study.score_prefixes(cuts)
+            search = Search(Builder(study))
+            kept = search.judged(search.run(plans))
+            self.search_results_ = search.rows
+            self._adopt(kept.built, clusterer, pruner, config)
+            self._promise(kept, study)
+            progress.end(f"{len(search.rows)} networks tried; {self._kept(kept)}")
         return self
 
     def _adopt(
@@ -380,17 +389,28 @@ n_features)
                 "and y_val."
             )
         if text:
-            warnings.warn(text, PromiseWarning, stacklevel=caller_level())
+            warn(text, PromiseWarning)
         speedup = kept.built.outcome.speedup
         if self.target_speedup is not None and speedup < self.target_speedup:
-            warnings.warn(
+            warn(
                 f"No network that was tried is {self.target_speedup:g} times as fast as the base; "
                 f"the one that is kept is {speedup:.2f} times as fast. A smaller budget of the "
                 "pruner, an exit (options.exit_threshold) and larger batches help; on networks as "
-                "small as this one, the calls take the time.",
-                UserWarning,
-                stacklevel=caller_level(),
+                "small as this one, the calls take the time."
             )
+
+    def _kept(self, kept: Kept) -> str:
+        """What is kept, in a line."""
+        if kept.verdict is None:
+            return "the base itself is kept"
+        n, passage = self.network_.n_clusters, kept.verdict.passage
+        text = f"kept: {n} cluster{'s' * (n > 1)} behind {self.route_layer_}, "
+        text += f"{passage.cost:.0%} of the multiplications, {passage.drop:.1%} of accuracy lost, "
+        return text + (
+            f"certified to be at most {self.certified_drop_:.1%}"
+            if self.certified_
+            else "not certified"
+        )
 
     def _parts(self) -> tuple[SemanticClusterer, DCSPruner, RoutingOptions]:
         """Clone the nested estimators, with this one's device, seed, jobs and verbosity."""
@@ -430,7 +450,6 @@ n_features)
             target_speedup=self.target_speedup,
             n_jobs=self.n_jobs,
             memory=pruner.memory,
-            verbose=self.verbose,
             **options.get_params(),
         )
 

@@ -15,7 +15,7 @@ from .criteria.activations import MAX_POOL_SIZE
 from .data.images import with_labels
 from .data.validation import hold_out, mean, validate_X
 from .graph.cost import count_macs
-from .graph.cuts import CutPoint, cut_points, find_cut, layer_names, split
+from .graph.cuts import CutPoint, cut_points, find_cut, sides, split
 from .inference.network import cluster_posterior, fit_route_predictor
 from .pruning.scoring import gather
 from .routing.clusters import METHODS, Clusters, Grouping, group_classes
@@ -173,9 +173,7 @@ n_features)
         else:
             with naming("layer"):
                 cut = find_cut(graph, self.layer)
-        statistics = gather(
-            calibration, {cut.name: cut.node}, self.pool_size, self.memory, self.verbose
-        )
+        statistics = gather(calibration, {cut.name: cut.node}, self.pool_size, self.memory)
         self._check_base(statistics.logits, calibration)
         rng = np.random.default_rng(calibration.seed)
         fit, held = hold_out(calibration.y_encoded, self.validation_fraction, rng)
@@ -288,6 +286,6 @@ def half_way_cut(graph: fx.GraphModule, example: Tensor) -> CutPoint:
             "nn.Sequential(prefix, rest)."
         )
     total, by_layer = count_macs(graph, example)
-    inside = [set(layer_names(split(graph, cut)[0])) for cut in cuts]
-    share = [sum(by_layer.get(n, 0) for n in names) / max(total, 1) for names in inside]
+    before = [sides(graph, cut)[0] for cut in cuts]
+    share = [sum(by_layer.get(n, 0) for n in names) / max(total, 1) for names in before]
     return cuts[int(np.argmin(np.abs(np.array(share) - 0.5)))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -29,11 +28,24 @@ from .inference.report import PruningReport, promise_of
 from .pruning.costs import check_sliceable
 from .pruning.recipe import PruningOptions, Recipe, sliceable
 from .pruning.scoring import Scored, gather, score
-from .pruning.search import Builder, Goal, Judged, Split, judge, search, split_samples, walk
-from .pruning.tvsprune import prune_in_rounds
+from .pruning.search import (
+    MOST_TRIED,
+    Builder,
+    Goal,
+    Judged,
+    Split,
+    judge,
+    search,
+    split_samples,
+    walk,
+)
+from .pruning.tvsprune import FACTORS, prune_in_rounds
 from .slicing.groups import ChannelGroup
 from .utils.jobs import over_chunks
-from .utils.params import caller_level, check_flag, check_integer, check_number, naming
+from .utils.params import check_flag, check_integer, check_number, naming, warn
+from .utils.progress import Progress, about
+
+_PASSES_BEFORE, _PASSES_EACH = 3, 2  # over the samples, as long as one of the base takes
 
 
 class DCSPruner(
@@ -89,7 +101,7 @@ default="least_squares"
         Where to cache the activations' statistics and the filters' scores between fits.
     random_state : int, RandomState or None, default=None
     verbose : int, default=0
-        Show progress bars.
+        1: an estimate at the start, one bar over everything, and what came out.
 
     Attributes
     ----------
@@ -286,27 +298,65 @@ n_features)
         chosen = self._chosen(calibration)
         split = self._split(calibration, recipe, goal, y is not None)
         nodes = observation_nodes(calibration.graph, [k for g in chosen for k in g.layers])
-        statistics = gather(calibration, nodes, recipe.pool_size, self.memory, self.verbose)
-        self._check_base(statistics.logits, calibration)
-        builder = Builder(calibration, recipe, chosen, Scored({}, {}), statistics, split.fit)
-        judged = self._prune(builder, split, goal)
-        self._adopt(judged, calibration)
-        self._warn(judged, goal)
+        with Progress("DCSPruner", self.verbose) as progress:
+            self._announce(progress, calibration, recipe)
+            progress.doing("reads the samples")
+            statistics = gather(calibration, nodes, recipe.pool_size, self.memory)
+            self._check_base(statistics.logits, calibration)
+            progress.done()
+            nothing = Scored({}, {})
+            builder = Builder(calibration, recipe, chosen, nothing, statistics, split.fit, progress)
+            judged = self._prune(builder, split, goal)
+            self._adopt(judged, calibration)
+            self._warn(judged, goal)
+            progress.end(self._kept(judged))
         return self
+
+    def _announce(self, progress: Progress, calibration: Calibration, recipe: Recipe) -> None:
+        """Say, before anything is built, about what that takes."""
+        if not progress.verbose:
+            return
+        n_networks = MOST_TRIED if recipe.searches else 1
+        n_steps = 1 + n_networks
+        if recipe.schedule == "iterative":
+            n_networks = n_steps = len(FACTORS)
+        seconds, n_passes = calibration.pass_seconds(), _PASSES_BEFORE + _PASSES_EACH * n_networks
+        others = int((calibration.y_encoded < 0).sum())
+        progress.begin(
+            f"up to {n_networks} network{'s' * (n_networks > 1)} on {len(calibration.X)} samples"
+            + (f" ({others} of other classes ignored)" if others else "")
+            + f", about {n_passes} passes over them of {about(seconds)} each, "
+            f"{about(n_passes * seconds)} in all; {self.sliceable_share_:.0%} of the "
+            "multiplications can be sliced",
+            n_steps,
+        )
+
+    def _kept(self, judged: Judged) -> str:
+        """What is kept, in a line."""
+        if judged.is_base:
+            return "the base itself is kept"
+        text = f"{self.cost_ratio_:.0%} of the cost stays"
+        if not math.isnan(judged.drop):
+            text += f", {judged.drop:.1%} of accuracy lost"
+        if self.certified_:
+            return f"{text}, certified to be at most {self.certified_drop_:.1%}"
+        return f"{text}, not certified"
 
     def _prune(self, builder: Builder, split: Split, goal: Goal) -> Judged:
         """Build the network that was asked for, or the smallest that serves the goal."""
         calibration, recipe = builder.calibration, builder.recipe
         if recipe.schedule == "iterative":
             within = self._layers_from(calibration)
-            rounds = prune_in_rounds(builder, split, within, goal, self.verbose)
+            rounds = prune_in_rounds(builder, split, within, goal)
             makers = [lambda made=pruned: made for pruned in rounds]
             return walk(builder, split, goal, makers, len(rounds) - 1)
         classes = np.arange(len(calibration.table.classes))
+        builder.progress.doing("scores the filters")
         builder.scored = score(
             calibration, builder.chosen, builder.statistics, split.fit, classes, recipe, self.memory
         )
         if not recipe.searches:
+            builder.progress.doing("builds the network")
             return judge(builder, builder.build(recipe.budget), split.certify, goal)
         # What chose the size may repair it; what certifies may not.
         builder.rows = np.sort(np.concatenate((split.fit, split.choose)))
@@ -317,7 +367,7 @@ n_features)
         within, options = self._layers_from(calibration), self._component("options")
         chosen = sliceable(calibration.groups, within)
         self.sliceable_share_ = check_sliceable(
-            calibration, chosen, within, options.allow_unsliceable, self.verbose
+            calibration, chosen, within, options.allow_unsliceable
         )
         return chosen
 
@@ -371,7 +421,7 @@ n_features)
             )
         else:
             return
-        warnings.warn(text, PromiseWarning, stacklevel=caller_level())
+        warn(text, PromiseWarning)
 
     def _calibration(self, X: Any, y: Any, sample_weight: Any, recipe: Recipe) -> Calibration:
         """Everything that ``fit`` is given, checked and matched."""
@@ -388,9 +438,6 @@ n_features)
             X, y, self.classes, sample_weight, held_out, unlabelled=y is None
         )
         recipe.check_weights(calibration.weight)
-        n_others = int((calibration.y_encoded < 0).sum())
-        if self.verbose and n_others:
-            print(f"DCSPruner: {n_others} samples of other classes ignored")
         return calibration
 
     def predict(self, X: Any) -> Any:

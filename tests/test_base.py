@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from helpers import blobs, small_cnn
@@ -17,7 +19,6 @@ from sinfkit import (
     base,
 )
 from sinfkit.base import all_or_nothing
-from sinfkit.data.calibration import progress
 
 
 class Counter(BaseEstimator):
@@ -55,11 +56,33 @@ def test_a_second_fit_leaves_nothing_of_the_first():
     assert counter.count_ == 1 and not hasattr(counter, "many_")
 
 
-def test_progress_is_silent_unless_asked_for(capsys):
-    items = [1, 2]
-    assert progress(items, "Items", verbose=0) is items
-    assert list(progress(iter(items), "Items", verbose=1, total=2)) == items
-    assert "Items" in capsys.readouterr().err
+@pytest.mark.parametrize("verbose", [0, 1])
+@pytest.mark.parametrize("kind", [DCSPruner, SINFClassifier])
+def test_a_fit_says_what_it_does_in_two_lines_and_one_bar_or_nothing(kind, verbose, capsys):
+    X, y = blobs(per_class=20)
+    model = FrozenModel(small_cnn())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nobody trained the network
+        kind(model, max_accuracy_drop=0.5, random_state=0, verbose=verbose).fit(X, y)
+    out, err = capsys.readouterr()
+    if not verbose:
+        assert not out and not err
+        return
+    first, last = out.splitlines()
+    assert first.startswith(f"{kind.__name__}: up to ") and "passes" in first
+    assert last.startswith(f"{kind.__name__}: ") and "cost" in last or "kept" in last
+    assert "left, best: " in err and err.count("100%|") <= 1
+
+
+def test_a_warning_that_comes_up_again_and_again_is_given_once():
+    X, y = blobs(per_class=20)
+    clusterer = SemanticClusterer(n_clusters=99)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        SINFClassifier(FrozenModel(small_cnn()), clusterer=clusterer, random_state=0).fit(X, y)
+    messages = [str(w.message) for w in caught]
+    assert len([m for m in messages if "n_clusters=99" in m]) == 1
+    assert len(messages) == len(set(messages)) and {w.filename for w in caught} == {__file__}
 
 
 def test_the_estimator_follows_its_device():

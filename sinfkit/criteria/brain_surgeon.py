@@ -9,7 +9,6 @@ greedily, it ranks a layer's filters by what they do to the layers behind. No la
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +27,7 @@ from ..repair.moments import (
 )
 from ..repair.ridge import double
 from ..slicing.channels import ChannelGroup
-from ..utils.params import caller_level
+from ..utils.params import warn
 
 __all__ = [
     "Consumer",
@@ -106,11 +105,9 @@ def gather_consumers(
     )
     wide = [name for name in readers if name not in moments]
     if wide:
-        warnings.warn(
+        warn(
             f"Criterion 'obs' leaves out what {', '.join(wide)} would lose: more than "
-            f"{MAX_INPUTS} inputs.",
-            UserWarning,
-            stacklevel=caller_level(),
+            f"{MAX_INPUTS} inputs."
         )
     inverses: dict[str, dict[int, tuple[Tensor, float]]] = {name: {} for name in moments}
     gains = norm_gains(graph)

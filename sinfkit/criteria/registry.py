@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -209,6 +209,8 @@ def dcs_obs(data: LayerData, *, penalty: float = 3.0) -> Tensor:
     """
     y, observed = _need(data, "y"), _need(data, "consumer_features")
     consumers, importance = _need(data, "consumers"), {}
+    if not consumers:
+        return obs(data)
     for consumer in consumers:
         if consumer.name in observed:
             x = observed[consumer.name].reshape(len(y), consumer.n_outputs, -1)
@@ -216,7 +218,8 @@ def dcs_obs(data: LayerData, *, penalty: float = 3.0) -> Tensor:
                 x, y, penalty=penalty, sample_weight=data.sample_weight
             )
             importance[consumer.name] = found.score.cpu()
-    return obs(replace(data, consumers=tuple(weigh_outputs(consumers, importance))))
+    weighed = weigh_outputs(consumers, importance)
+    return removal_costs(weighed, len(_need(data, "weight")), data.n_groups)
 
 
 @_register("fpgm", needs=("weight",))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import joblib
 import numpy as np
@@ -16,18 +16,18 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln
 from scipy.stats import binom
 from torch import Tensor, fx, nn
-from tqdm.auto import tqdm
 
 from ..errors import ArgumentError
 from ..frozen import FrozenModel
+from ..graph.cost import count_macs
 from ..graph.cuts import output_layer
 from ..graph.recording import output_of
 from ..graph.tracing import close, trace, without_head
 from ..slicing.groups import ChannelGroup, find_groups
 from ..utils.device import host_tensor, loaded_device, settle_after_fork
-from ..utils.params import caller_level, naming
+from ..utils.params import naming, warn
 from ..utils.pickling import pack
-from .images import Images, LazyImages
+from .images import Images, LazyImages, spread
 
 _LEVEL = 1e-3  # how rarely labels in the right order may be taken for exchanged ones
 
@@ -145,12 +145,10 @@ def warn_if_mismatched(accuracy: float, n_classes: int, n_samples: int) -> None:
     """
     chance = 1.0 / n_classes
     if n_classes > 1 and accuracy <= chance + 3 * np.sqrt(chance * (1 - chance) / n_samples):
-        warnings.warn(
+        warn(
             f"The model answers {accuracy:.1%} of the calibration samples correctly, no better "
             f"than chance ({chance:.1%}): its outputs and the labels seem mismatched. Check "
-            "model_classes, and the normalisation (mean, std) of FrozenModel.",
-            UserWarning,
-            stacklevel=caller_level(),
+            "model_classes, and the normalisation (mean, std) of FrozenModel."
         )
 
 
@@ -256,9 +254,6 @@ def _two_rows(layer: nn.Module) -> nn.Module:
     return made
 
 
-T = TypeVar("T")
-
-
 @dataclass
 class Calibration:
     """A base network and the samples it is studied on, checked and matched.
@@ -298,6 +293,21 @@ class Calibration:
         """The network's coupled channels, in forward order."""
         with naming("model"):
             return find_groups(self.graph, self.example, self.output)
+
+    @functools.cached_property
+    def macs(self) -> tuple[int, dict[str, int]]:
+        """The network's multiplications for one sample: all, and by layer."""
+        return count_macs(self.graph, self.example)
+
+    def pass_seconds(self) -> float:
+        """Seconds of one pass over the samples, from one batch of them."""
+        few = spread(self.X, self.batcher.batch_size)
+        with torch.inference_mode():
+            self.graph(self.example)
+            start = time.perf_counter()
+            for x in self.batcher(few):
+                self.graph(x).cpu()
+        return (time.perf_counter() - start) * len(self.X) / len(few)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a job elsewhere: the samples stay here, and the graph is traced anew there."""
@@ -355,10 +365,3 @@ class Batcher:
             stop = min(start + self.batch_size, n)
             rows = slice(start, stop) if index is None else index[start:stop]
             yield self.normalise(self.load(X[rows]))
-
-
-def progress(items: Iterable[T], description: str, verbose: int, total: int | None = None) -> Any:
-    """Wrap an iterable in a progress bar if `verbose`, else return it as it is."""
-    if not verbose:
-        return items
-    return tqdm(items, desc=description, total=total, leave=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..graph.recording import output_of
 from ..utils.device import is_out_of_memory
-from ..utils.params import caller_level, naming, shown
+from ..utils.params import naming, shown, warn
 from .images import Images, LazyImages, images_of, match_range, seen_range
 
 Shape = tuple[int, ...]
@@ -349,11 +348,9 @@ def hold_out(
     """
     counts = np.bincount(codes)
     if counts[counts > 0].min() < 2:
-        warnings.warn(
+        warn(
             "A class has a single calibration sample, so that none can be held out: the same "
-            "samples fit and validate. Give at least two samples of each class.",
-            UserWarning,
-            stacklevel=caller_level(),
+            "samples fit and validate. Give at least two samples of each class."
         )
         everything = np.arange(len(codes))
         return everything, everything

@@ -163,6 +163,16 @@ def find_cut(gm: fx.GraphModule, name: str) -> CutPoint:
     raise ValueError(f"The network {problem} {name!r}. It can be cut after: {possible}.")
 
 
+def sides(graph: fx.GraphModule, cut: CutPoint) -> tuple[list[str], list[str]]:
+    """Names of the layers before and behind a cut."""
+    names, before = layer_names(graph), set()
+    for node in graph.graph.nodes:
+        before.add(str(node.target))
+        if node.name == cut.node:
+            break
+    return [n for n in names if n in before], [n for n in names if n not in before]
+
+
 def split(gm: fx.GraphModule, cut: CutPoint) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a network in two.
 

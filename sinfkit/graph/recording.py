@@ -472,7 +472,7 @@ def _proxies_accepted(tracer: fx.Tracer) -> Iterator[None]:
     def recording(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             proxies: list[Any] = []
-            _mapped((args, kwargs), lambda a: _noted(a, proxies))
+            _mapped([*args, *kwargs.values()], lambda a: _noted(a, proxies))
             if proxies:
                 return tracer.create_proxy("call_function", function, args, kwargs)
             return function(*args, **kwargs)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import warnings
 from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..utils.device import full_float32, is_out_of_memory
-from ..utils.params import caller_level
+from ..utils.params import warn
 from .attention import plain_attention
 from .nodes import called_module, holds_layers, is_identity, is_layer, is_shape_query, out_of_place
 from .plain import made_plain
@@ -96,11 +95,9 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
             break
     found = opaque_modules(gm)
     if found:
-        warnings.warn(
+        warn(
             f"Layers inside {', '.join(found)} stay whole: torch.fx cannot look into "
-            f"{'these modules' if len(found) > 1 else 'this module'}.",
-            UserWarning,
-            stacklevel=caller_level(),
+            f"{'these modules' if len(found) > 1 else 'this module'}."
         )
     return gm
 

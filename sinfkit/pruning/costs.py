@@ -8,7 +8,6 @@ and for parameters; for time it is a model, with the overhead of each call besid
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ..errors import OutOfReachError, SlicingWarning, UnsliceableError
 from ..graph.cost import count_macs, paired_latency
 from ..slicing.channels import NARROWABLE, is_depthwise, multiplies, width
 from ..slicing.groups import ChannelGroup, slice_channels
-from ..utils.params import caller_level
+from ..utils.params import warn
 from .layer_times import LayerTime, fit_layer_times
 from .recipe import UNITS, Recipe, choose_channels, marginal_losses, widths_within
 from .scoring import Scored
@@ -80,17 +79,20 @@ def network_cost(
     kept: Mapping[str, int] | None = None,
     times: Mapping[str, LayerTime] | None = None,
     calls: Mapping[str, int] | None = None,
+    macs: Mapping[str, int] | None = None,
 ) -> CostModel:
     """Build the cost model of a network whose `chosen` groups may be narrowed.
 
     `groups` are all of its groups, `kept` the channels that stay in others, by name.  A latency
     needs the layers' `times` (see `fit_layer_times`) and as many samples in `example` as go through
-    at once; `calls` says how often a layer is called for them, default once.  ``"macs"`` and
-    ``"params"`` are exact: `CostModel.total` is what the sliced network has.
+    at once; `calls` says how often a layer is called for them, default once, and `macs` what each
+    multiplies, where that is known.  ``"macs"`` and ``"params"`` are exact: `CostModel.total` is
+    what the sliced network has.
     """
     overhead, base = 0.0, None
     if unit == "macs":
-        found = [(name, float(n), True) for name, n in count_macs(graph, example[:1])[1].items()]
+        counted = count_macs(graph, example[:1])[1] if macs is None else macs
+        found = [(name, float(n), True) for name, n in counted.items()]
     elif unit == "params":
         found = _parameter_tensors(graph)
     elif unit == "latency" and times is not None:
@@ -247,6 +249,7 @@ def budgeted_widths(
     batch: Tensor,
     others: Mapping[str, np.ndarray],
     budget: float,
+    macs: Mapping[str, int] | None = None,
 ) -> Budgeted:
     """Find the widths of one network under a budget; OutOfReachError where there are none.
 
@@ -256,7 +259,7 @@ def budgeted_widths(
     unit = recipe.budget_unit
     times = fit_layer_times(graph, groups, chosen, batch) if unit == "latency" else None
     kept = {name: len(channels) for name, channels in others.items()}
-    cost = network_cost(graph, groups, chosen, batch, unit, kept=kept, times=times)
+    cost = network_cost(graph, groups, chosen, batch, unit, kept=kept, times=times, macs=macs)
     if unit != "latency":
         widths = shared_widths(chosen, [scored], cost, recipe, budget)
         return Budgeted(widths, cost.total(list(widths.values())) / cost.base)
@@ -319,7 +322,6 @@ def check_sliceable(
     chosen: Sequence[ChannelGroup],
     within: Collection[str],
     allow: bool,
-    verbose: int,
 ) -> float:
     """Share of the multiplications that slicing can reach; an error where that is next to none."""
     share = sliceable_share(calibration, chosen)
@@ -330,21 +332,21 @@ def check_sliceable(
             "allow_unsliceable=True) prunes all the same."
         )
     if "whole" in text:
-        warnings.warn(text, SlicingWarning, stacklevel=caller_level())
-    elif verbose:
-        print(f"DCSPruner: {text}")
+        warn(text, SlicingWarning)
     return share
 
 
 def sliceable_share(calibration: Calibration, chosen: Sequence[ChannelGroup]) -> float:
     """Share of the base's multiplications that go with the channels of `chosen`."""
-    cost = network_cost(calibration.graph, calibration.groups, chosen, calibration.example)
+    cost = network_cost(
+        calibration.graph, calibration.groups, chosen, calibration.example, macs=calibration.macs[1]
+    )
     return float(1 - cost.total(np.zeros(len(chosen))) / cost.base) if cost.base else 0.0
 
 
 def what_stays_whole(calibration: Calibration, within: Iterable[str], share: float) -> str:
     """One line: what share can be sliced, and why the rest cannot, largest reasons first."""
-    total, by_layer = count_macs(calibration.graph, calibration.example)
+    total, by_layer = calibration.macs
     allowed = set(within)
     reasons: defaultdict[str, float] = defaultdict(float)
     for group in calibration.groups:

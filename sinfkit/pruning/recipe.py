@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -18,7 +17,7 @@ from ..criteria.registry import Criterion, get_criterion
 from ..errors import OutOfReachError
 from ..repair.sequential import REPAIRS
 from ..slicing.groups import ChannelGroup, Sliced, check_sliced, slice_channels
-from ..utils.params import caller_level, check_choice, check_integer, check_number
+from ..utils.params import check_choice, check_integer, check_number
 
 
 class PruningOptions(BaseEstimator):
@@ -402,24 +401,6 @@ def sliceable(
         if not (group.is_output or group.n_channels < 2 or group.reason_unsliceable)
         and (allowed is None or allowed.issuperset((*group.layers, *group.consumers)))
     ]
-
-
-def warn_about_whole(groups: Sequence[ChannelGroup], within: Iterable[str] | None = None) -> None:
-    """Name, in one warning, the layers that stay whole because they cannot be sliced."""
-    allowed = None if within is None else set(within)
-    reasons = [
-        f"{group.name} ({group.reason_unsliceable})"
-        for group in groups
-        if group.reason_unsliceable
-        and not group.is_output
-        and (allowed is None or allowed.intersection(group.layers))
-    ]
-    if reasons:
-        warnings.warn(
-            "Some layers cannot be sliced and stay whole: " + "; ".join(reasons) + ".",
-            UserWarning,
-            stacklevel=caller_level(),
-        )
 
 
 def choose_channels(

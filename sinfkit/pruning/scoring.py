@@ -19,7 +19,7 @@ from ..criteria.activations import Statistics, collect, taylor_scores
 from ..criteria.brain_surgeon import Consumer, costs_in_order, gather_consumers
 from ..criteria.feature_maps import MAX_IMAGES, STATISTICS, map_statistics
 from ..criteria.registry import CRITERIA, Criterion, LayerData
-from ..data.calibration import Calibration, progress
+from ..data.calibration import Calibration
 from ..graph.cuts import batch_norm_behind, observation_nodes
 from ..slicing.groups import ChannelGroup
 from ..utils.jobs import Rows
@@ -86,16 +86,32 @@ def score_classes(
     `losses` says whether it is measured what consumers lose; by default as the recipe has it.
     """
     needs, options = recipe.criterion.needs, recipe.options
+    losses = recipe.measures_losses if losses is None else losses
     nodes = observation_nodes(graph, [layer for group in groups for layer in group.layers])
-    record = _records(graph, groups, nodes, samples, needs)
+    collected = _collected(graph, groups, nodes, samples, needs)
+    consumers: dict[str, list[Consumer]] = {}
+    if losses or "consumers" in needs:  # one pass serves both
+        rows, counts = samples.drawn(_CONSUMER_IMAGES)
+        consumers = gather_consumers(
+            graph,
+            groups,
+            samples.batches(rows),
+            n_images=len(rows),
+            outputs=samples.outputs,
+            seed=samples.seed,
+            sample_weight=counts,
+        )
+    if "consumers" in needs:
+        for name, found in consumers.items():
+            collected[name]["consumers"] = tuple(found)
+    record = _records(graph, groups, samples, needs, collected)
     by_layer: dict[str, np.ndarray] = {}
     for group in groups:
         layers = group.layers[:1] if needs & _PER_GROUP else group.layers
         by_layer |= {layer: recipe.criterion(record(layer), **options) for layer in layers}
         by_layer |= {layer: by_layer[group.name] for layer in group.layers if layer not in by_layer}
     by_group, lost = group_scores(groups, by_layer, nodes), {}
-    if recipe.measures_losses if losses is None else losses:
-        consumers = _consumers(graph, groups, samples)
+    if losses:
         lost = {
             group.name: costs_in_order(
                 consumers[group.name], removal_order(by_group[group.name], group.n_runs)
@@ -127,12 +143,11 @@ def group_scores(
 def _records(
     graph: fx.GraphModule,
     groups: Sequence[ChannelGroup],
-    nodes: Mapping[str, str],
     samples: ClassSamples,
     needs: frozenset[str],
+    collected: Mapping[str, Mapping[str, Any]],
 ) -> Callable[[str], LayerData]:
-    """What makes the record of a layer, once all that needs a pass has been collected."""
-    collected = _collected(graph, groups, nodes, samples, needs)
+    """What makes the record of a layer from all that a pass has collected."""
     n_groups = {layer: group.n_runs for group in groups for layer in group.layers}
     modules = dict(graph.named_modules())
     norms = batch_norm_behind(graph)
@@ -182,9 +197,6 @@ def _collected(
         maps = map_statistics(graph, samples.batches(rows), nodes, wanted, counts)
         for layer, means in maps.items():
             found[layer] |= means
-    if "consumers" in needs:
-        for name, consumers in _consumers(graph, groups, samples).items():
-            found[name]["consumers"] = tuple(consumers)
     if "consumer_features" in needs:
         for group in groups:
             # Of these groups only: what else was observed must not matter.
@@ -194,34 +206,17 @@ def _collected(
     return found
 
 
-def _consumers(
-    graph: fx.GraphModule, groups: Sequence[ChannelGroup], samples: ClassSamples
-) -> dict[str, list[Consumer]]:
-    """The layers that read the groups, with second moments from some of the samples."""
-    rows, counts = samples.drawn(_CONSUMER_IMAGES)
-    return gather_consumers(
-        graph,
-        groups,
-        samples.batches(rows),
-        n_images=len(rows),
-        outputs=samples.outputs,
-        seed=samples.seed,
-        sample_weight=counts,
-    )
-
-
 def gather(
     calibration: Calibration,
     nodes: dict[str, str],
     pool_size: int | dict[str, int],
     memory: Any,
-    verbose: int,
 ) -> Statistics:
     """Collect the statistics of all samples in one pass, or find them in the cache."""
     if not _stores(memory):
-        return _gather(None, calibration, nodes, pool_size, verbose)
-    cached = check_memory(memory).cache(_gather, ignore=["calibration", "verbose"])
-    return _call(cached, calibration.key, calibration, nodes, pool_size, verbose)
+        return _gather(None, calibration, nodes, pool_size)
+    cached = check_memory(memory).cache(_gather, ignore=["calibration"])
+    return _call(cached, calibration.key, calibration, nodes, pool_size)
 
 
 def _stores(memory: Any) -> bool:
@@ -235,13 +230,9 @@ def _gather(
     calibration: Calibration,
     nodes: dict[str, str],
     pool_size: int | dict[str, int],
-    verbose: int,
 ) -> Statistics:
     """One pass over all samples; `key` stands, in a cache, for what cannot be hashed."""
-    batcher = calibration.batcher
-    total = -(-len(calibration.X) // batcher.batch_size)
-    batches = progress(batcher(calibration.X), "Activations", verbose, total)
-    return collect(calibration.graph, batches, nodes, pool_size)
+    return collect(calibration.graph, calibration.batcher(calibration.X), nodes, pool_size)
 
 
 def score(
@@ -263,9 +254,22 @@ def score(
     """
     losses = recipe.measures_losses if losses is None else losses
     criterion: Criterion = recipe.criterion
+    names = {name for group in groups for name in group.layers}
+    observes = criterion.needs & {"features", "consumer_features"}
+    wanted = names.intersection(statistics.pooled) if observes else ()
+    rows_of = torch.as_tensor(index)
+    batches = functools.partial(calibration.batcher, calibration.X if rows is None else rows)
+    samples = ClassSamples(
+        y=np.searchsorted(classes, calibration.y_encoded[index]),
+        outputs=calibration.table.outputs[classes].tolist(),
+        pooled={name: statistics.pooled[name][rows_of] for name in wanted},
+        batches=lambda chosen: batches(index[chosen]),
+        weight=torch.as_tensor(calibration.weight[index]),
+        seed=calibration.seed,
+    )
     # A function of the user's may depend on what no cache can see.
     if CRITERIA.get(criterion.name) is not criterion or not _stores(memory):
-        return _score(None, calibration, groups, statistics, index, classes, recipe, rows, losses)
+        return score_classes(calibration.graph, groups, samples, recipe, losses)
     key: tuple[Any, ...] = (
         *calibration.key,
         criterion.name,
@@ -279,14 +283,21 @@ def score(
         calibration.table.outputs[classes],
         calibration.weight[index],
     )
-    cached = check_memory(memory).cache(
-        _score,
-        ignore=[
-            *("calibration", "groups", "statistics", "index"),
-            *("classes", "recipe", "rows", "losses"),
-        ],
-    )
-    return _call(cached, key, calibration, groups, statistics, index, classes, recipe, rows, losses)
+    ignore = ["graph", "groups", "samples", "recipe", "losses"]
+    cached = check_memory(memory).cache(_score, ignore=ignore)
+    return _call(cached, key, calibration.graph, groups, samples, recipe, losses)
+
+
+def _score(
+    key: tuple[Any, ...],
+    graph: fx.GraphModule,
+    groups: Sequence[ChannelGroup],
+    samples: ClassSamples,
+    recipe: Recipe,
+    losses: bool,
+) -> Scored:
+    """Score filters for a set of classes; `key` stands, in a cache, for what cannot be hashed."""
+    return score_classes(graph, groups, samples, recipe, losses)
 
 
 def _call(cached: Any, *args: Any) -> Any:
@@ -313,31 +324,3 @@ def selected(
     rows = {id(v): Rows(v, index) for k, v in statistics.pooled.items() if k in names}
     pooled: Any = {k: rows[id(v)] for k, v in statistics.pooled.items() if k in names}
     return Statistics(pooled, statistics.logits[:0])
-
-
-def _score(
-    key: tuple[Any, ...] | None,
-    calibration: Calibration,
-    groups: Sequence[ChannelGroup],
-    statistics: Statistics,
-    index: np.ndarray,
-    classes: np.ndarray,
-    recipe: Recipe,
-    rows: Rows | None,
-    losses: bool,
-) -> Scored:
-    """Score filters for a set of classes; `key` stands, in a cache, for what cannot be hashed."""
-    names = {name for group in groups for name in group.layers}
-    observes = recipe.criterion.needs & {"features", "consumer_features"}
-    wanted = names.intersection(statistics.pooled) if observes else ()
-    rows_of = torch.as_tensor(index)
-    batches = functools.partial(calibration.batcher, calibration.X if rows is None else rows)
-    samples = ClassSamples(
-        y=np.searchsorted(classes, calibration.y_encoded[index]),
-        outputs=calibration.table.outputs[classes].tolist(),
-        pooled={name: statistics.pooled[name][rows_of] for name in wanted},
-        batches=lambda chosen: batches(index[chosen]),
-        weight=torch.as_tensor(calibration.weight[index]),
-        seed=calibration.seed,
-    )
-    return score_classes(calibration.graph, groups, samples, recipe, losses)

@@ -30,6 +30,7 @@ from ..repair.walk import graph_of
 from ..slicing.channels import Sliced
 from ..slicing.groups import ChannelGroup
 from ..utils.device import in_pieces
+from ..utils.progress import Progress
 from .costs import Budgeted, budgeted_widths
 from .recipe import Recipe, choose_channels, extract
 from .scoring import Scored
@@ -86,6 +87,7 @@ class Builder:
     scored: Scored
     statistics: Statistics
     rows: np.ndarray
+    progress: Progress = field(default_factory=lambda: Progress(""))
     _widths: dict[float, Budgeted] = field(default_factory=dict)
 
     @functools.cached_property
@@ -112,6 +114,7 @@ class Builder:
                 batch,
                 self.others,
                 budget,
+                calibration.macs[1],
             )
         return self._widths[budget]
 
@@ -144,9 +147,8 @@ class Builder:
 
     def macs_ratio(self, model: fx.GraphModule) -> float:
         """Multiplications of a network over those of the base."""
-        example = self.calibration.example
-        base = count_macs(self.calibration.graph, example)[0]
-        return count_macs(model, example)[0] / max(base, 1)
+        base = max(self.calibration.macs[0], 1)
+        return count_macs(model, self.calibration.example)[0] / base
 
     def drawn(self, n: int) -> np.ndarray:
         """At most `n` of the samples that repair, as many as memory allows."""
@@ -218,6 +220,7 @@ SIZES = tuple(0.95 * 0.9**n for n in range(28))
 # Steps from the size that the choosing samples point to, of those that are built.  Full repair is
 # better than that of the search, hence the bolder ones.
 _FINALISTS = (-6, -3, -1, 0, 1, 2, 3, 4)
+MOST_TRIED = math.ceil(math.log2(len(SIZES) + 1)) + len(_FINALISTS)  # sketches and finalists
 _PLENTY = 4  # times the fewest samples that can certify: beyond these, more choose and repair
 _NEVER = 2**31
 
@@ -327,19 +330,27 @@ def search(builder: Builder, split: Split, goal: Goal) -> Judged:
     Where none is, the base itself, which loses nothing.
     """
     tried: list[dict[str, Any]] = []
-    choosing = Witness(builder, split.choose)
+    choosing, progress = Witness(builder, split.choose), builder.progress
+
+    def note(stage: str, size: int, cost_ratio: float, drop: float) -> None:
+        tried.append(_row(stage, size, cost_ratio, drop))
+        if goal.met_by(drop):
+            progress.best(f"{cost_ratio:.0%} of the cost, {drop:.1%} lost")
+        progress.done()
 
     def within(size: int) -> bool:
         budgeted = _reached(builder, size)
         if budgeted is None:
             return False
+        progress.doing(f"sketches budget {SIZES[size]:.2f}")
         drop = choosing.drop(builder.sketch(SIZES[size]))
-        tried.append(_row("sketch", size, budgeted.cost_ratio, drop))
+        note("sketch", size, budgeted.cost_ratio, drop)
         return goal.met_by(drop)
 
     def network(size: int) -> Pruned:
+        progress.doing(f"builds budget {SIZES[size]:.2f}")
         pruned = builder.build(SIZES[size])
-        tried.append(_row("finalist", size, pruned.cost_ratio, choosing.drop(pruned.model)))
+        note("finalist", size, pruned.cost_ratio, choosing.drop(pruned.model))
         return pruned
 
     best = boldest(within, len(SIZES))

@@ -34,7 +34,7 @@ that differ less from filter to filter than theirs do have nothing below half of
 
 
 def prune_in_rounds(
-    builder: Builder, split: Split, within: Iterable[str], goal: Goal, verbose: int = 0
+    builder: Builder, split: Split, within: Iterable[str], goal: Goal
 ) -> list[Pruned]:
     """Prune in rounds while the samples that choose allow it; the network after each such round.
 
@@ -50,6 +50,7 @@ def prune_in_rounds(
     fresh: _Round | None = None
     refused: dict[str, int] = {}
     for factor in FACTORS:
+        builder.progress.doing(f"removes below {factor:g} of the mean")
         while True:
             if fresh is None:
                 fresh = _score(builder, split.fit, within, now.model, first=not scores)
@@ -64,15 +65,11 @@ def prune_in_rounds(
             errors = mend(calibration, sliced, drawn, images, recipe.repair)
             trial, left = graph_of(sliced), sliced.support
             drop = choosing.drop(trial)
-            if verbose:
-                n_filters = sum(len(i) for name, i in left.items() if name != calibration.output)
-                print(
-                    f"factor {factor:.3f}: {n_filters} filters, accuracy lost {drop:.4f}, "
-                    f"{'kept' if goal.met_by(drop) else 'undone'}"
-                )
             if not goal.met_by(drop):
                 refused = widths
                 break
+            n_filters = sum(len(i) for name, i in left.items() if name != calibration.output)
+            builder.progress.best(f"{n_filters} filters left, {drop:.1%} lost")
             copies = {layer: score.copy() for layer, score in scores.items()}
             now, fresh, refused = (
                 Pruned(sliced, copies, errors, builder.macs_ratio(trial)),
@@ -80,6 +77,7 @@ def prune_in_rounds(
                 {},
             )
             found.append(now)
+        builder.progress.done()
     return found
 
 

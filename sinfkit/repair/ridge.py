@@ -48,7 +48,8 @@ def fit_ridge(
     """
     centre = X.mean(1, keepdim=True)
     X -= centre
-    products = _Products(X, n_train, centre) if counts is None else _Weighed(X, counts, centre)
+    counts = double(X.new_ones(X.shape[1]) if counts is None else counts)
+    products = _Products(X, n_train, counts, centre)
     alpha, error = _best_alpha(products.system(n_train), X, Y, alphas, double(weight), counts)
     system = products.system(X.shape[1])
     coef, intercept = system.solve(system.right_hand_side(Y), Y, alpha)
@@ -61,7 +62,7 @@ def _best_alpha(
     Y: Tensor,
     alphas: Sequence[float],
     weight: Tensor,
-    counts: Tensor | None,
+    counts: Tensor,
 ) -> tuple[float, float]:
     """The penalty with the smallest error on the rows that are not in a system, and that error."""
     n_train, n_rows = system.X.shape[1], X.shape[1]
@@ -73,8 +74,7 @@ def _best_alpha(
 
     def error(residual: Tensor) -> float:
         square = residual.square()
-        total = square.sum(1) if counts is None else counts[held].to(square) @ square
-        return float((double(total) * weight).sum())
+        return float((double(counts[held].to(square) @ square) * weight).sum())
 
     def attempt(alpha: float) -> tuple[float, float]:
         coef, intercept = system.solve(right_hand_side, Y[:, train], alpha)
@@ -96,30 +96,27 @@ def _best_alpha(
 
 @dataclass(frozen=True)
 class _System:
-    """Normal equations of some rows, in terms of columns or (fewer) rows."""
+    """Normal equations of some rows, in terms of columns or (fewer) rows.
+
+    Shapes: `X` (n_problems, n_rows, n_columns), `counts` (n_rows,), how often each row counts,
+    `centre` (n_problems, 1, n_columns).
+    """
 
     X: Tensor
+    counts: Tensor
+    centre: Tensor
     matrix: Tensor
     noise: Tensor
     by_rows: bool
 
-    @property
-    def size(self) -> int | float:
-        """How many rows there are."""
-        return self.X.shape[1]
-
     def mean(self, Y: Tensor) -> Tensor:
         """Mean over rows, of shape (n_problems, 1, n_outputs)."""
-        return Y.mean(1, keepdim=True)
-
-    @property
-    def centre(self) -> Tensor:
-        """Mean of the inputs."""
-        return self.X.mean(1, keepdim=True)
+        return ((self.counts / self.counts.sum()).to(Y) @ Y)[:, None]
 
     def right_hand_side(self, Y: Tensor) -> Tensor:
         """What the matrix is solved for: one column per output."""
-        Y = Y - self.mean(Y)
+        counts = self.counts.sqrt() if self.by_rows else self.counts
+        Y = (Y - self.mean(Y)) * counts.to(Y)[:, None]
         return double(Y) if self.by_rows else _product(self.X, Y)
 
     def solve(self, right_hand_side: Tensor, Y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -130,14 +127,15 @@ class _System:
             return mean.new_zeros(n_problems, n_columns, Y.shape[2]), mean
         coef = torch.cholesky_solve(right_hand_side, self._factor(alpha))
         if self.by_rows:
-            coef = double(self.X).transpose(1, 2) @ coef
+            rows = double(self.X - self.centre) * self.counts.sqrt()[:, None]
+            coef = rows.transpose(1, 2) @ coef
         return coef, mean - (double(self.centre) @ coef)[:, 0]
 
     def _factor(self, alpha: float) -> Tensor:
         """Cholesky factor of the matrix and its penalty."""
         diagonal = self.matrix.diagonal(dim1=1, dim2=2)
         # The noise keeps rounding from being fitted where inputs are all but constant.
-        penalty = alpha * diagonal.sum(1) / self.X.shape[2] + self.size * self.noise
+        penalty = alpha * diagonal.sum(1) / self.X.shape[2] + self.counts.sum() * self.noise
         penalty = torch.where(penalty > 0, penalty, torch.ones_like(penalty))
         for _ in range(_ATTEMPTS):
             matrix = self.matrix.clone()
@@ -150,92 +148,46 @@ class _System:
 
 
 class _Products:
-    """Products between columns, or between rows where these are fewer."""
+    """Products between columns, or between rows where these are fewer; all systems share them."""
 
-    def __init__(self, X: Tensor, n_train: int, centre: Tensor) -> None:
-        self.X = X
+    def __init__(self, X: Tensor, n_train: int, counts: Tensor, centre: Tensor) -> None:
+        self.X, self.counts = X, counts
         rounding = 10 * torch.finfo(X.dtype).eps
         self.noise = rounding**2 * double(centre).square().mean((1, 2))
         self.by_rows = X.shape[1] < X.shape[2]
         if self.by_rows:
             self.parts = [_gram(X.transpose(1, 2))]
         else:
-            self.parts = [_gram(X[:, :n_train]), _gram(X[:, n_train:])]
+            train, held = slice(n_train), slice(n_train, None)
+            self.parts = [_gram(X[:, part], counts[part]) for part in (train, held)]
 
     def system(self, n_rows: int) -> _System:
         """The equations of the first rows: those to train with, or all."""
-        X = self.X[:, :n_rows]
+        X, counts = self.X[:, :n_rows], self.counts[:n_rows]
+        share = counts / counts.sum()
+        centre = (share.to(X) @ X)[:, None]
         if self.by_rows:
             matrix = self.parts[0][:, :n_rows, :n_rows]
-            matrix = matrix - matrix.mean(1, keepdim=True)
-            matrix -= matrix.mean(2, keepdim=True)
+            means = matrix @ share
+            matrix = matrix - means[:, :, None] - means[:, None] + (means @ share)[:, None, None]
+            matrix *= (counts[:, None] * counts).sqrt()
         else:
             matrix = self.parts[0] if n_rows < self.X.shape[1] else self.parts[0] + self.parts[1]
-            mean = double(X.mean(1))
-            matrix = matrix - n_rows * mean[:, :, None] * mean[:, None]
-        return _System(X, matrix, self.noise, self.by_rows)
+            middle = double(centre[:, 0])
+            matrix = matrix - counts.sum() * middle[:, :, None] * middle[:, None]
+        return _System(X, counts, centre, matrix, self.noise, self.by_rows)
 
 
-@dataclass(frozen=True)
-class _WeighedSystem(_System):
-    """The same for rows that count differently: `X` is centred, and multiplied by their roots."""
-
-    counts: Tensor
-    middle: Tensor
-
-    @property
-    def size(self) -> float:
-        """How many rows there are, each as often as it counts."""
-        return float(self.counts.sum())
-
-    def mean(self, Y: Tensor) -> Tensor:
-        """Mean over rows, of shape (n_problems, 1, n_outputs)."""
-        return _mean(Y, self.counts)
-
-    @property
-    def centre(self) -> Tensor:
-        """Mean of the inputs."""
-        return self.middle
-
-    def right_hand_side(self, Y: Tensor) -> Tensor:
-        """What the matrix is solved for: one column per output."""
-        Y = (Y - self.mean(Y)) * self.counts.sqrt().to(Y)[:, None]
-        return double(Y) if self.by_rows else _product(self.X, Y)
-
-
-class _Weighed:
-    """Makes systems of rows that count differently."""
-
-    def __init__(self, X: Tensor, counts: Tensor, centre: Tensor) -> None:
-        self.X, self.counts = X, counts
-        rounding = 10 * torch.finfo(X.dtype).eps
-        self.noise = rounding**2 * double(centre).square().mean((1, 2))
-
-    def system(self, n_rows: int) -> _System:
-        """The equations of the first rows: those to train with, or all."""
-        counts = self.counts[:n_rows]
-        middle = _mean(self.X[:, :n_rows], counts)
-        X = (self.X[:, :n_rows] - middle) * counts.sqrt().to(self.X)[:, None]
-        by_rows = X.shape[1] < X.shape[2]
-        matrix = _gram(X.transpose(1, 2)) if by_rows else _gram(X)
-        return _WeighedSystem(X, matrix, self.noise, by_rows, counts, middle)
-
-
-def _mean(X: Tensor, counts: Tensor) -> Tensor:
-    """Mean over rows that count differently, of shape (n_problems, 1, n_columns)."""
-    share = (counts / counts.sum()).to(X)
-    return (share @ X)[:, None]
-
-
-def _gram(X: Tensor) -> Tensor:
-    """``X' X`` in float64."""
+def _gram(X: Tensor, counts: Tensor | None = None) -> Tensor:
+    """``X' X`` in float64, rows as often as they count."""
     n_rows, n_columns = X.shape[1:]
     total = double(X.new_zeros(len(X), n_columns, n_columns))
     for row in range(0, n_rows, _ROWS):
         block = X[:, row : row + _ROWS]
+        other = block if counts is None else block * counts[row : row + _ROWS, None].to(block)
         for column in range(0, n_columns, _COLUMNS):
             left = slice(column, column + _COLUMNS)
-            total[:, left, column:] += double(block[:, :, left].mT @ block[:, :, column:])
+            total[:, left, column:] += double(block[:, :, left].mT @ other[:, :, column:])
     for column in range(0, n_columns, _COLUMNS):
         left, below = slice(column, column + _COLUMNS), slice(column + _COLUMNS, None)
         total[:, below, left] = total[:, left, below].mT

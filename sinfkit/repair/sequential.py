@@ -25,7 +25,6 @@ are computed exactly once and already carry the repairs in front of them.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..slicing.channels import Sliced
-from ..utils.params import caller_level
+from ..utils.params import warn
 from .moments import gather_moments
 from .ridge import double, fit_ridge
 from .static import shrunk_layers, static_least_squares
@@ -163,41 +162,9 @@ def repair(
             f"sample_weight must hold one number for each of the {len(X)} images; got shape "
             f"{sample_weight.shape}."
         )
-    weight = None if sample_weight is None else torch.as_tensor(sample_weight)
+    weight = torch.as_tensor(np.ones(len(X)) if sample_weight is None else sample_weight)
     if settings.method == "static_least_squares":
         return _from_moments(dense, sliced, X, settings, weight)
-    return _side_by_side(dense, sliced, X, X_sliced, settings, weight)
-
-
-def _from_moments(
-    dense: fx.GraphModule,
-    sliced: Sliced,
-    X: Tensor,
-    settings: RepairSettings,
-    weight: Tensor | None,
-) -> dict[str, float]:
-    """Refit from the moments of the dense network; the sliced one is not run."""
-    moments = gather_moments(
-        dense,
-        shrunk_layers(dense, graph_of(sliced)),
-        X.split(settings.batch_size),
-        n_images=len(X),
-        max_rows=settings.rows_of(len(X)),
-        seed=settings.seed,
-        sample_weight=weight,
-    )
-    return static_least_squares(dense, sliced, moments)
-
-
-def _side_by_side(
-    dense: fx.GraphModule,
-    sliced: Sliced,
-    X: Tensor,
-    X_sliced: Tensor,
-    settings: RepairSettings,
-    weight: Tensor | None,
-) -> dict[str, float]:
-    """Run both networks node by node, correcting layers whose input is no longer the dense one."""
     walk = Lockstep(dense, graph_of(sliced), X, X_sliced, settings.batch_size)
     rows = _Rows(len(X), settings.rows_of(len(X)), settings.seed, weight)
     errors: dict[str, float] = {}
@@ -218,16 +185,34 @@ def _side_by_side(
         else:
             errors[name] = _corrected(site, settings, rows, weight)
     if skipped and settings.method != "none":
-        warnings.warn(
+        warn(
             f"Layers that are used more than once stay as they were sliced: "
-            f"{', '.join(dict.fromkeys(skipped))}.",
-            UserWarning,
-            stacklevel=caller_level(),
+            f"{', '.join(dict.fromkeys(skipped))}."
         )
     return errors
 
 
-def _corrected(site: Site, settings: RepairSettings, rows: _Rows, weight: Tensor | None) -> float:
+def _from_moments(
+    dense: fx.GraphModule,
+    sliced: Sliced,
+    X: Tensor,
+    settings: RepairSettings,
+    weight: Tensor,
+) -> dict[str, float]:
+    """Refit from the moments of the dense network; the sliced one is not run."""
+    moments = gather_moments(
+        dense,
+        shrunk_layers(dense, graph_of(sliced)),
+        X.split(settings.batch_size),
+        n_images=len(X),
+        max_rows=settings.rows_of(len(X)),
+        seed=settings.seed,
+        sample_weight=weight,
+    )
+    return static_least_squares(dense, sliced, moments)
+
+
+def _corrected(site: Site, settings: RepairSettings, rows: _Rows, weight: Tensor) -> float:
     """Pass a layer and correct it; return what is left of its error."""
     name = str(site.node.target)
     if site.layer is site.walk.module(site.node, "dense"):
@@ -270,24 +255,20 @@ class _Sizes(fx.Interpreter):
         return value
 
 
-def _match_moments(site: Site, method: str, weight: Tensor | None) -> float:
+def _match_moments(site: Site, method: str, weight: Tensor) -> float:
     """Pass a layer whose channels are scaled and shifted (or left alone); return its error."""
     walk, layer = site.walk, site.layer
     sums = torch.zeros(7, len(site.kept), dtype=torch.float64, device=site.gain.device)
-    n: int | float = 0
+    n = 0.0
     both = zip(walk.advance(site.node, "dense"), walk.advance(site.node, "sliced"), strict=True)
     for (chunk, dense), (_, now) in both:
         own, target = site.targets(dense, chunk)
         axes = [axis for axis in range(now.ndim) if axis != site.axis % now.ndim]
         products = (own, own * own, now, now * now, target, target * target, target * now)
-        if weight is None:
-            sums += torch.stack([_total(product, axes) for product in products])
-            n += now.numel() // len(site.kept)
-        else:
-            counts = weight[walk.images[chunk]]
-            along = counts.to(now).reshape(-1, *[1] * (now.ndim - 1))
-            sums += torch.stack([_total(product * along, axes) for product in products])
-            n += now[0].numel() // len(site.kept) * float(counts.sum())
+        counts = weight[walk.images[chunk]]
+        along = counts.to(now).reshape(-1, *[1] * (now.ndim - 1))
+        sums += torch.stack([_total(product * along, axes) for product in products])
+        n += now[0].numel() // len(site.kept) * float(counts.sum())
     own, own2, now, now2, target, target2, cross = sums / n
 
     ratio, shift = torch.ones_like(own), torch.zeros_like(own)
@@ -323,16 +304,11 @@ def _least_squares(site: Site, rows: _Rows, alphas: Sequence[float]) -> float:
     n_train = n_rows * rows.n_train // len(rows.place)
     weight = site.gain.square().reshape(n_groups, -1)
     held = Y[:, n_train:] if n_train < n_rows else Y
-    counts = rows.counts(n_rows)
-    if counts is None:
-        spread = float((double(held.var(1, correction=0)) * weight).sum()) * held.shape[1]
-        power = float((double(held.square().mean(1)) * weight).sum()) * held.shape[1]
-    else:
-        counts = counts.to(Y.device)
-        own = counts[-held.shape[1] :].to(held)
-        centred = held - (own @ held / own.sum())[:, None]
-        spread, power = (float((double(own @ y.square()) * weight).sum()) for y in (centred, held))
-        del centred
+    counts = rows.counts(n_rows).to(Y.device)
+    own = counts[-held.shape[1] :].to(held)
+    centred = held - (own @ held / own.sum())[:, None]
+    spread, power = (float((double(own @ y.square()) * weight).sum()) for y in (centred, held))
+    del centred
 
     old = layer.weight.reshape(n_groups, -1, X.shape[2])
     Y -= X @ old.to(X).mT
@@ -373,9 +349,7 @@ def _gather(site: Site, rows: _Rows) -> tuple[Tensor, Tensor]:
 class _Rows:
     """Which positions of which images enter a regression, and which images are held out."""
 
-    def __init__(
-        self, n_images: int, max_rows: int, seed: int, weight: Tensor | None = None
-    ) -> None:
+    def __init__(self, n_images: int, max_rows: int, seed: int, weight: Tensor) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._per_image = max(1, max_rows // n_images)
         # Place of each image in the regression; the last ones are held out.
@@ -383,10 +357,8 @@ class _Rows:
         self.n_train = n_images - round(_HELD_OUT * n_images)
         self._weight = weight
 
-    def counts(self, n_rows: int) -> Tensor | None:
-        """How many times each row of the regression counts; None where all count once."""
-        if self._weight is None:
-            return None
+    def counts(self, n_rows: int) -> Tensor:
+        """How many times each row of the regression counts."""
         placed = torch.empty_like(self._weight).index_copy_(0, self.place, self._weight)
         return placed.repeat_interleave(n_rows // len(placed))
 

@@ -10,7 +10,6 @@ networks for it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor, fx, nn
 from ..graph.cuts import batch_norm_behind
 from ..graph.nodes import called_layer
 from ..slicing.channels import Sliced, width
-from ..utils.params import caller_level
+from ..utils.params import warn
 from .moments import Moments, damped_cholesky, measurable, n_blocks
 from .ridge import double
 from .walk import Layer, checked_support, graph_of, install, twins
@@ -147,11 +146,9 @@ def static_least_squares(
             install(layer, norm, weight, shift)
             errors[name] = error
     if skipped:
-        warnings.warn(
+        warn(
             "Layers without moments (called more than once, too wide, or behind something that "
-            f"mixes channels) stay as they were sliced: {', '.join(dict.fromkeys(skipped))}.",
-            UserWarning,
-            stacklevel=caller_level(),
+            f"mixes channels) stay as they were sliced: {', '.join(dict.fromkeys(skipped))}."
         )
     return errors
 

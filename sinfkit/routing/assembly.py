@@ -9,26 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import delayed
 from torch import Tensor, fx, nn
 
 from ..criteria.activations import pool
-from ..data.calibration import Calibration, progress
+from ..data.calibration import Calibration
 from ..graph.cost import fold_batch_norm
-from ..graph.cuts import CutPoint, layer_names, split
+from ..graph.cuts import CutPoint, layer_names, sides, split
 from ..inference.network import Normalise, RouteFit, SINFNetwork, cluster_posterior, own_classes
 from ..pruning.costs import shared_widths
-from ..pruning.recipe import choose_channels, extract, sliceable
+from ..pruning.recipe import choose_channels, extract
 from ..pruning.scoring import Scored
 from ..repair.low_rank import factorize
 from ..repair.sequential import RepairSettings, affordable_images, repair
 from ..repair.walk import graph_of
-from ..slicing.groups import ChannelGroup
 from ..utils.device import in_pieces
-from ..utils.jobs import Rows, Shared, run, with_shared
-from ..utils.params import naming
+from ..utils.jobs import Rows, run_with
 from ..utils.pickling import Packed, pack
-from .study import Size, Study, sides
+from .study import Size, Study
+
+Classes = Sequence[np.ndarray]  # of each cluster, as positions
 
 _FEW_ROUTED = 64  # samples, too few to repair a subgraph with
 
@@ -89,24 +88,24 @@ def _packed(module: nn.Module | Packed) -> Packed:
 
 
 def build_prefix(study: Study, cut: CutPoint, size: Size, n_clusters: int) -> Prefix:
-    """Slice what lies before the cut, for all classes, and refit it to the dense prefix."""
+    """Slice what lies before the cut, for all classes, and refit it to the dense prefix.
+
+    Where one budget decides about both sides, it is kept to by what all classes would lose.
+    """
     calibration, recipe = study.calibration, study.config.prefix
-    dense, (groups, late) = study.halves(cut)[0], study.groups(cut)
-    widths: dict[str, int] | None = None
-    if study.config.shares_budget:
-        groups, widths = _shared_widths(study, cut, size, n_clusters)
-        behind = {group.name for group in late}
-        both, groups = groups, [group for group in groups if group.name not in behind]
-    elif study.config.prunes_prefix:
-        both = groups
-    else:
-        groups = []
+    dense, groups = study.halves(cut)[0], study.prefix_groups(cut)
     if not groups:
-        return Prefix(dense, {}, widths or {})
-    # Scored with those behind the cut, where they are: one pass serves both, for every cut.
-    with naming("prefix_pruner"):
-        (scored,) = study.score(both, [study.classes], recipe)
-    keep = choose_channels(groups, scored.groups, recipe, widths)
+        return Prefix(dense)
+    (scored,) = study.score(groups, [study.classes], recipe)
+    widths: dict[str, int] = {}
+    if study.config.shares_budget:
+        cost = study.cost(groups, {}, cut, n_clusters)
+        widths = shared_widths(groups, [scored], cost, recipe, size.budget)
+        behind = {group.name for group in study.groups(cut)[1]}
+        groups = [group for group in groups if group.name not in behind]
+        if not groups:
+            return Prefix(dense, {}, widths)
+    keep = choose_channels(groups, scored.groups, recipe, widths or None)
     sample = _repair_sample(study, dense)
     samples = torch.cat(list(calibration.batcher(calibration.X, sample)))
     small = extract(calibration.graph, calibration.groups, keep, samples[:64])
@@ -118,26 +117,7 @@ def build_prefix(study: Study, cut: CutPoint, size: Size, n_clusters: int) -> Pr
         _repair_settings(calibration, recipe.repair),
         sample_weight=calibration.weights(sample),
     )
-    return Prefix(module, keep, widths or {})
-
-
-def _shared_widths(
-    study: Study, cut: CutPoint, size: Size, n_clusters: int
-) -> tuple[list[ChannelGroup], dict[str, int]]:
-    """Groups on both sides of the cut, and their widths under one budget.
-
-    They are chosen by what all classes would lose.
-    """
-    groups, recipe = study.calibration.groups, study.config.prefix
-    both = sliceable(groups, layer_names(study.calibration.graph))
-    if study.config.fallback == "base":
-        # Behind the prefix the dense tail must find the channels that it was trained with.
-        known = {group.name for side in study.groups(cut) for group in side}
-        both = [group for group in both if group.name in known]
-    with naming("prefix_pruner"):
-        scored = study.score(both, [study.classes], recipe)
-    cost = study.cost(both, {}, cut, n_clusters)
-    return both, shared_widths(both, scored, cost, recipe, size.budget)
+    return Prefix(module, keep, widths)
 
 
 def lower_rank(study: Study, prefix: Prefix, cut: CutPoint, share: float) -> Prefix:
@@ -191,50 +171,34 @@ def build_subgraphs(
     cut: CutPoint,
     size: Size,
     prefix: Prefix,
-    class_clusters: np.ndarray,
+    clusters: Classes,
+    scored: Sequence[Scored],
     routed: Sequence[np.ndarray],
 ) -> list[Subgraph | None]:
-    """One subgraph per cluster, side by side where `n_jobs` says so; None for a single class."""
+    """One subgraph per cluster, side by side where `n_jobs` says so; None for a single class.
+
+    `clusters` has the classes of each, `scored` the scores of those of several classes.
+    """
     calibration, config = study.calibration, study.config
     groups, (dense, tail) = study.groups(cut)[1], study.halves(cut)
     with torch.inference_mode():
         h = dense(calibration.example)
     n_images = affordable_images(tail, h, config.subgraphs.repair_samples)
-    clusters = [np.flatnonzero(class_clusters == c) for c in range(int(class_clusters.max()) + 1)]
     several = [c for c, classes in enumerate(clusters) if len(classes) > 1]
-    ranks_alone = bool(prefix.widths) or config.subgraphs.schedule != "global"
-    scored = study.score(
-        groups,
-        [clusters[c] for c in several],
-        config.subgraphs,
-        losses=not ranks_alone and config.subgraphs.measures_losses,
-    )
     widths = prefix.widths or None
-    if not ranks_alone:
+    if widths is None and config.subgraphs.schedule == "global":
         widths = _widths(study, cut, size, prefix, clusters, scored) if scored else {}
     sliced = None if prefix.module is dense else SlicedPrefix(prefix.module)
-    rng, shared, jobs = study.rng(), Shared(calibration), []
+    crossing, rng, jobs = _crossing(study, cut, prefix), study.rng(), []
     for c, scores in zip(several, scored, strict=True):
         sample = rng.permutation(routed[c])[:n_images]
         outputs = calibration.table.outputs[_answered_by(study, clusters[c])]
         keep = choose_channels(groups, scores.groups, config.subgraphs, widths)
-        keep |= _crossing(study, cut, prefix) | {study.output_group: outputs}
-        jobs.append(
-            delayed(with_shared)(
-                build_subgraph,
-                shared,
-                cut,
-                keep,
-                scores,
-                outputs,
-                sliced,
-                config.subgraphs.repair,
-                Rows(calibration.X, sample),
-                sample,
-            )
-        )
-    built = run(progress(jobs, "Subgraphs", config.verbose), config.n_jobs)
+        keep |= crossing | {study.output_group: outputs}
+        rows, repaired = Rows(calibration.X, sample), config.subgraphs.repair
+        jobs.append((cut, keep, scores, outputs, sliced, repaired, rows, sample))
     subgraphs: list[Subgraph | None] = [None] * len(clusters)
+    built = run_with(calibration, build_subgraph, jobs, config.n_jobs)
     for c, subgraph in zip(several, built, strict=True):
         subgraphs[c] = subgraph.unpacked()
     return subgraphs
@@ -245,7 +209,7 @@ def _widths(
     cut: CutPoint,
     size: Size,
     prefix: Prefix,
-    clusters: Sequence[np.ndarray],
+    clusters: Classes,
     scored: Sequence[Scored],
 ) -> dict[str, int]:
     """One width per layer for all clusters: with the given prefix they keep to a budget."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..criteria.discriminability import average
-from ..data.calibration import progress
 from ..graph.cost import paired_latency
 from ..graph.cuts import CutPoint, split
 from ..inference.forms import fast_form
@@ -173,46 +172,37 @@ class Builder:
 
         `time_it` measures the speed-up on a batch of held-out samples.
         """
-        study, pool_size = self.study, plan.grouping.pool_size
+        study, cut, pool_size = self.study, plan.cut, plan.grouping.pool_size
         prefix = self._prefix(plan)
-        batches = progress(study.batches(study.fit), "Routes", study.config.verbose)
-        features = pooled_output(prefix.module, batches, pool_size)
+        features = pooled_output(prefix.module, study.batches(study.fit), pool_size)
         held = pooled_output(prefix.module, study.batches(study.choose), pool_size)
         route, clusters = fit_route(study, plan, features, held)
+        members = [np.flatnonzero(clusters.class_clusters == c) for c in range(len(clusters.names))]
+        several = [classes for classes in members if len(classes) > 1]
+        recipe = study.config.subgraphs
+        # With widths known, what consumers lose is not asked for.
+        losses = False if prefix.widths or recipe.schedule != "global" else None
+        scored = study.score(study.groups(cut)[1], several, recipe, losses)
         routed = routed_samples(study, features, route, clusters.class_clusters)
-        subgraphs = build_subgraphs(
-            study, plan.cut, plan.size, prefix, clusters.class_clusters, routed
-        )
+        subgraphs = build_subgraphs(study, cut, plan.size, prefix, members, scored, routed)
         network = assemble(
-            study, plan.cut, prefix.module, route.predictor, subgraphs, clusters.class_clusters
+            study, cut, prefix.module, route.predictor, subgraphs, clusters.class_clusters
         )
-        return self._judged(plan, clusters, network, subgraphs, time_it)
-
-    def _judged(
-        self,
-        plan: Plan,
-        clusters: Clusters,
-        network: SINFNetwork,
-        subgraphs: list[Subgraph | None],
-        time_it: bool,
-    ) -> Built:
-        """Choose weights and thresholds of a network, and count what it gives."""
-        study, config = self.study, self.study.config
         seen = observe(network, study.batches(study.choose))
         tune(study, network, seen)
         signals = read_signals(study, network, study.choose, seen)
         gates = choose_gates(
-            signals, config.exit_threshold, config.confidence_threshold, config.max_accuracy_drop
+            signals,
+            study.config.exit_threshold,
+            study.config.confidence_threshold,
+            study.config.max_accuracy_drop,
         )
         set_gates(network, gates)
         passage = let_through(signals, gates)
-        timed = config.subgraphs.budget_unit == "latency"
+        timed = recipe.budget_unit == "latency"
         seconds = relative_time(study, network, seen) if timed else float("nan")
-        outcome = Outcome(
-            passage.drop,
-            seconds if timed else passage.cost,
-            speedup(study, network) if time_it else float("nan"),
-        )
+        cost = seconds if timed else passage.cost
+        faster = speedup(study, network) if time_it else float("nan")
         right_route = seen.cluster.numpy() == clusters.class_clusters[study.choose.y]
         return Built(
             plan,
@@ -224,7 +214,7 @@ class Builder:
             passage,
             study.choose.mean(right_route),
             seconds,
-            outcome,
+            Outcome(passage.drop, cost, faster),
         )
 
     def signals(self, built: Built, samples: Samples) -> Signals:
@@ -326,7 +316,7 @@ def read_signals(study: Study, network: SINFNetwork, samples: Samples, seen: Hel
     answers = routed_answers(seen, network.answered.cpu(), temperatures, network.router_weight)
     sure, early = (part.numpy() for part in seen.log_posterior.max(1))
     raw = study.calibration.batcher.load(study.calibration.X[:1])
-    costs, base = branch_costs(network, raw), max(study.macs[0], 1)
+    costs, base = branch_costs(network, raw), max(study.calibration.macs[0], 1)
     routed, cluster = answers == y, seen.cluster.numpy()
     cost = costs["macs"][cluster]
     fallback, fallback_cost = routed, cost

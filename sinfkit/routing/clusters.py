@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..criteria.discriminability import average, centred, fit_probe
 from ..errors import ArgumentError
-from ..utils.params import caller_level, naming
+from ..utils.params import naming, warn
 
 METHODS = ("confusion", "activation", "given")
 # A probe with less is nearly certain of everything, says little of what is alike, and takes long:
@@ -72,11 +71,9 @@ def group_classes(
     n_classes = len(classes)
     n_clusters = grouping.n_clusters or max(1, round(n_classes**0.5))
     if n_clusters > n_classes:
-        warnings.warn(
+        warn(
             f"n_clusters={n_clusters} is more than the {n_classes} classes; each class is a "
-            "cluster of its own.",
-            UserWarning,
-            stacklevel=caller_level(),
+            "cluster of its own."
         )
         n_clusters = n_classes
     limit = grouping.max_cluster_size or math.ceil(1.5 * n_classes / n_clusters)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,15 +14,18 @@ from torch import Tensor, fx
 from ..criteria.activations import collect
 from ..errors import OutOfReachError, UnreachableShareError
 from ..graph.cost import count_macs
-from ..graph.cuts import CutPoint, cut_points, find_cut
+from ..graph.cuts import CutPoint, cut_points, find_cut, sides
 from ..inference.network import cluster_posterior, fit_route_predictor, fuse
 from ..pruning.recipe import Recipe, choose_channels
 from ..slicing.groups import ChannelGroup, slice_channels
-from ..utils.params import caller_level, naming
+from ..utils.params import naming, warn
+from ..utils.progress import about
 from .builder import Builder, Built, set_gates
 from .clusters import Clusters, Grouping, group_classes
 from .gates import Outcome, Signals, Verdict, choose_gates, judge, let_through
-from .study import Plan, Samples, Size, Study, sides
+from .study import Plan, Samples, Size, Study
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,17 @@ class Goal:
 
 
 def hill_climb(
-    evaluate: Callable[[int], Outcome], n_sizes: int, start: int, goal: Goal
-) -> tuple[int, Outcome]:
-    """Find the best of sizes, from careful to bold, over which the outcome has one summit."""
-    best, found = start, evaluate(start)
+    choices: Sequence[T], start: int, goal: Goal
+) -> Generator[T, Outcome, tuple[int, Outcome]]:
+    """Find the best of choices, from careful to bold, over which the outcome has one summit.
+
+    Yields one that is to be tried, and is sent what it gave; the first is number `start`.
+    """
+    best, found = start, (yield choices[start])
     for step in (1, -1):
         index = start + step
-        while 0 <= index < n_sizes:
-            outcome = evaluate(index)
+        while 0 <= index < len(choices):
+            outcome = yield choices[index]
             if goal.better(outcome, found):
                 best, found = index, outcome
             elif goal.reached(found) or step == goal.away:
@@ -77,6 +83,7 @@ def hill_climb(
 
 
 _PROBE_SAMPLES = 5_000
+_PASSES_BEFORE, _PASSES_EACH = 4, 3  # over the samples, as long as one of the base takes
 _CLUSTERS = (1, 2, 5, 10, 20)  # tried where no number is given
 
 
@@ -120,8 +127,10 @@ def plan_networks(
         )
     if len(cuts) == 1 and len(groupings) == 1:
         return [Plan(cuts[0], next(iter(groupings.values())), size)]
+    study.progress.doing("looks for a place to cut")
     few = some_of_each(study.fit, _PROBE_SAMPLES, study.rng())
     candidates = try_cuts(study, cuts, groupings, few)
+    study.progress.done()
     reach = None if isinstance(route_layer, str) else float(route_layer)
     target = study.choose.mean(study.base_right(study.choose)) - study.config.max_accuracy_drop
     best: dict[int, Plan] = {}
@@ -167,13 +176,11 @@ def rank_candidates(
     early = [c for c in candidates if c.route_accuracy >= route_accuracy]
     if not early:
         best = ranked[0]
-        warnings.warn(
+        warn(
             f"No layer predicts the cluster with {route_accuracy:.0%} accuracy on held-out "
             f"samples; {best.cut.name!r} ({best.route_accuracy:.0%}) is taken, which keeps the "
             "best accuracy for the time it saves. Fewer clusters, or clusters by confusion, route "
-            "better.",
-            UserWarning,
-            stacklevel=caller_level(),
+            "better."
         )
     return early + [c for c in ranked if c not in early]
 
@@ -183,7 +190,7 @@ def expected_macs(study: Study, cut: CutPoint, size: Size) -> tuple[float, float
 
     Prefix and subgraph are sliced; the subgraph answers all classes.
     """
-    config, (total, dense) = study.config, study.macs
+    config, (total, dense) = study.config, study.calibration.macs
     names = sides(study.calibration.graph, cut)
     before, tail = (sum(dense.get(name, 0) for name in part) / total for part in names)
     if config.shares_budget:
@@ -233,6 +240,7 @@ def try_cuts(
             weight=few.weight,
             held_out_weight=study.choose.weight,
         )
+        macs = expected_macs(study, cut, study.config.middle_size)
         for n_clusters, grouping in groupings.items():
             with naming("clusterer"):
                 clusters = group_classes(
@@ -244,22 +252,27 @@ def try_cuts(
                     study.calibration.seed,
                     few.weight,
                 )
-            found.append(estimate(study, cut, n_clusters, route.log_posterior, clusters))
+            found.append(estimate(study, cut, n_clusters, route.log_posterior, clusters, macs))
     return found
 
 
 def estimate(
-    study: Study, cut: CutPoint, n_clusters: int, log_posterior: Tensor, clusters: Clusters
+    study: Study,
+    cut: CutPoint,
+    n_clusters: int,
+    log_posterior: Tensor,
+    clusters: Clusters,
+    macs: tuple[float, float, float],
 ) -> Candidate:
     """What routing by a probe is expected to give: subgraphs as good as the base, but smaller."""
-    config, held, size = study.config, study.choose, study.config.middle_size
+    config, held = study.config, study.choose
     class_clusters = torch.as_tensor(clusters.class_clusters)
     posterior = cluster_posterior(log_posterior, class_clusters, len(clusters.names))
     confidence, chosen = posterior.max(1)
     members = (class_clusters == chosen[:, None]) | (config.answers == "all")
     routed = fuse(log_posterior, study.base_logits(held), members, 0.5).argmax(1).numpy() == held.y
     sure, early = (part.numpy() for part in log_posterior.max(1))
-    prefix, subgraph, tail = expected_macs(study, cut, size)
+    prefix, subgraph, tail = macs
     base = config.fallback == "base"
     signals = Signals(
         study.base_right(held),
@@ -296,39 +309,73 @@ class Kept:
     verdict: Verdict | None
 
 
+def announce(study: Study, n_plans: int) -> None:
+    """Say, before anything is built, about what that takes."""
+    if not study.progress.verbose:
+        return
+    calibration, config, n_sizes = study.calibration, study.config, len(study.config.sizes)
+    n_networks = n_plans
+    if n_sizes > 1:
+        climb = 1 + max(config.first + 1, n_sizes - config.first - 1)
+        again = climb if isinstance(config.prefix_low_rank, str) else 0
+        n_networks += climb + again + n_sizes - config.first - 1
+    seconds, n_passes = calibration.pass_seconds(), _PASSES_BEFORE + _PASSES_EACH * n_networks
+    study.progress.begin(
+        f"up to {n_networks} networks on {len(calibration.X)} samples, about {n_passes} passes "
+        f"over them of {about(seconds)} each, {about(n_passes * seconds)} in all",
+        n_networks + 3,
+    )
+
+
 class Search:
     """What was tried, and the best of it."""
 
     def __init__(self, builder: Builder) -> None:
         self.builder = builder
         self.config = builder.study.config
+        self.progress = builder.study.progress
         self.goal = Goal(self.config.max_accuracy_drop, self.config.target_speedup)
         self.best: Built | None = None
+        self.beside: Built | None = None  # the next more careful one
         self.rows: list[dict[str, object]] = []
         self.missed: OutOfReachError | UnreachableShareError | None = None
 
     def run(self, plans: Sequence[Plan]) -> Built:
-        """Try plans in several sizes.
+        """Try plans in several sizes, one after the other; return the best network."""
+        proposals = self._proposals(plans)
+        plan = next(proposals, None)
+        while plan is not None:
+            outcome = self._try(plan)
+            try:
+                plan = proposals.send(outcome)
+            except StopIteration:
+                plan = None
+        if self.best is None:
+            assert self.missed is not None
+            raise self.missed
+        return self.best
+
+    def _proposals(self, plans: Sequence[Plan]) -> Generator[Plan, Outcome, None]:
+        """What to build next, given what was built.
 
         The first plan climbs; the others start where it stopped, and become bolder as long as they
         are better than all before.  Then the best one's prefix gets a low rank, in the same size
         and, while that is better, in others.
         """
-        config, goal, n_sizes = self.config, self.goal, len(self.config.sizes)
-        index, found = hill_climb(lambda i: self._try(plans[0], i), n_sizes, config.first, goal)
+        config, goal = self.config, self.goal
+
+        def sized(plan: Plan, **change: float) -> list[Plan]:
+            return [replace(plan, size=replace(size, **change)) for size in config.sizes]
+
+        index, found = yield from hill_climb(sized(plans[0]), config.first, goal)
         for plan in plans[1:]:
-            for i in range(index, n_sizes):
-                outcome = self._try(plan, i)
+            for i, bolder in enumerate(sized(plan)[index:], index):
+                outcome = yield bolder
                 if not goal.better(outcome, found):
                     break
                 index, found = i, outcome
-        if self.best is None:
-            assert self.missed is not None
-            raise self.missed
-        if config.searches_size and isinstance(config.prefix_low_rank, str):
-            plan = self.best.plan
-            hill_climb(lambda i: self._try(plan, i, _LOW_RANK), n_sizes, index, goal)
-        return self.best
+        if self.best and config.searches_size and isinstance(config.prefix_low_rank, str):
+            yield from hill_climb(sized(self.best.plan, low_rank=_LOW_RANK), index, goal)
 
     def judged(self, built: Built) -> Kept:
         """Let samples that chose nothing decide about a network and its thresholds.
@@ -339,8 +386,10 @@ class Search:
         config, study = self.config, self.builder.study
         finalists = [built]
         automatic = config.searches_size and config.target_speedup is None
-        if automatic:
-            finalists = [*self._more_careful(built.plan), built]
+        careful = self._more_careful(built.plan) if automatic else None
+        if careful is not None:
+            self.progress.doing(_described(careful))
+            finalists = [self.beside or self.builder.build(careful), built]
         signals = [self.builder.signals(one, study.certify) for one in finalists]
         if config.target_speedup is not None:
             config = replace(
@@ -358,24 +407,18 @@ class Search:
         set_gates(kept.network, verdict.point.gates)
         return Kept(replace(kept, gates=verdict.point.gates), verdict)
 
-    def _more_careful(self, plan: Plan) -> list[Built]:
+    def _more_careful(self, plan: Plan) -> Plan | None:
         """The same plan in the next more careful size, if there is one."""
-        sizes = self.config.sizes
-        index = [size.budget for size in sizes].index(plan.size.budget)
-        if index == 0:
-            return []
-        size = replace(plan.size, budget=sizes[index - 1].budget)
-        return [self.builder.build(replace(plan, size=size))]
+        budgets = [size.budget for size in self.config.sizes]
+        index = budgets.index(plan.size.budget)
+        size = replace(plan.size, budget=budgets[index - 1])
+        return replace(plan, size=size) if index else None
 
-    def _try(self, plan: Plan, index: int, low_rank: float | None = None) -> Outcome:
-        """Build one network, and remember it if it is the best so far."""
-        size = self.config.sizes[index]
-        if low_rank is not None:
-            size = replace(size, low_rank=low_rank)
+    def _try(self, plan: Plan) -> Outcome:
+        """Build one network, and remember it if it is the best so far, or next to that."""
+        self.progress.doing(_described(plan))
         try:
-            built = self.builder.build(
-                replace(plan, size=size), time_it=self.config.target_speedup is not None
-            )
+            built = self.builder.build(plan, time_it=self.config.target_speedup is not None)
         except (OutOfReachError, UnreachableShareError) as error:
             if not self.config.searches_size:
                 reach = isinstance(error, OutOfReachError)
@@ -383,9 +426,18 @@ class Search:
                 raise type(error)(f"{name}: {error}") from error
             self.missed = self.missed or error
             return Outcome(drop=1.0, cost=math.inf, speedup=0.0)
+        finally:
+            self.progress.done()
         self._note(built)
+        # Of all others the weights are let go.
         if self.best is None or self.goal.better(built.outcome, self.best.outcome):
-            self.best = built  # the others' weights are let go
+            beside = self._more_careful(plan)
+            known = (one for one in (self.best, self.beside) if one and one.plan == beside)
+            self.beside, self.best = next(known, None), built
+            cost, drop = built.passage.cost, built.outcome.drop
+            self.progress.best(f"{cost:.0%} of the multiplications, {drop:.1%} lost")
+        elif plan == self._more_careful(self.best.plan):
+            self.beside = built
         return built.outcome
 
     def _note(self, built: Built) -> None:
@@ -406,6 +458,11 @@ class Search:
         if not math.isnan(outcome.speedup):
             row["speedup"] = outcome.speedup
         self.rows.append(row)
-        if self.config.verbose:
-            shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            print("SINFClassifier: " + ", ".join(shown))
+
+
+def _described(plan: Plan) -> str:
+    """A plan in a few words."""
+    n, size = plan.grouping.n_clusters, plan.size
+    text = f"cut at {plan.cut.name}" + ("" if n is None else f", {n} cluster{'s' * (n > 1)}")
+    text += "" if size.budget is None else f", budget {size.budget:g}"
+    return text + (f", prefix of rank {size.low_rank:g}" if size.low_rank < 1 else "")

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from joblib import delayed
 from sklearn.base import BaseEstimator
 from torch import Tensor, fx
 
@@ -18,16 +17,17 @@ from ..criteria.activations import Statistics
 from ..data.calibration import Calibration
 from ..data.images import Images
 from ..data.validation import mean
-from ..graph.cost import count_macs, fold_batch_norm
-from ..graph.cuts import CutPoint, layer_names, observation_nodes, split
+from ..graph.cost import fold_batch_norm
+from ..graph.cuts import CutPoint, layer_names, observation_nodes, sides, split
 from ..pruning.costs import CostModel, network_cost
 from ..pruning.layer_times import LayerTime, fit_layer_times
 from ..pruning.recipe import Recipe, removal_ratios, sliceable
 from ..pruning.scoring import Scored, gather, score, selected
 from ..slicing.groups import ChannelGroup
 from ..utils.device import in_pieces
-from ..utils.jobs import Rows, Shared, run, with_shared
-from ..utils.params import check_choice, check_number
+from ..utils.jobs import Rows, run_with
+from ..utils.params import check_choice, check_number, naming
+from ..utils.progress import Progress
 from .clusters import Grouping
 
 BUDGETS = (0.8, 0.63, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16)
@@ -129,7 +129,6 @@ class RoutingConfig:
     target_speedup: float | None = None
     n_jobs: int | None = None
     memory: Any = field(default=None, compare=False)
-    verbose: int = 0
 
     def __post_init__(self) -> None:
         check_choice("answers", self.answers, get_args(Answers))
@@ -220,6 +219,7 @@ class Study:
     choose: Samples
     certify: Samples
     config: RoutingConfig
+    progress: Progress
     _statistics: Statistics | None = None
     _scores: dict[Any, Scored] = field(default_factory=dict)
 
@@ -240,11 +240,6 @@ class Study:
     def batch(self) -> Tensor:
         """As many normalised samples as will be predicted at once."""
         return next(iter(self.batches(self.fit)))
-
-    @functools.cached_property
-    def macs(self) -> tuple[int, dict[str, int]]:
-        """Multiplications of the base for one sample: all, and by layer."""
-        return count_macs(self.calibration.graph, self.calibration.example)
 
     @functools.cache  # noqa: B019 (a study lives as long as a fit)
     def base_logits(self, samples: Samples) -> Tensor:
@@ -276,25 +271,45 @@ class Study:
         groups = self.calibration.groups
         return sliceable(groups, before), sliceable(groups, behind)
 
+    def prefix_groups(self, cut: CutPoint) -> list[ChannelGroup]:
+        """What is scored for all classes: the prefix's groups, and those that share its budget."""
+        early, late = self.groups(cut)
+        if not self.config.shares_budget:
+            return early if self.config.prunes_prefix else []
+        both = sliceable(self.calibration.groups, layer_names(self.calibration.graph))
+        if self.config.fallback == "base":
+            # Behind the prefix the dense tail must find the channels that it was trained with.
+            known = {group.name for group in (*early, *late)}
+            both = [group for group in both if group.name in known]
+        return both
+
     def gather(self, cuts: Sequence[CutPoint]) -> Tensor:
         """Collect in one pass what criteria ask for at any of the cuts; return the base's logits.
 
         The logits, of shape (n_samples, n_outputs), are of all calibration samples.
         """
         calibration, config = self.calibration, self.config
+        self.progress.doing("reads the samples")
         layers: dict[str, None] = {}
         for cut in cuts:
-            early, late = self.groups(cut)
-            first = sliceable(calibration.groups) if config.shares_budget else early
+            late, first = self.groups(cut)[1], self.prefix_groups(cut)
             for groups, recipe in ((late, config.subgraphs), (first, config.prefix)):
                 if recipe.criterion.needs & {"features", "consumer_features"}:
                     for group in groups:
                         layers |= dict.fromkeys(group.layers)
         nodes = observation_nodes(calibration.graph, layers)
-        pool_size = config.subgraphs.pool_size
-        found = gather(calibration, nodes, pool_size, config.memory, config.verbose)
-        self._statistics = found
-        return found.logits
+        self._statistics = gather(calibration, nodes, config.subgraphs.pool_size, config.memory)
+        self.progress.done()
+        return self._statistics.logits
+
+    def score_prefixes(self, cuts: Sequence[CutPoint]) -> None:
+        """Score for all classes, before anything is built: every size asks for that."""
+        self.progress.doing("scores the filters")
+        with naming("prefix_pruner"):
+            for cut in cuts:
+                if groups := self.prefix_groups(cut):
+                    self.score(groups, [self.classes], self.config.prefix)
+        self.progress.done()
 
     def score(
         self,
@@ -309,33 +324,21 @@ class Study:
         where only the order of the filters matters, that pass is spared.
         """
         losses = recipe.measures_losses if losses is None else losses
-        calibration, config = self.calibration, self.config
+        calibration, memory = self.calibration, self.config.memory
         names = tuple(group.name for group in groups)
         keys = [(names, tuple(classes), recipe.criterion, losses) for classes in sets]
         new = {key: s for key, s in zip(keys, sets, strict=True) if key not in self._scores}
         if new:
             assert self._statistics is not None, "gather comes first"
-            shared, jobs = Shared(calibration), []
+            jobs = []
             reads = losses or not recipe.criterion.needs <= _COLLECTED
             for classes in new.values():
                 index = self.fit.index[np.isin(self.fit.y, classes)]
                 statistics = selected(self._statistics, groups, index)
                 rows = Rows(calibration.X, index if reads else index[:1])
-                jobs.append(
-                    delayed(with_shared)(
-                        score,
-                        shared,
-                        groups,
-                        statistics,
-                        index,
-                        classes,
-                        recipe,
-                        config.memory,
-                        rows,
-                        losses,
-                    )
-                )
-            self._scores |= zip(new, run_here_if_one(jobs, config.n_jobs), strict=True)
+                jobs.append((groups, statistics, index, classes, recipe, memory, rows, losses))
+            found = run_with(calibration, score, jobs, self.config.n_jobs)
+            self._scores |= zip(new, found, strict=True)
         return [self._scores[key] for key in keys]
 
     @functools.cached_property
@@ -369,24 +372,8 @@ class Study:
             kept=kept,
             times=times,
             calls=calls,
+            macs=self.calibration.macs[1],
         )
-
-
-def sides(graph: fx.GraphModule, cut: CutPoint) -> tuple[list[str], list[str]]:
-    """Names of the layers before and behind a cut."""
-    names, before = layer_names(graph), set()
-    for node in graph.graph.nodes:
-        before.add(str(node.target))
-        if node.name == cut.node:
-            break
-    return [n for n in names if n in before], [n for n in names if n not in before]
-
-
-def run_here_if_one(jobs: Sequence[Any], n_jobs: int | None) -> list[Any]:
-    """Run jobs; a single one is not worth sending."""
-    if len(jobs) > 1:
-        return run(jobs, n_jobs)
-    return [call(*arguments, **options) for call, arguments, options in jobs]
 
 
 def _folded(graph: fx.GraphModule) -> fx.GraphModule:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .params import caller_level
+from .params import warn
 
 __all__ = ["full_float32", "host_tensor", "in_pieces", "loaded_device", "resolve_device"]
 
@@ -54,11 +54,9 @@ def in_pieces(function: Callable[..., T], batches: Iterable[Tensor], *rows: Tens
                 raise MemoryError(f"Not even one sample fits into the memory of {device}: {reason}")
             release_memory(device)
             limit = size // 2
-            warnings.warn(
+            warn(
                 f"A batch of {size} samples does not fit into the memory of {device}; going on "
-                f"with {limit}. Set batch_size={limit} or less to avoid this.",
-                UserWarning,
-                stacklevel=caller_level(),
+                f"with {limit}. Set batch_size={limit} or less to avoid this."
             )
         start += n
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar, cast
 from uuid import uuid4
 
@@ -25,7 +25,7 @@ from .device import host_tensor
 from .params import check_integer
 from .pickling import Pickled, dump, load
 
-__all__ = ["Rows", "Shared", "elsewhere", "run", "with_shared"]
+__all__ = ["Rows", "Shared", "elsewhere", "run", "run_with", "with_shared"]
 
 Value = TypeVar("Value")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -41,12 +41,38 @@ def run(jobs: Iterable[Any], n_jobs: int | None) -> list[Any]:
     Threads, since the work is in torch, which releases the interpreter, and they share the weights.
     On a worker, jobs stay there: whatever sent the work has given every worker something to do.
     """
+    result: list[Any] = joblib.Parallel(**_options(n_jobs))(jobs)
+    return result
+
+
+def _options(n_jobs: int | None) -> dict[str, Any]:
+    """How joblib is to run jobs."""
     options: dict[str, Any] = (
         {"require": "sharedmem"} if _on_dask_worker() else {"prefer": "threads"}
     )
     if n_jobs is not None:  # which joblib 1.3 would take for 1, not for the active backend's number
         options["n_jobs"] = n_jobs
-    result: list[Any] = joblib.Parallel(**options)(jobs)
+    return options
+
+
+def run_with(
+    shared: Any,
+    function: Callable[..., Any],
+    arguments: Sequence[Sequence[Any]],
+    n_jobs: int | None,
+) -> list[Any]:
+    """Call a function with `shared` in front of each of some arguments, side by side.
+
+    A single call is not worth sending; where calls go elsewhere, `shared` goes once.
+    """
+    if len(arguments) == 1:
+        return [function(shared, *arguments[0])]
+    if elsewhere():
+        sent = Shared(shared)
+        jobs = [joblib.delayed(with_shared)(function, sent, *own) for own in arguments]
+    else:
+        jobs = [joblib.delayed(function)(shared, *own) for own in arguments]
+    result: list[Any] = joblib.Parallel(**_options(n_jobs))(jobs)
     return result
 
 

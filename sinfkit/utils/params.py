@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,29 @@ def caller_level() -> int:
             found = level
         frame = frame.f_back
     return found
+
+
+_told: ContextVar[set[str] | None] = ContextVar("told", default=None)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line outside this package that called into it; within `once_each`, once."""
+    told = _told.get()
+    if told is not None:
+        if message in told:
+            return
+        told.add(message)
+    warnings.warn(message, category, stacklevel=caller_level())
+
+
+@contextmanager
+def once_each() -> Iterator[None]:
+    """Let `warn` say the same thing once, however often it comes up inside."""
+    token = _told.set(set())
+    try:
+        yield
+    finally:
+        _told.reset(token)
 
 
 LARGEST = 2**31 - 1  # what counts rows or seeds fits into the integers of every library

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import pickle
 import types
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from ..version import __version__
-from .params import caller_level
+from .params import warn
 
 __all__ = ["pack"]
 
@@ -52,12 +51,10 @@ def warn_of_versions(kind: str, stored: Mapping[str, str]) -> None:
         and str(stored[name]).split(".")[:places] != here[name].split(".")[:places]
     ]
     if differ:
-        warnings.warn(
+        warn(
             f"This {kind} was pickled with {', '.join(differ)}. A pickle is made for the versions "
             "that wrote it: check the answers, or fit it again. Files of save and sinfkit.load do "
-            "not depend on versions.",
-            UserWarning,
-            stacklevel=caller_level(),
+            "not depend on versions."
         )
 
 

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from sinfkit.graph import trace
 from sinfkit.repair import REPAIRS, Lockstep, affordable_images, fit_ridge
-from sinfkit.repair.sequential import _Rows
 from sinfkit.slicing import find_groups, slice_channels
 
 # The static form has its own tests: it needs to know which inputs were removed.
@@ -662,18 +661,6 @@ def test_one_image():
     errors = repair(dense, sliced, support, X)
     assert all(np.isfinite(e) for e in errors.values())
     assert torch.isfinite(sliced(X)).all()
-
-
-def test_rows_are_spread_over_images():
-    rows = _Rows(10, 45, seed=0)
-    drawn = rows.draw(100)
-    assert drawn.shape == (10, 4)
-    assert all(len(set(row)) == 4 for row in drawn.tolist())
-    assert len({tuple(row) for row in drawn.tolist()}) == 10
-    assert rows.draw(3).tolist() == [[0, 1, 2]] * 10
-    assert sorted(rows.place.tolist()) == list(range(10))
-    assert rows.n_train == 8
-    assert _Rows(10, 4, seed=0).draw(100).shape == (10, 1)
 
 
 def test_more_rows_do_better_than_few():
