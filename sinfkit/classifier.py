@@ -40,6 +40,8 @@ from .utils.progress import Progress
 
 # Shares of filters removed before the route predictor where no budget decides.
 _PREFIX_RATIOS = (0.3, 0.3)
+# Parameters of nested pruners in whose place the classifier's own count.
+_OWN = ("max_accuracy_drop", "confidence", "options__validation_fraction", "options__n_jobs")
 
 
 class SINFClassifier(TorchClassifierMixin, TorchEstimator):
@@ -115,8 +117,8 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         Held-out share of samples that are sent to the right cluster.
     prefix_ratio_ : float or None
         None where prefix and subgraphs share a budget.
-    prefix_low_rank_, confidence_threshold_, exit_threshold_, router_weight_ : float
-        As chosen; an exit threshold above 1 lets nobody leave.
+    prefix_low_rank_, confidence_threshold_, exit_threshold_, router_weight_ : float or None
+        As chosen; with an exit threshold of None nobody leaves.
     temperatures_ : ndarray of shape (n_clusters,)
     search_results_ : list of dict
         What was tried, in order, with the loss on the samples that choose.
@@ -470,13 +472,14 @@ n_features)
                 round_to=subgraphs.round_to,
                 penalty=subgraphs.penalty,
                 pool_size=subgraphs.pool_size,
+                repair_samples=subgraphs.repair_samples,
             )
-        if not isinstance(self.prefix_pruner, DCSPruner):
-            kind = type(self.prefix_pruner).__name__
-            raise TypeError(f"prefix_pruner must be a DCSPruner or None, got {kind}.")
-        _check_supplied("prefix_pruner", self.prefix_pruner)
+        own = self.prefix_pruner
+        if not isinstance(own, DCSPruner):
+            raise TypeError(f"prefix_pruner must be a DCSPruner or None, got {type(own).__name__}.")
+        _check_supplied("prefix_pruner", own)
         with naming("prefix_pruner"):
-            recipe = recipe_of(self.prefix_pruner)
+            recipe = recipe_of(own)
         if recipe.schedule == "iterative" or recipe.budget is not None:
             raise ValueError(
                 "prefix_pruner has either ratios of its own (schedule='linear', 'geometric' or "
@@ -489,7 +492,16 @@ n_features)
             )
         if recipe.pool_size != subgraphs.pool_size:
             raise ValueError("prefix_pruner and pruner must have the same pool_size.")
-        return replace(recipe, max_ratio=subgraphs.max_ratio)
+        if recipe.schedule != "global":
+            return recipe
+        for name in ("max_ratio", "round_to", "budget_unit"):
+            value, default = (p.get_params()[f"options__{name}"] for p in (own, DCSPruner()))
+            if value != default:
+                raise ValueError(
+                    f"prefix_pruner.options.{name} has no effect with schedule='global', which "
+                    "shares the budget of `pruner`: that of `pruner` counts."
+                )
+        return replace(recipe, max_ratio=subgraphs.max_ratio, round_to=subgraphs.round_to)
 
     def _split(
         self,
@@ -539,12 +551,8 @@ n_features)
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         if "clusterer_" in state:
-            # Shallow: only the shared network is left out, `_link` puts it back.
-            bare = object.__new__(SemanticClusterer)
-            bare.__dict__.update(
-                {k: v for k, v in self.clusterer_.__dict__.items() if k != "network_"}
-            )
-            state["clusterer_"] = bare
+            # The shared network is left out; `_link` puts it back.
+            state["clusterer_"] = self.clusterer_._without_network()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -736,3 +744,11 @@ def _check_supplied(name: str, pruner: Any) -> None:
     for parameter in ("model", "model_classes", "classes", "options__first_layer"):
         if parameters.get(parameter) is not None:
             raise ValueError(f"{name}.{parameter} must be None: SINFClassifier supplies it.")
+    if not isinstance(pruner, DCSPruner):
+        return
+    for parameter, default in DCSPruner().get_params().items():
+        if parameter in _OWN and parameters[parameter] != default:
+            raise ValueError(
+                f"{name}.{parameter} has no effect inside SINFClassifier, which has its own "
+                f"{parameter.removeprefix('options__')}."
+            )

@@ -231,6 +231,12 @@ n_features)
         self.cluster_names_ = clusters.names
         self.affinity_ = clusters.affinity
 
+    def _without_network(self) -> SemanticClusterer:
+        """A shallow copy of the clusters alone, which cannot route."""
+        twin = SemanticClusterer(**self.get_params(deep=False))
+        twin.__dict__.update({k: v for k, v in vars(self).items() if k != "network_"})
+        return twin
+
     @over_chunks
     def predict(self, X: Any) -> Any:
         """Predict the cluster of each sample.

@@ -397,27 +397,35 @@ n_features)
     def _warn(self, judged: Judged, goal: Goal) -> None:
         """Say, once, where the promise was not kept or could not be shown."""
         certificate, limit = judged.certificate, f"max_accuracy_drop={goal.max_accuracy_drop:g}"
+        n = 0 if certificate is None else certificate.n_images
         if judged.is_base:
             text = (
                 f"Nothing was removed: no smaller network that was tried keeps within {limit}, and "
                 "model_ is the base. More calibration samples, or a larger limit, allow a smaller "
                 "one."
             )
-        elif certificate is not None and not goal.met_by(judged.drop):
+        elif certificate is None or n == 0:
+            if not self._component("options").validation_fraction:
+                return  # nobody asked
             text = (
-                f"On {certificate.n_images} held-out samples the smaller network loses "
-                f"{judged.drop:.1%} of accuracy, more than {limit}."
+                f"No sample could be held out that chose nothing, so that it is not known what is "
+                f"lost, and {limit} is not certified. Give a trained model, and more samples of "
+                "each class."
+            )
+        elif not goal.met_by(judged.drop):
+            text = (
+                f"On {n} held-out samples the smaller network loses {judged.drop:.1%} of "
+                f"accuracy, more than {limit}."
             )
         elif not self.certified_:
-            needed = None if certificate is None else certificate.images_needed
+            needed = certificate.images_needed
             more = "" if needed is None else f"; about {needed} would show it"
-            n = 0 if certificate is None else certificate.n_images
             chosen = self.budget is None and self.schedule in ("global", "iterative")
             which = "the best by an estimate" if chosen else "what was asked for"
-            seen = "" if math.isnan(judged.drop) else f": {judged.drop:.1%} lost on them"
             text = (
                 f"{n} held-out samples cannot show, with confidence {goal.confidence:g}, that "
-                f"{limit} is kept{more}. The smaller network is {which}{seen}."
+                f"{limit} is kept{more}. The smaller network is {which}: {judged.drop:.1%} lost on "
+                "them."
             )
         else:
             return

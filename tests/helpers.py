@@ -78,11 +78,10 @@ K, M, WIDTH = 7, 4, 6
 def make_network(
     fallback="base",
     threshold=0.45,
-    top_k=2,
     seed=0,
     dtype=torch.float32,
     answered=None,
-    exit_threshold=2.0,
+    exit_threshold=None,
 ):
     generator = torch.Generator().manual_seed(seed)
 
@@ -114,7 +113,6 @@ def make_network(
         router_weight=0.5,
         threshold=threshold,
         fallback=fallback,
-        top_k=top_k,
         answered=answered,
         exit_threshold=exit_threshold,
     )

@@ -366,6 +366,27 @@ def test_nested_estimators_are_checked(frozen, data):
         SINFClassifier(frozen).predict(X)
 
 
+@pytest.mark.parametrize(
+    ("nested", "parameter", "value"),
+    [
+        ("pruner", "max_accuracy_drop", 0.2),
+        ("pruner", "confidence", 0.5),
+        ("pruner", "options__validation_fraction", 0.5),
+        ("pruner", "options__n_jobs", 2),
+        ("prefix_pruner", "max_accuracy_drop", 0.2),
+        ("prefix_pruner", "options__max_ratio", 0.5),
+        ("prefix_pruner", "options__round_to", 4),
+        ("prefix_pruner", "options__budget_unit", "params"),
+    ],
+)
+def test_what_has_no_effect_on_a_nested_pruner_is_an_error(frozen, data, nested, parameter, value):
+    X, y, _, _ = data
+    given = {nested: DCSPruner().set_params(**{parameter: value})}
+    name = f"{nested}.{parameter.replace('options__', '(options.|options__)')}"
+    with pytest.raises(ValueError, match=f"{name} has no effect"):
+        SINFClassifier(frozen, **given).fit(X, y)
+
+
 def test_interrupted_fit_changes_nothing(fitted, data):
     X, y, X_test, _ = data
     expected = fitted.predict_proba(X_test)
@@ -757,7 +778,7 @@ def test_sure_samples_leave_at_the_router_within_the_drop(frozen, data):
     }
     stay = SINFClassifier(frozen, **keywords, options=RoutingOptions(exit_threshold=None))
     stay.fit(X, y, X_val=X_test, y_val=y_test)
-    assert stay.exit_threshold_ > 1 and stay.search_results_[0]["exit_share"] == 0
+    assert stay.exit_threshold_ is None and stay.search_results_[0]["exit_share"] == 0
     shares = []
     for drop in (0.0, 0.3):
         clf = SINFClassifier(frozen, max_accuracy_drop=drop, **keywords)

@@ -93,9 +93,8 @@ class RoutedClassifier:
         self._temperatures = np.array(manifest["temperatures"], dtype=np.float32)
         self._router_weight = np.float32(manifest["router_weight"])
         self._threshold = np.float32(manifest["threshold"])
-        self._exit_threshold = float(manifest["exit_threshold"])
+        self._exit_threshold = manifest["exit_threshold"]  # None: nobody leaves
         self._fallback = manifest["fallback"]
-        self._top_k = min(int(manifest["top_k"]), self.n_clusters_)
         self._one_hot = np.eye(self.n_clusters_, dtype=np.float32)[self.class_clusters_]
         self._router = open_part(manifest["router"])
         self._subgraphs = [open_part(name) for name in manifest["subgraphs"]]
@@ -163,17 +162,17 @@ class RoutedClassifier:
         branch = posterior.argmax(1)
         unsure = posterior.max(1) < self._threshold
         leaves = np.zeros(len(rows), dtype=bool)
-        if self._exit_threshold <= 1:
+        if self._exit_threshold is not None:
             sure = np.float32(math.log(max(self._exit_threshold, 1e-30)))
             leaves = log_posterior.max(1) >= sure
         if self._fallback == "base":
             branch = np.where(unsure, self.n_clusters_, branch)
         branch = np.where(leaves, self.n_clusters_ + 1, branch)
-        if self._fallback != "topk" or self._top_k < 2:
+        if self._fallback != "top2" or self.n_clusters_ < 2:
             return rows, branch
-        likely = np.argsort(-posterior, axis=1, kind="stable")[:, : self._top_k]
+        likely = np.argsort(-posterior, axis=1, kind="stable")[:, :2]
         likely[:, 0] = branch
-        wanted = np.repeat((unsure & ~leaves)[:, None], self._top_k, axis=1)
+        wanted = np.repeat((unsure & ~leaves)[:, None], 2, axis=1)
         wanted[:, 0] = True
         row, rank = wanted.nonzero()
         return row, likely[row, rank]
@@ -197,13 +196,13 @@ class RoutedClassifier:
             members = self._answered[c]
             answers = router[group]
             answers[:, members] = self._answer(int(c), h[group], log_posterior[group])
-            if self._fallback == "topk":
+            if self._fallback == "top2":
                 weight = posterior[group, c][:, None] * members
                 total[group] += weight
                 mixed[group] += weight * answers
             else:
                 probabilities[group] = answers
-        if self._fallback == "topk":
+        if self._fallback == "top2":
             ran = total > 0
             probabilities[ran] = mixed[ran] / np.maximum(total[ran], 1e-30)
             # Subgraphs that share some of their classes need not agree on their total; rows that

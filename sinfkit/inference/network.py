@@ -179,8 +179,8 @@ def choose_exit(
     *,
     target: float,
     weight: np.ndarray | None = None,
-) -> float:
-    """Smallest probability at which samples may leave at the route predictor.
+) -> float | None:
+    """Smallest probability at which samples may leave at the route predictor; None for never.
 
     The smaller the threshold, the more samples leave, and the faster the network is.
 
@@ -199,7 +199,7 @@ def choose_exit(
     reached = possible & (accuracy >= min(target, float(accuracy[0])) - 1e-12)
     index = int(np.flatnonzero(reached)[-1])
     if index == 0:
-        return 2.0
+        return None
     if index == len(ranked):
         return 0.0
     # Half way between neighbours, so that rounding does not move a sample across.
@@ -211,7 +211,7 @@ def _mean(values: np.ndarray, weight: np.ndarray | None) -> Any:
     return np.mean(values) if weight is None else np.average(values, weights=weight)
 
 
-FALLBACKS = ("base", "topk", "none")
+FALLBACKS = ("none", "base", "top2")
 
 N = TypeVar("N", bound="SINFNetwork")
 
@@ -284,9 +284,8 @@ class SINFNetwork(nn.Module):
         router_weight: float,
         threshold: float,
         fallback: str,
-        top_k: int,
         answered: Tensor | None = None,
-        exit_threshold: float = 2.0,
+        exit_threshold: float | None = None,
     ) -> None:
         super().__init__()
         if fallback not in FALLBACKS:
@@ -311,11 +310,10 @@ class SINFNetwork(nn.Module):
         self.threshold = threshold
         self.exit_threshold = exit_threshold
         self.fallback = fallback
-        self.top_k = top_k
 
     def settings(self) -> tuple[tuple[str, Any], ...]:
         """What decides about routes and answers, besides tensors."""
-        names = ("router_weight", "threshold", "exit_threshold", "fallback", "top_k")
+        names = ("router_weight", "threshold", "exit_threshold", "fallback")
         return tuple((name, getattr(self, name)) for name in names)
 
     def rebuilt(self, kind: type[N], convert: Callable[[nn.Module], nn.Module]) -> N:
@@ -398,7 +396,7 @@ class SINFNetwork(nn.Module):
             members,
             self.router_weight,
         )
-        if self.fallback == "topk":
+        if self.fallback == "top2":
             return self._mix(route, rows, branch, members, fused)
         probabilities[rows] = fused
         return probabilities
@@ -435,13 +433,12 @@ class SINFNetwork(nn.Module):
         if self.fallback == "base":
             branch = torch.where(unsure, self.n_clusters, branch)
         leaves: Tensor | None = None
-        if self.exit_threshold <= 1:
+        if self.exit_threshold is not None:
             leaves = route.log_posterior.amax(1) >= math.log(max(self.exit_threshold, 1e-30))
             branch = torch.where(leaves, self.n_clusters + 1, branch)
-        k = min(self.top_k, self.n_clusters)
-        if self.fallback != "topk" or k < 2:
+        if self.fallback != "top2" or self.n_clusters < 2:
             return rows, branch
-        likely = route.posterior.topk(k, dim=1).indices
+        likely = route.posterior.topk(2, dim=1).indices
         likely[:, 0] = branch
         wanted = (unsure if leaves is None else unsure & ~leaves)[:, None].expand_as(likely).clone()
         wanted[:, 0] = True

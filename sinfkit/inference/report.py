@@ -16,7 +16,7 @@ from ..promise import drop_interval
 __all__ = ["ClusterRow", "Promise", "PruningReport", "SINFReport", "promise_of"]
 
 _NEARLY_ALL = 0.95
-_FALLBACK_WAYS = {"base": "run the base network", "topk": "run several", "top2": "run two"}
+_FALLBACK_WAYS = {"base": "run the base network", "top2": "run two"}
 
 
 @dataclass(frozen=True)

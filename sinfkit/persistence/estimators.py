@@ -418,9 +418,8 @@ def _describe_classifier(classifier: SINFClassifier, tensors: dict[str, Tensor])
         "pool_size": _describe_router(network.router, tensors),
         "router_weight": float(network.router_weight),
         "threshold": float(network.threshold),
-        "exit_threshold": float(network.exit_threshold),
+        "exit_threshold": network.exit_threshold,
         "fallback": network.fallback,
-        "top_k": int(network.top_k),
         "clusterer": _describe_estimator(classifier.clusterer_, "clusterer_.", tensors),
         "pruner": _describe_parameters(classifier.pruner_, "pruner_.", tensors),
     }
@@ -614,8 +613,8 @@ class _Reader:
             clusterer.network_.to(memory_format=torch.channels_last)
 
     def _classifier(self, classifier: SINFClassifier, base: fx.GraphModule, x: Tensor) -> None:
-        numbers = ("router_weight", "threshold", "exit_threshold")
-        keys = {"prefix", "rest", "subgraphs", "pool_size", "fallback", "top_k", *numbers}
+        numbers = ("router_weight", "threshold")
+        keys = {"prefix", "rest", "subgraphs", "pool_size", "fallback", "exit_threshold", *numbers}
         entry = _check_keys("The network", self.network, keys | {"clusterer", "pruner"})
         _check_clusters(classifier)
         n_classes, n_clusters = len(classifier.classes_), len(classifier.cluster_names_)
@@ -659,7 +658,8 @@ class _Reader:
             raise StorageError(f"The fallback {fallback!r:.40} is unknown.")
         if fallback == "base" and rest_part is None:
             raise StorageError("The fallback is the base network, whose rest is missing.")
-        weight, threshold, exit_threshold = (fields.number(key, entry[key]) for key in numbers)
+        weight, threshold = (fields.number(key, entry[key]) for key in numbers)
+        exit_threshold = fields.optional_number("exit_threshold", entry["exit_threshold"])
         if weight < 0:
             raise StorageError("router_weight is negative.")
         frozen, dtype = classifier.base_model_, x.dtype
@@ -678,7 +678,6 @@ class _Reader:
             router_weight=weight,
             threshold=threshold,
             fallback=fallback,
-            top_k=fields.positive("top_k", entry["top_k"]),
             answered=answered,
             exit_threshold=exit_threshold,
         )

@@ -137,7 +137,7 @@ def lower_rank(study: Study, prefix: Prefix, cut: CutPoint, share: float) -> Pre
 
 def _repair_sample(study: Study, prefix: fx.GraphModule) -> np.ndarray:
     """The samples on which a prefix is repaired."""
-    wanted = study.config.subgraphs.repair_samples
+    wanted = study.config.prefix.repair_samples
     n_images = affordable_images(prefix, study.calibration.example, wanted)
     return study.rng().permutation(study.fit.index)[:n_images]
 
@@ -308,8 +308,7 @@ def assemble(
         torch.ones(len(subgraphs), dtype=dtype),
         router_weight=0.5,
         threshold=0.0,
-        fallback="topk" if config.fallback == "top2" else config.fallback,
-        top_k=2,
+        fallback=config.fallback,
         answered=own_classes(clusters, len(subgraphs)) | (config.answers == "all"),
     )
     # A copy: what folding left as it was is the frozen model's own.

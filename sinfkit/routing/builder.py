@@ -326,7 +326,7 @@ def read_signals(study: Study, network: SINFNetwork, samples: Samples, seen: Hel
             fallback_cost = np.full(len(y), costs["macs"][network.n_clusters])
         else:
             posterior = network_posterior(network, seen)
-            likely = posterior.topk(min(network.top_k, network.n_clusters), dim=1).indices.numpy()
+            likely = posterior.topk(2, dim=1).indices.numpy()
             fallback_cost = costs["macs"][likely].sum(1)
     return Signals(
         study.base_right(samples),
@@ -350,7 +350,7 @@ def network_posterior(network: SINFNetwork, seen: HeldOut) -> Tensor:
 def set_gates(network: SINFNetwork, gates: Gates) -> None:
     """Give a network its thresholds."""
     network.threshold = float(gates.confidence)
-    network.exit_threshold = 2.0 if gates.exit is None else float(gates.exit)
+    network.exit_threshold = None if gates.exit is None else float(gates.exit)
 
 
 def run_shares(study: Study, network: SINFNetwork, seen: HeldOut) -> np.ndarray:

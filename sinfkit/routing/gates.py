@@ -124,7 +124,7 @@ def choose_gates(
     threshold = choose_exit(
         np.exp(signals.sure), signals.early, without.right, target=target, weight=signals.weight
     )
-    return Gates(threshold if threshold <= 1 else None, confidence_threshold)
+    return Gates(threshold, confidence_threshold)
 
 
 _LEVELS = 41  # shares of images that leave, or fall back, that are tried

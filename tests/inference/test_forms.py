@@ -69,7 +69,6 @@ def conv_network(widths=(6, 6, 4), fallback="base", threshold=0.5, seed=0, fold=
             router_weight=0.5,
             threshold=threshold,
             fallback=fallback,
-            top_k=2,
             **options,
         )
     network = network.eval().requires_grad_(False)
@@ -94,7 +93,7 @@ def close(a, b):
 
 
 @needs_onednn
-@pytest.mark.parametrize("fallback", ["base", "topk", "none"])
+@pytest.mark.parametrize("fallback", ["base", "top2", "none"])
 def test_answers_are_the_plain_networks_whatever_the_batch(fallback):
     network = conv_network(fallback=fallback)
     form, x = packed(network), images(64)
