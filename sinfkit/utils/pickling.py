@@ -177,7 +177,8 @@ class Pickled:
 
 def dump(obj: Any) -> Pickled:
     """Pickle an object, its arrays beside it, uncopied."""
-    buffer, buffers = io.BytesIO(), []
+    buffer = io.BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
     pickler = _MainPickler(buffer, protocol=5, buffer_callback=buffers.append)
     pickler.dump(obj)
     return Pickled(buffer.getvalue(), [np.asarray(b.raw()) for b in buffers], pickler.main)
