@@ -45,7 +45,8 @@ from .utils.jobs import over_chunks
 from .utils.params import check_flag, check_integer, check_number, naming, warn
 from .utils.progress import Progress, about
 
-_PASSES_BEFORE, _PASSES_EACH = 3, 2  # over the samples, as long as one of the base takes
+# In times of a pass of the base over the samples, as measured on a VGG16.
+_PASSES_BEFORE, _PASSES_EACH = 6, 3
 
 
 class DCSPruner(
@@ -325,9 +326,9 @@ n_features)
         progress.begin(
             f"up to {n_networks} network{'s' * (n_networks > 1)} on {len(calibration.X)} samples"
             + (f" ({others} of other classes ignored)" if others else "")
-            + f", about {n_passes} passes over them of {about(seconds)} each, "
-            f"{about(n_passes * seconds)} in all; {self.sliceable_share_:.0%} of the "
-            "multiplications can be sliced",
+            + f"; that takes about as long as {n_passes} passes over them, of {about(seconds)} "
+            f"each: {about(n_passes * seconds)}; {self.sliceable_share_:.0%} of the multiplications can "
+            "be sliced",
             n_steps,
         )
 

@@ -35,7 +35,7 @@ class Progress:
     def doing(self, what: str) -> None:
         """Show what is being done."""
         if self._bar is not None:
-            self._bar.set_description(what)
+            self._bar.set_description_str(what)
 
     def best(self, what: str) -> None:
         """Show the best so far."""
