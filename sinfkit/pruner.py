@@ -327,8 +327,8 @@ n_features)
             f"up to {n_networks} network{'s' * (n_networks > 1)} on {len(calibration.X)} samples"
             + (f" ({others} of other classes ignored)" if others else "")
             + f"; that takes about as long as {n_passes} passes over them, of {about(seconds)} "
-            f"each: {about(n_passes * seconds)}; {self.sliceable_share_:.0%} of the multiplications can "
-            "be sliced",
+            f"each: {about(n_passes * seconds)}; {self.sliceable_share_:.0%} of the "
+            "multiplications can be sliced",
             n_steps,
         )
 
