@@ -92,9 +92,9 @@ FAMILIES: dict[str, str] = {
 }
 # Smaller than their defaults, in everything that does not change what kind of network it is.
 _SMALLER = {
-    "num_hidden_layers": 3,
-    "hidden_size": 96,
-    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "hidden_size": 192,
+    "intermediate_size": 768,
     "num_attention_heads": 3,
     "image_size": 64,
 }
@@ -151,7 +151,7 @@ def _of_transformers(kind: str) -> nn.Module:
     if kind == "Siglip":
         default = default.vision_config
     staged = hasattr(default, "depths") or hasattr(default, "hidden_sizes")
-    names = () if staged else tuple(_SMALLER)
+    names = ("image_size",) if staged else tuple(_SMALLER)
     sizes = {k: _SMALLER[k] for k in names if type(getattr(default, k, None)) is int}
     if kind == "Siglip":
         config = make(vision_config=sizes, num_labels=N_OUTPUTS)

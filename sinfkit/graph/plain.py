@@ -69,6 +69,7 @@ def made_plain(root: nn.Module, graph: fx.Graph) -> None:
     `root`, a private copy, gets the modules; they take the name, and share the parameters, of the
     module whose place they take.
     """
+    _look_up(root, graph)
     constants = _Constants(root, graph)
     taken = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     made: dict[Any, str] = {}
@@ -90,11 +91,13 @@ def made_plain(root: nn.Module, graph: fx.Graph) -> None:
         call.meta = node.meta
         node.replace_all_uses_with(call)
         graph.erase_node(node)
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if "sizes" in node.meta:  # parts need not stay of equal size
             sizes, dim = node.meta["sizes"]
             node.target = "split" if node.op == "call_method" else torch.split
             node.args, node.kwargs = (node.args[0], sizes, dim), {}
+        elif "shape" in node.meta:
+            _sum_for_mean(graph, node)
     for node in reversed(list(graph.nodes)):
         if not node.users and constants.is_constant(node):
             graph.erase_node(node)
@@ -224,6 +227,32 @@ def _plain(function: Any, arguments: dict[str, Any], constants: _Constants) -> n
         if value is not None:
             setattr(module, name, _parameter(value))
     return module.eval()
+
+
+def _look_up(root: nn.Module, graph: fx.Graph) -> None:
+    """Embeddings as functions of their weights, which are sliced as parameters are."""
+    for node in list(graph.nodes):
+        module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Embedding) and module.max_norm is None:
+            with graph.inserting_before(node):
+                weight = graph.get_attr(f"{node.target}.weight")
+                found = graph.call_function(F.embedding, (node.args[0], weight))
+            node.replace_all_uses_with(found)
+            graph.erase_node(node)
+
+
+def _sum_for_mean(graph: fx.Graph, node: fx.Node) -> None:
+    """A mean over one axis that stays, by a number that does not change where channels leave."""
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        dim = dim[0]
+    keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+    if isinstance(dim, int) and keeps is True:
+        with graph.inserting_before(node):
+            total = graph.call_function(torch.sum, (node.all_input_nodes[0], dim, True))
+            mean = graph.call_function(operator.mul, (total, 1 / node.meta["shape"][dim]))
+        node.replace_all_uses_with(mean)
+        graph.erase_node(node)
 
 
 def _tuple(value: Any) -> Any:

@@ -249,8 +249,15 @@ class Recorder(Replayer):
             if given._held
         )
         value = proxy._held[0]
+        if type(value) is float and not proxy._from_data and len(set(proxy._held)) == 1:
+            self.graph.erase_node(proxy.node)  # a factor, which is not to follow the channels
+            return value
         if isinstance(value, Tensor):
             proxy.node.meta["n_axes"] = value.ndim
+            if getattr(target, "__name__", target) == "mean" and hasattr(
+                inputs[0]._held[0], "ndim"
+            ):
+                proxy.node.meta["shape"] = inputs[0]._held[0].shape
         elif getattr(target, "__name__", target) in ("chunk", "split"):
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             sizes = [[part.shape[dim] for part in parts] for parts in proxy._held]
@@ -419,9 +426,11 @@ def _at(i: int, arguments: Any) -> Any:
 
 def _written(a: Any) -> Any:
     """A number in place of a proxy, where it is one and the same for any number of samples."""
-    if isinstance(a, _Proxy) and a._held and type(a._held[0]) is int and not a._from_data:
-        return a._held[0] if a._held[0] == a._held[1] else a
-    return a
+    if not isinstance(a, _Proxy) or not a._held or a._from_data:
+        return a
+    if isinstance(a._held[0], tuple):  # a shape
+        return tuple(_written(a[i]) for i in range(len(a._held[0])))  # type: ignore[index]
+    return a._held[0] if type(a._held[0]) is int and a._held[0] == a._held[1] else a
 
 
 def _mapped(a: Any, value: Callable[[Any], Any]) -> Any:

@@ -37,17 +37,24 @@ __all__ = ["Follower"]
 Axes = list[np.ndarray | None]
 
 _MOVES = frozenset(
-    "cat channel_shuffle chunk clone concat concatenate contiguous detach expand flatten flip "
-    "float getitem half movedim moveaxis narrow pad permute pixel_shuffle pixel_unshuffle repeat "
-    "repeat_interleave reshape roll select split squeeze stack swapaxes swapdims t tensor_split "
-    "tile to transpose type_as unbind unflatten unsqueeze view".split()
+    "cat channel_shuffle chunk clone concat concatenate contiguous detach embedding expand "
+    "flatten flip float getitem half moveaxis movedim narrow pad permute pixel_shuffle "
+    "pixel_unshuffle repeat repeat_interleave reshape roll select split squeeze stack "
+    "swapaxes swapdims t tensor_split tile to transpose type_as unbind unflatten unsqueeze "
+    "view".split()
 )
 _ELEMENTWISE = frozenset(
-    "abs add bernoulli clamp clip cos div divide erf exp float_power floor floordiv lerp log "
-    "masked_fill maximum minimum mul multiply neg pow reciprocal relu round rsqrt rsub sigmoid "
-    "sign sin sqrt square sub subtract tanh truediv true_divide where".split()
+    "abs add addcdiv addcmul bernoulli clamp clip cos div divide erf exp float_power floor "
+    "floordiv lerp log masked_fill maximum minimum mul multiply neg pow reciprocal relu round "
+    "rsqrt rsub sigmoid sign sin sqrt square sub subtract tanh true_divide truediv where".split()
 )
-_REDUCTIONS = frozenset("amax amin logsumexp max mean min norm prod std sum var".split())
+_REDUCTIONS = frozenset(
+    "amax amin linalg_norm linalg_vector_norm logsumexp max mean min norm prod std sum var "
+    "vector_norm".split()
+)
+_SUMS = frozenset(
+    "linalg_norm linalg_vector_norm norm sum vector_norm".split()
+)  # zeros add nothing
 _MOVING_MODULES = (
     nn.Flatten,
     nn.Unflatten,
@@ -122,6 +129,18 @@ class Follower:
         """Keep channels for good."""
         if labels is not None:
             self._pins.extend((a, why) for a in labels.tolist() if a >= 0)
+
+    def even_out(self) -> None:
+        """Join channels until those of each layer come in equal runs, where that can be."""
+        again = True
+        while again:
+            again = False
+            for labels in self.produced.values():
+                run = _run(self.roots(labels))
+                for row in labels.reshape(-1, run)[1:] if run else ():
+                    if not np.array_equal(self.roots(row), self.roots(labels[:run])):
+                        self.join(labels[:run], row, "its channels are split unevenly")
+                        again = True
 
     def pinned(self) -> dict[int, str]:
         """Why labels cannot leave, by root."""
@@ -278,6 +297,11 @@ class Follower:
             return axes
         if name in _REDUCTIONS:
             return self._reduced(node)
+        if name == "normalize":
+            axes = self._axes[_given(node, 0, "input")]
+            labels = axes[self._number(node, 2, "dim", 1)]
+            self.products += [labels] if labels is not None else []
+            return axes
         if "pool" in name or name in ("interpolate", "upsample"):
             axes, n = self._axes[_given(node, 0, "input")], self._values[node].ndim
             return [*axes[:2], *[None] * (n - 2)]
@@ -319,14 +343,17 @@ class Follower:
     def _reduced(self, node: Any) -> Any:
         """A mean or sum over axes: over channels it would change with them."""
         axes, value = list(self._axes[_given(node, 0, "input")]), self._values[node]
-        at = 2 if function_name(node) == "norm" else 1
+        at = 2 if "norm" in function_name(node) else 1
         dims = _given(node, at, "dim", None)
         every = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else dims
         if not all(isinstance(d, int) for d in every):
             raise UnclearError
         gone = {d % len(axes) for d in every}
         for axis in gone:
-            self.pin(axes[axis], f"its channels are reduced by {function_name(node)}")
+            if axes[axis] is not None and function_name(node) in _SUMS:
+                self.products.append(axes[axis])
+            else:
+                self.pin(axes[axis], f"its channels are reduced by {function_name(node)}")
         keeps = (value if isinstance(value, Tensor) else value[0]).ndim == len(axes)
         left = [None if a in gone else labels for a, labels in enumerate(axes)]
         if not keeps:
@@ -598,6 +625,17 @@ def _given(node: Any, position: int, name: str, default: Any = _NEEDED) -> Any:
     if found is _NEEDED:
         raise UnclearError
     return found
+
+
+def _run(roots: np.ndarray) -> int:
+    """Largest number of channels whose repetition keeps apart what is not joined; 0 if none."""
+    n = len(roots)
+    for run in range(len(np.unique(roots)), 1, -1):
+        if n % run == 0:
+            columns = [set(column.tolist()) for column in roots.reshape(-1, run).T]
+            if sum(map(len, columns)) == len(set().union(*columns)):
+                return run
+    return 0
 
 
 def _every(axes: Any) -> Iterable[np.ndarray | None]:

@@ -174,6 +174,7 @@ def _traced(model: nn.Module, example: Tensor) -> fx.GraphModule:
 def _followed_groups(gm: fx.GraphModule, example: Tensor) -> list[ChannelGroup]:
     """The groups of a traced network, in order of execution, not tried yet."""
     follower = Follower(gm, example)
+    follower.even_out()
     produced = {name: follower.roots(labels) for name, labels in follower.produced.items()}
     everything = _Everything(gm, follower, produced)
     found = [everything.group(names) for names in _connected(produced)]
