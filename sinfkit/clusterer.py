@@ -21,6 +21,7 @@ from .pruning.scoring import gather
 from .routing.clusters import METHODS, Clusters, Grouping, group_classes
 from .utils.jobs import over_chunks
 from .utils.params import check_choice, check_integer, check_number, naming
+from .utils.progress import Progress
 
 
 class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):
@@ -61,6 +62,7 @@ class SemanticClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Torch
         Where to cache the activations' statistics between fits.
     random_state : int, RandomState or None, default=None
     verbose : int, default=0
+        1: a line at the start, a bar, and what came out.
 
     Attributes
     ----------
@@ -173,8 +175,11 @@ n_features)
         else:
             with naming("layer"):
                 cut = find_cut(graph, self.layer)
-        statistics = gather(calibration, {cut.name: cut.node}, self.pool_size, self.memory)
-        self._check_base(statistics.logits, calibration)
+        with Progress("SemanticClusterer", self.verbose) as progress:
+            progress.begin(f"one pass over {len(calibration.X)} samples", 1)
+            progress.doing("reads the samples")
+            statistics = gather(calibration, {cut.name: cut.node}, self.pool_size, self.memory)
+            self._check_base(statistics.logits, calibration)
         rng = np.random.default_rng(calibration.seed)
         fit, held = hold_out(calibration.y_encoded, self.validation_fraction, rng)
         features = statistics.pooled[cut.name]
@@ -205,6 +210,10 @@ n_features)
         self.route_accuracy_ = mean(right, calibration.weights(held))
         self.layer_ = cut.name
         self.network_ = nn.Sequential(split(graph, cut)[0], route.predictor.to(self.device_))
+        progress.end(
+            f"{len(self.cluster_names_)} clusters; behind {cut.name} the probe tells that of "
+            f"{self.route_accuracy_:.0%} of held-out samples"
+        )
         return self
 
     def _check_parameters(self) -> None:

@@ -165,7 +165,7 @@ def parameters_of(world: World, name: str) -> dict[str, Make]:
         "pruning_ratios": choice(0.5, (0.5,), (0.6, 0.5), ("a", 0.5), (0.1, 1.0), None, "ab"),
         "budget_unit": choice("flops", "params"),
         "answers": choice("some", "cluster"),
-        "fallback": choice("base", "topk", "luck"),
+        "fallback": choice("base", "top2", "luck"),
         "model_classes": choice(
             [0, 1, 2, 3], list("abcd"), ["a", 1, None, 2], [0, 0, 1, 2], "abcd"
         ),

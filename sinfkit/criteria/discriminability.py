@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..utils.params import check_integer, check_kind, check_number
+from ..utils.params import check_integer, check_kind, check_number, warn
 
 
 @dataclass(frozen=True)
@@ -291,12 +290,12 @@ def discriminative_capability(
         if not bool(probe.coef.any()):
             why_not = "the classes' mean activations are equal"
         elif not probe.converged:
-            _warn(
+            warn(
                 f"the probe did not converge in {max_iter} steps; its scores are approximate. "
                 "Raise penalty or max_iter"
             )
     if why_not is not None:
-        _warn(f"nothing discriminates the classes in this layer: {why_not}. Its scores are all 0")
+        warn(f"nothing discriminates the classes in this layer: {why_not}. Its scores are all 0")
         nothing = x.new_zeros(n_classes, x.shape[1])
         probe = Probe(nothing, nothing[:, :0].sum(1), 0.0, 0, True)
     blocks = probe.coef.unflatten(1, (n_filters, n_cells))
@@ -377,8 +376,3 @@ def _scaled(x: Tensor, weight: Tensor) -> Tensor:
 def _divided(x: Tensor, size: Tensor) -> Tensor:
     """Divide by what is not zero."""
     return x / torch.where(size > 0.0, size, 1.0)
-
-
-def _warn(message: str) -> None:
-    """Warn from the caller of `discriminative_capability`."""
-    warnings.warn(message, UserWarning, stacklevel=3)
