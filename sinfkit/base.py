@@ -63,7 +63,8 @@ def all_or_nothing(fit: Fit) -> Fit:
     @functools.wraps(fit)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         twin = type(self)(**self.get_params(deep=False))
-        with once_each():
+        # Whoever makes a layer of torch draws its first weights from the global generator.
+        with once_each(), torch.random.fork_rng(devices=[]):
             fit(twin, *args, **kwargs)
         kept = {k: v for k, v in self.__dict__.items() if not k.endswith("_") or k.startswith("_")}
         # One assignment: Ctrl-C comes before it or after it.

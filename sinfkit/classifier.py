@@ -334,7 +334,9 @@ n_features)
         self.route_layer_ = plan.cut.name
         self.route_accuracy_ = built.route_accuracy
         self.router_weight_ = network.router_weight
-        self.temperatures_ = network.temperatures.cpu().numpy()
+        temperatures = network.temperatures.cpu()
+        kind = torch.promote_types(temperatures.dtype, torch.float32)  # NumPy knows no bfloat16
+        self.temperatures_ = temperatures.to(kind).numpy()
         self.confidence_threshold_ = network.threshold
         self.exit_threshold_ = network.exit_threshold
         self.prefix_ratio_ = None if config.shares_budget else config.prefix.pruning_ratios[1]

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .utils.device import resolve_device
 from .utils.params import check_integer, naming
@@ -90,7 +91,7 @@ class FrozenModel:
         std: Sequence[float] | None = None,
         input_shape: Sequence[int] | None = None,
     ) -> None:
-        module = _unwrap(module)
+        module = baked(_unwrap(module))
         _check_weights(module)
         self.mean, self.std = _check_normalisation(mean, std)
         with naming("input_shape"):
@@ -352,6 +353,28 @@ def _check_weights(module: nn.Module) -> None:
                 f"The model's {name!r} holds NaN or infinity. Load the weights again, or train "
                 "with a smaller learning rate."
             )
+
+
+def baked(module: nn.Module) -> nn.Module:
+    """The module, or a copy in which weights that are computed (spectral norm, say) are plain.
+
+    torch pickles no parametrised module.
+    """
+    if not any(parametrize.is_parametrized(part) for part in module.modules()):
+        return module
+    module = copy.deepcopy(module).eval()  # in training mode, reading such a weight may change it
+    for part in list(module.modules()):
+        if not parametrize.is_parametrized(part):
+            continue
+        # Not by torch's own function: it changes a class that the copy shares with the original.
+        names: Any = part.parametrizations
+        weights = {name: getattr(part, name).detach().clone() for name in names}
+        del part.parametrizations
+        part.__class__ = type(part).__bases__[0]
+        for name, weight in weights.items():
+            part.register_parameter(name, nn.Parameter(weight))
+        part._load_state_dict_pre_hooks.clear()  # they read the weights behind the computed one
+    return module
 
 
 def _freeze(module: nn.Module) -> nn.Module:

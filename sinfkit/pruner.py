@@ -482,7 +482,9 @@ n_features)
         X = validate_X(self, X, reset=False)
         batcher = self._batcher(self.model_)
         model = fast_form(self.model_, lambda: batcher.normalise(batcher.load(X[:4])))
-        return self._as_wanted(self._run(lambda x: torch.softmax(model(x), 1), batcher(X), X), X)
+        kind = torch.promote_types(batcher.dtype, torch.float32)
+        answers = self._run(lambda x: torch.softmax(model(x), 1, dtype=kind), batcher(X), X)
+        return self._as_wanted(answers, X)
 
     @over_chunks
     def transform(self, X: Any) -> Any:

@@ -218,7 +218,7 @@ def with_two_outputs(frozen: FrozenModel, samples: Tensor) -> FrozenModel:
         name = output_layer(one, 1)
         module.set_submodule(name, _two_rows(module.get_submodule(name)))
         made = FrozenModel(module, frozen.mean, frozen.std, frozen.input_shape)
-        two = without_head(trace(made.module(samples.device), samples[:1]))
+        two = without_head(trace(made.module(samples.device), samples[:1]), samples)
         with torch.inference_mode():
             logit = one(samples).reshape(len(samples), 1)
             right = close(two(samples), torch.cat([torch.zeros_like(logit), logit], 1))

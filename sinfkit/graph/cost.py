@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from .tracing import copy_sharing_weights, new_graph, on_meta, trace
 
@@ -116,8 +115,11 @@ class _Counter(TorchDispatchMode):
     """Adds up what the kernels called within cost."""
 
     def __init__(self, stack: list[str]) -> None:
+        # Here, as it loads triton where that is installed.
+        from torch.utils.flop_counter import flop_registry
+
         super().__init__()
-        self._stack = stack
+        self._stack, self._registry = stack, flop_registry
         self.found: dict[str, int] = {}
 
     @classmethod
@@ -129,8 +131,8 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func._overloadpacket
         output = func(*args, **kwargs)
-        if packet in flop_registry:
-            macs = flop_registry[packet](*args, **kwargs, out_val=output) // 2
+        if packet in self._registry:
+            macs = self._registry[packet](*args, **kwargs, out_val=output) // 2
             self.found[self._stack[-1]] = self.found.get(self._stack[-1], 0) + macs
         return output
 

@@ -88,11 +88,10 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     while True:
         gm, writers = _traced(model, example, opaque)
         # What a module writes into a view is lost in the graph, unless it stays one node.
-        if example is None or example.is_meta or not writers - opaque or _agree(gm, model, example):
+        more = writers - opaque - {""}  # the model as a whole cannot be one node
+        if example is None or example.is_meta or not more or _agree(gm, model, example):
             break
-        opaque |= writers - {""}
-        if "" in writers and not opaque:
-            break
+        opaque |= more
     found = opaque_modules(gm)
     if found:
         warn(
@@ -129,7 +128,9 @@ def _agree(gm: fx.GraphModule, model: nn.Module, example: Tensor) -> bool:
     """Whether a graph computes what the model does, for one row of noise and one of the example."""
     twin = copy_sharing_weights(model).eval()
     with torch.no_grad():
-        x = torch.cat([example[:1], torch.rand_like(example[:1])])
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.rand(example[:1].shape, generator=generator).to(example)
+        x = torch.cat([example[:1], noise])
         return close(gm(x.clone()), output_of(twin, x))
 
 
@@ -163,7 +164,9 @@ def _record(
             twin.eval()
         recorder = Recorder(opaque, batches, twin)
         try:
-            return recorder.trace(root), recorder.writers
+            graph = recorder.trace(root)
+            _check_stateless(root)
+            return graph, recorder.writers
         except UntraceableError as failure:
             opaque |= {failure.name}
         except Exception as error:
@@ -175,6 +178,16 @@ def _record(
                 "as nn.Sequential(prefix, rest) of two halves; that can always be traced, and the "
                 "half that cannot be looked into stays whole."
             ) from error
+
+
+def _check_stateless(root: nn.Module) -> None:
+    """Raise where a forward that was recorded has left something in its module."""
+    for name, module in root.named_modules():
+        for key, value in {**vars(module), **module._buffers}.items():
+            if isinstance(value, fx.Proxy):
+                raise ValueError(
+                    f"it keeps state from call to call, in {f'{name}.{key}'.lstrip('.')!r}"
+                )
 
 
 def on_meta(root: nn.Module) -> nn.Module:
@@ -378,12 +391,43 @@ _FUNCTIONS = {
 _SHAPES = frozenset("contiguous flatten reshape squeeze to float view".split())
 
 
-def without_head(gm: fx.GraphModule, samples: Tensor | None = None) -> fx.GraphModule:
+def without_head(
+    gm: fx.GraphModule, samples: Tensor | None = None, *, look: bool = True
+) -> fx.GraphModule:
     """Leave out what turns logits into probabilities at the end of a graph, which is changed.
 
-    With `samples`, of shape (n, ...), whether the head on the logits gives what it gave is checked,
-    and the graph is left as it was where not: its softmax is over something else.
+    With `samples`, of shape (n, ...), a squeeze or a view that changes nothing goes as well; and,
+    if values are to be looked at (`look`), whether the head on the logits gives what it gave is
+    checked: where not, its softmax is over something else, and stays.
     """
+    _leave_out_head(gm, samples if look else None)
+    if samples is not None and all(p.device == samples.device for p in gm.parameters()):
+        _leave_out_shapes(gm, samples)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def _leave_out_shapes(gm: fx.GraphModule, samples: Tensor) -> None:
+    """Leave out, at the end of a graph, what gives the shape and type that it was given."""
+    output = gm.graph.find_nodes(op="output")[0]
+    while isinstance(node := output.args[0], fx.Node) and _name(node) in _SHAPES:
+        source = node.all_input_nodes[0]
+        before = gm(samples)
+        output.replace_input_with(node, source)
+        gm.recompile()
+        found = gm(samples)
+        if not isinstance(found, Tensor) or (found.shape, found.dtype) != (
+            before.shape,
+            before.dtype,
+        ):
+            output.replace_input_with(source, node)
+            gm.recompile()
+            return
+
+
+def _leave_out_head(gm: fx.GraphModule, samples: Tensor | None) -> None:
+    """Let what reads a head, down to its last one, read the logits."""
     output = gm.graph.find_nodes(op="output")[0]
     found: list[tuple[fx.Node, str]] = []
     node = output.args[0]
@@ -398,7 +442,7 @@ def without_head(gm: fx.GraphModule, samples: Tensor | None = None) -> fx.GraphM
         node = node.all_input_nodes[0]
     heads = [kind for _, kind in reversed(found)]
     if not heads or heads[0] == "log":  # of something else than a softmax
-        return gm
+        return
     before = None if samples is None else gm(samples)
     changed: list[tuple[fx.Node, fx.Node, fx.Node]] = []
     for head, _ in reversed(found):
@@ -412,10 +456,6 @@ def without_head(gm: fx.GraphModule, samples: Tensor | None = None) -> fx.GraphM
             for user, source, head in reversed(changed):
                 user.replace_input_with(source, head)
             gm.recompile()
-            return gm
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    return gm
 
 
 def _applied(heads: list[str], logits: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..base import TorchEstimator
 from ..classifier import SINFClassifier
 from ..clusterer import SemanticClusterer
 from ..errors import NotPlainError, StorageError
-from ..frozen import FrozenModel
+from ..frozen import FrozenModel, baked
 from ..graph.cost import fold_batch_norm
 from ..graph.cuts import find_cut, output_layer, split
 from ..inference.network import FALLBACKS, Normalise, RoutePredictor, SINFNetwork
@@ -213,11 +213,13 @@ def _read(path: Path, factory: Callable[[], nn.Module] | None, max_bytes: int) -
     try:
         manifest, tensors = read(path, max_bytes, SCHEMA)
         reader = _Reader(manifest, tensors, max_bytes)
-        module = build(reader.architecture, factory)
+        with torch.random.fork_rng(devices=[]):  # a new layer draws its first weights
+            module = build(reader.architecture, factory)
     except StorageError as error:
         raise StorageError(_failed(path, error)) from error
     try:
-        return reader.estimator(module, factory is not None)
+        with torch.random.fork_rng(devices=[]):
+            return reader.estimator(module, factory is not None)
     except StorageError as error:
         raise StorageError(_failed(path, error)) from error
     except Exception as error:
@@ -328,14 +330,27 @@ def _check_model(what: str, model: Any, estimator: Any) -> None:
     if base is None or model is base:
         return
     if isinstance(model, nn.Module):
-        own, other = model.state_dict(), base.module().state_dict()
+        own, other = baked(model).state_dict(), base.module().state_dict()
         same = own.keys() == other.keys() and all(
             torch.equal(own[key].cpu(), other[key]) for key in own if isinstance(own[key], Tensor)
         )
     else:
         same = model == base
     if not same:
+        if _widened(model, base):
+            raise NotPlainError(f"{what} has one output, of which `fit` makes two.")
         raise NotPlainError(f"{what} is not the network that it was fitted with; fit it again.")
+
+
+def _widened(model: Any, base: FrozenModel) -> bool:
+    """Whether the base is a network with one logit that has got a second output."""
+    own = (model.module() if isinstance(model, FrozenModel) else model).state_dict()
+    shapes = [
+        (tuple(own[k].shape), tuple(v.shape))
+        for k, v in base.module().state_dict().items()
+        if k in own
+    ]
+    return any(a[:1] == (1,) and b == (2, *a[1:]) for a, b in shapes)
 
 
 def _describe_base(estimator: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import NotPlainError, StorageError
+from ..frozen import baked
 from ..graph.nodes import function_name
 from ..graph.tracing import copy_sharing_weights, trace, without_head
 from ..repair.low_rank import NARROW, WIDE, insert_factors
@@ -65,7 +66,7 @@ def build(options: Any, factory: Callable[[], nn.Module] | None) -> nn.Module:
         module = factory()
         if not isinstance(module, nn.Module):
             raise TypeError(f"factory must return a torch.nn.Module, got {type(module).__name__}.")
-        return copy_sharing_weights(module).eval()  # it may belong to someone
+        return copy_sharing_weights(baked(module)).eval()  # it may belong to someone
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise StorageError("The manifest names no architecture.")
     name = options["name"]
@@ -166,7 +167,7 @@ def traced(module: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
     example = torch.zeros((1, *shape), dtype=dtype, device="meta" if large else where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return without_head(trace(module, example))
+        return without_head(trace(module, example), example, look=False)
 
 
 def describe_part(

@@ -433,7 +433,15 @@ def choose_channels(
 
 def _select(group: ChannelGroup, scores: np.ndarray, n_kept: int) -> np.ndarray:
     """The best channels of a group; at least one of each part of it that a layer takes alone."""
-    return group.with_every_part(select_top(scores, n_kept, group.n_runs))
+    kept = group.with_every_part(select_top(scores, n_kept, group.n_runs))
+    run = group.n_channels // group.n_runs
+    for local in removal_order(scores, group.n_runs):  # no more than were asked for, if that can be
+        if len(kept) <= n_kept:
+            break
+        fewer = np.setdiff1d(kept, np.arange(local, group.n_channels, run))
+        if len(group.with_every_part(fewer)) == len(fewer):
+            kept = fewer
+    return kept
 
 
 def extract(

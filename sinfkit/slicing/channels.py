@@ -52,6 +52,11 @@ class ChannelGroup:
     reason_unsliceable: str = ""
     _members: tuple[Member, ...] = field(default=(), repr=False, compare=False)
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether some of the channels go a way of their own."""
+        return len({m.channel.tobytes() for m in self._members}) > 1
+
     def with_every_part(self, kept: np.ndarray) -> np.ndarray:
         """Kept channels and, of each part that goes a way of its own, the first if none is kept."""
         parts = {m.channel.tobytes(): m.channel for m in self._members}

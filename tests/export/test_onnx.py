@@ -326,10 +326,6 @@ def digits():
     return clf, X, y
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="Full-range int8 sums saturate on processors with AVX2 but without VNNI: 93 % agree.",
-)
 def test_int8_mostly_agrees(digits, tmp_path):
     import onnx
 

@@ -1,0 +1,214 @@
+"""Networks and inputs that people bring: right, or refused with a word on what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from fuzz_blocks import FAULTS
+from fuzz_networks import run
+from helpers import blobs, small_cnn
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import sinfkit
+from sinfkit import DCSPruner, FrozenModel, PruningOptions
+from sinfkit.graph import count_macs
+
+
+def test_generated_networks_are_answered_right_or_refused():
+    bugs: list[str] = []
+    outcomes = run(25, seed=220, report=bugs.append)
+    assert not bugs
+    # Refusing everything would be no wrong answer either.
+    assert outcomes["right"] > 12 and outcomes["refused"] > 2
+
+
+def test_faults_that_are_generated_are_of_every_kind():
+    kinds = {fault.name.split()[0] for fault in FAULTS}
+    assert kinds >= {"view", "draw", "batch", "branch", "hook", "statistics", "forward"}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return blobs(n_classes=4, per_class=8)
+
+
+def whole(model, X, y, **more):
+    """A pruner that removes nothing."""
+    return DCSPruner(
+        model,
+        criterion="l1",
+        schedule="uniform",
+        pruning_ratios=(0.0, 0.0),
+        repair="none",
+        options=PruningOptions(validation_fraction=0, allow_unsliceable=True),
+        device="cpu",
+        random_state=0,
+        **more,
+    ).fit(X, y)
+
+
+class WritesIntoView(nn.Module):
+    """Both the whole and a part of it write in place; the part can be one node, the whole not."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            self.relu(x[:, :2])
+            return x
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_cnn(4, 4)
+        self.part = self.Part()
+
+    def forward(self, x):
+        z = self.part(self.net(x))
+        z.data.mul_(-1.0)
+        z[:, ::2].mul_(-1.0)
+        return z
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tracing_ends_where_the_whole_model_writes_into_views(data):
+    with pytest.raises(ValueError, match="could not be followed"):
+        whole(WritesIntoView(), *data)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_networks_predict_in_single_precision(dtype, data):
+    network = small_cnn(4, 4).to(dtype)
+    pruner = whole(network, *data)
+    p = pruner.predict_proba(data[0])
+    assert p.dtype == np.float32
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-6)
+    with torch.inference_mode():
+        wanted = network(torch.as_tensor(data[0]).to(dtype)).float().softmax(1)
+    np.testing.assert_allclose(p, wanted, atol=3e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm"])
+def test_computed_weights_become_plain_ones(how, data, tmp_path):
+    X, y = data
+    network = small_cnn(4, 4)
+    getattr(parametrizations, how)(network[0])
+    network.eval()
+    names = list(network.state_dict())
+    pruner = whole(network, X, y)
+    with torch.inference_mode():
+        wanted = network(torch.as_tensor(X)).softmax(1)
+    np.testing.assert_allclose(pruner.predict_proba(X), wanted, atol=1e-5)
+    assert list(network.state_dict()) == names
+    sinfkit.save(pruner, tmp_path / "p.sinf")
+    again = sinfkit.load(tmp_path / "p.sinf", factory=lambda: copy.deepcopy(network))
+    np.testing.assert_array_equal(again.predict_proba(X), pruner.predict_proba(X))
+    frozen = FrozenModel(network)
+    assert pickle.loads(pickle.dumps(frozen)).digest == frozen.digest
+
+
+def centred(network, X):
+    """A network none of whose outputs is always the largest."""
+    with torch.no_grad():
+        z = network(torch.as_tensor(X))
+        network[-1].weight.div_(z.std(0)[:, None])
+        network[-1].bias.sub_(z.median(0).values).div_(z.std(0)).add_(0.01)
+    return network
+
+
+class Squeezed(nn.Module):
+    """As people end networks: a squeeze or a view that changes nothing."""
+
+    def __init__(self, network, end):
+        super().__init__()
+        self.network, self.end = network, end
+
+    def forward(self, x):
+        z = self.network(x)
+        if self.end == "squeeze":
+            return z.squeeze(-1)
+        if self.end == "softmax":
+            return z.softmax(1).view(z.size(0), -1)
+        return z.view(z.size(0), -1).float()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("end", ["squeeze", "softmax"])
+def test_a_view_at_the_end_keeps_no_outputs_in_place(end, data, tmp_path):
+    X, _ = data
+    network = centred(small_cnn(4, 4), X)
+    with torch.inference_mode():
+        wanted = network(torch.as_tensor(X)).softmax(1).numpy()
+    names = np.array(["d", "b", "c", "a"])
+    pruner = whole(
+        Squeezed(network, end), X, names[wanted.argmax(1)], model_classes=names, classes=["a", "d"]
+    )
+    own = wanted[:, [3, 0]] / wanted[:, [3, 0]].sum(1, keepdims=True)
+    np.testing.assert_allclose(pruner.predict_proba(X), own, atol=1e-5)
+    sinfkit.save(pruner, tmp_path / "p.sinf")
+    again = sinfkit.load(tmp_path / "p.sinf", factory=lambda: Squeezed(small_cnn(4, 4), end))
+    np.testing.assert_allclose(again.predict_proba(X), own, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_logit_that_is_squeezed(data, tmp_path):
+    X, _ = data
+    network = centred(small_cnn(1, 4), X)
+    with torch.inference_mode():
+        y = np.where((network(torch.as_tensor(X))[:, 0] > 0).numpy(), "a", "b")
+    pruner = whole(Squeezed(network, "squeeze"), X, y, model_classes=["b", "a"])
+    assert (pruner.predict(X) == y).all()
+    with pytest.raises(TypeError, match="has one output, of which `fit` makes two"):
+        sinfkit.save(pruner, tmp_path / "p.sinf")
+
+
+class Rolled(nn.Module):
+    """The first channel goes a way of its own, and keeps something."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.one(x)
+        x = self.two(torch.cat([x[:, 1:], x[:, :1]], 1))
+        return self.fc(x.relu().mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("budget", [0.4, 0.7])
+def test_a_part_that_keeps_a_channel_exceeds_no_budget(budget, data):
+    X, y = data
+    torch.manual_seed(0)
+    network = Rolled()
+    with torch.no_grad():
+        network.one.weight[0] = 0  # the first to go, were it for its weights
+    options = PruningOptions(validation_fraction=0)
+    pruner = DCSPruner(
+        network, criterion="l1", budget=budget, repair="none", options=options, device="cpu"
+    ).fit(X, y)
+    x = torch.as_tensor(X[:1])
+    left = count_macs(pruner.model_, x)[0] / count_macs(network, x)[0]
+    assert pruner.cost_ratio_ == pytest.approx(left) and left <= budget
+    assert 0 in pruner.support_["one"]
+
+
+def test_fit_and_load_leave_torchs_generator_alone(data, tmp_path):
+    X, y = data
+    network = small_cnn(4, 4)
+    state = torch.random.get_rng_state()
+    pruner = DCSPruner(network, budget=0.6, device="cpu", random_state=0)
+    with pytest.warns(UserWarning):
+        pruner.fit(X, y)
+    sinfkit.save(pruner, tmp_path / "p.sinf")
+    sinfkit.load(tmp_path / "p.sinf", factory=lambda: small_cnn(4, 4)).predict(X)
+    assert torch.equal(torch.random.get_rng_state(), state)
