@@ -35,7 +35,7 @@ from .routing.builder import Builder, Built
 from .routing.search import Kept, Search, announce, groupings_to_try, plan_networks
 from .routing.study import RoutingConfig, RoutingOptions, Samples, Study
 from .utils.jobs import over_chunks
-from .utils.params import check_integer, check_number, naming, warn
+from .utils.params import check_integer, check_number, naming, nested, warn
 from .utils.progress import Progress
 
 # Shares of filters removed before the route predictor where no budget decides.
@@ -445,17 +445,19 @@ n_features)
             subgraphs = recipe_of(pruner)
         if not isinstance(self.route_layer, str):
             check_number("route_layer", self.route_layer, "(0, 1)")
-        return RoutingConfig(
-            subgraphs=subgraphs,
-            prefix=self._prefix_recipe(subgraphs),
-            fallback=self.fallback,
-            max_accuracy_drop=self.max_accuracy_drop,
-            confidence=self.confidence,
-            target_speedup=self.target_speedup,
-            n_jobs=self.n_jobs,
-            memory=pruner.memory,
-            **options.get_params(),
-        )
+        prefix, given = self._prefix_recipe(subgraphs), options.get_params()
+        with nested("options", given):
+            return RoutingConfig(
+                subgraphs=subgraphs,
+                prefix=prefix,
+                fallback=self.fallback,
+                max_accuracy_drop=self.max_accuracy_drop,
+                confidence=self.confidence,
+                target_speedup=self.target_speedup,
+                n_jobs=self.n_jobs,
+                memory=pruner.memory,
+                **given,
+            )
 
     def _check_parameters(self) -> None:
         """Raise for parameters that are wrong whatever the data."""

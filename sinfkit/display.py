@@ -20,7 +20,7 @@ from .data.calibration import encode
 from .data.validation import validate_y
 from .inference.report import PruningReport
 from .pruner import DCSPruner
-from .utils.params import check_choice, check_kind
+from .utils.params import check_choice, check_kind, is_integer
 
 __all__ = [
     "ClusterTreeDisplay",
@@ -267,7 +267,7 @@ class FilterScoreDisplay(_Display):
             with_subgraph = [c for c, own in enumerate(estimator.scores_) if own]
             if cluster is None and with_subgraph:
                 cluster = with_subgraph[0]
-            if cluster not in with_subgraph:
+            if not is_integer(cluster) or cluster not in with_subgraph:
                 raise ValueError(
                     f"cluster must be one that was sliced, of {with_subgraph}; got {cluster!r}."
                 )

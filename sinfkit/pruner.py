@@ -42,7 +42,7 @@ from .pruning.search import (
 from .pruning.tvsprune import FACTORS, prune_in_rounds
 from .slicing.groups import ChannelGroup
 from .utils.jobs import over_chunks
-from .utils.params import check_flag, check_integer, check_number, naming, warn
+from .utils.params import check_flag, check_integer, check_number, naming, nested, warn
 from .utils.progress import Progress, about
 
 # In times of a pass of the base over the samples, as measured on a VGG16.
@@ -583,8 +583,8 @@ n_features)
         if first is None:
             return names
         if not isinstance(first, str):
-            raise TypeError(f"first_layer must be a name, got {type(first).__name__}.")
-        with naming("first_layer"):
+            raise TypeError(f"options.first_layer must be a name, got {type(first).__name__}.")
+        with naming("options.first_layer"):
             return names[names.index(find_layer(calibration.graph, first)) :]
 
     @property
@@ -608,6 +608,12 @@ def recipe_of(pruner: DCSPruner) -> Recipe:
     options = pruner._component("options")
     if not isinstance(options, PruningOptions):
         raise TypeError(f"options must be a PruningOptions or None, got {type(options).__name__}.")
+    with nested("options", options.get_params()):
+        return _recipe(pruner, options)
+
+
+def _recipe(pruner: DCSPruner, options: PruningOptions) -> Recipe:
+    """`recipe_of`, with errors that name an option alone."""
     check_number("max_accuracy_drop", pruner.max_accuracy_drop, "[0, 1]")
     check_number("confidence", pruner.confidence, "(0, 1)")
     check_number("validation_fraction", options.validation_fraction, "[0, 1)")
@@ -627,7 +633,9 @@ def recipe_of(pruner: DCSPruner) -> Recipe:
         repair_samples=options.repair_samples,
     )
     if options.validation_fraction == 0 and (recipe.searches or recipe.schedule == "iterative"):
-        raise ValueError("validation_fraction must be above 0 where a size is searched, got 0.")
+        raise ValueError(
+            "options.validation_fraction must be above 0 where a size is searched, got 0."
+        )
     _check_effects(pruner, options, recipe)
     return recipe
 
@@ -638,14 +646,18 @@ def _check_effects(pruner: DCSPruner, options: PruningOptions, recipe: Recipe) -
     budgeted, needs = recipe.schedule == "global", recipe.criterion.needs
     for name, is_set, has_effect in (
         ("pruning_ratios", tuple(pruner.pruning_ratios) != (0.1, 0.5), by_depth),
-        ("budget_unit", options.budget_unit != "macs", budgeted),
-        ("max_ratio", options.max_ratio is not None, budgeted),
+        ("options.budget_unit", options.budget_unit != "macs", budgeted),
+        ("options.max_ratio", options.max_ratio is not None, budgeted),
     ):
         if is_set and not has_effect:
             raise ValueError(f"{name} has no effect with schedule={recipe.schedule!r}.")
     for name, is_set, has_effect in (
-        ("penalty", options.penalty != 3.0, bool(recipe.options)),
-        ("pool_size", options.pool_size != 1, bool(needs & {"features", "consumer_features"})),
+        ("options.penalty", options.penalty != 3.0, bool(recipe.options)),
+        (
+            "options.pool_size",
+            options.pool_size != 1,
+            bool(needs & {"features", "consumer_features"}),
+        ),
     ):
         if is_set and not has_effect:
             raise ValueError(f"{name} has no effect with criterion={recipe.criterion.name!r}.")

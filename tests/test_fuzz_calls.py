@@ -8,7 +8,6 @@ import pytest
 from fuzz_calls import run
 
 
-@pytest.mark.xfail(strict=False, reason="messages about nested options do not always name them")
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_calls_are_told_what_is_wrong():
     bugs: list[str] = []

@@ -8,9 +8,19 @@ from .clusters import (
     confusion_affinity,
     read_mapping,
 )
-from .gates import Gates, Outcome, Passage, Signals, let_through
+from .gates import (
+    Gates,
+    Outcome,
+    Passage,
+    Point,
+    Signals,
+    Verdict,
+    careful_to_bold,
+    judge,
+    let_through,
+)
 from .search import Candidate, Goal, hill_climb, rank_candidates, some_of_each
-from .study import BUDGETS, Samples
+from .study import BUDGETS, RoutingConfig, Samples
 
 __all__ = [
     "BUDGETS",
@@ -20,16 +30,21 @@ __all__ = [
     "HeldOut",
     "Outcome",
     "Passage",
+    "Point",
     "ROUTER_WEIGHTS",
+    "RoutingConfig",
     "Samples",
     "Signals",
     "TEMPERATURES",
+    "Verdict",
     "activation_affinity",
     "agglomerate",
     "build_subgraph",
+    "careful_to_bold",
     "choose_weight",
     "confusion_affinity",
     "hill_climb",
+    "judge",
     "let_through",
     "pooled_output",
     "rank_candidates",

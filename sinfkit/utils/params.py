@@ -175,6 +175,17 @@ def naming(name: str) -> Iterator[None]:
         raise kind(f"{name}: {error}", name) from error
 
 
+@contextmanager
+def nested(name: str, parameters: Iterable[str]) -> Iterator[None]:
+    """Let errors about some parameters say which nested object has them: ``options.penalty``."""
+    try:
+        yield
+    except (ArgumentError, ArgumentTypeError) as error:
+        if error.argument not in parameters:
+            raise
+        raise type(error)(f"{name}.{error}", name) from error
+
+
 def shown(value: Any, limit: int = 60) -> str:
     """A value for a message: on one line, and not too long."""
     text = " ".join(repr(value).split())
