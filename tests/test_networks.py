@@ -12,7 +12,7 @@ from fuzz_blocks import FAULTS
 from fuzz_networks import run
 from helpers import blobs, small_cnn
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import sinfkit
 from sinfkit import DCSPruner, FrozenModel, PruningOptions
@@ -200,6 +200,29 @@ def test_a_part_that_keeps_a_channel_exceeds_no_budget(budget, data):
     left = count_macs(pruner.model_, x)[0] / count_macs(network, x)[0]
     assert pruner.cost_ratio_ == pytest.approx(left) and left <= budget
     assert 0 in pruner.support_["one"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_masks_of_torchs_pruning_are_no_state_but_changed_buffers_are(data):
+    X, y = data
+    network = small_cnn(4, 4)
+    prune.random_unstructured(network[3], "weight", 0.4)
+    with torch.inference_mode():
+        wanted = network(torch.as_tensor(X)).softmax(1)
+    np.testing.assert_allclose(whole(network, X, y).predict_proba(X), wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="random|state"):
+        whole(Remembers(small_cnn(4, 4)), X, y)
+
+
+class Remembers(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += x.abs().mean()
+        return self.network(x) * self.seen
 
 
 def test_fit_and_load_leave_torchs_generator_alone(data, tmp_path):

@@ -181,9 +181,12 @@ def _record(
 
 
 def _check_stateless(root: nn.Module) -> None:
-    """Raise where a forward that was recorded has left something in its module."""
+    """Raise where a forward that was recorded has changed a buffer.
+
+    Other attributes are set by torch itself (masks of pruning), or to be looked at.
+    """
     for name, module in root.named_modules():
-        for key, value in {**vars(module), **module._buffers}.items():
+        for key, value in module._buffers.items():
             if isinstance(value, fx.Proxy):
                 raise ValueError(
                     f"it keeps state from call to call, in {f'{name}.{key}'.lstrip('.')!r}"

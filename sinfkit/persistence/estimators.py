@@ -71,6 +71,7 @@ _LONGEST = 800  # characters of an error
 _TOLERANCE = 1e-3  # of the largest logit; another activation function is far beyond
 
 
+@torch.random.fork_rng(devices=[])  # what is read back makes layers, which draw first weights
 def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     """Write a fitted estimator to one file that holds no code.
 
