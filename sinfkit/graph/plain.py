@@ -127,6 +127,13 @@ class _Constants:
             ):
                 self._known.add(node)
 
+        own = {t.untyped_storage().data_ptr() for t in (*root.parameters(), *root.buffers())}
+        for node in graph.nodes:  # what is written into a copy of a parameter would be lost
+            if node in self._known and node.op == "call_method" and _overwrites(str(node.target)):
+                target = self._of(node.args[0])
+                if target.untyped_storage().data_ptr() not in own:
+                    self._of(node)
+
     def is_constant(self, value: Any) -> bool:
         """Whether an argument is no node, or one with a known value."""
         found: list[fx.Node] = []
@@ -150,6 +157,11 @@ class _Constants:
                 with torch.no_grad():
                     self._values[node] = getattr(run, node.op)(node.target, args, kwargs)
         return self._values[node]
+
+
+def _overwrites(method: str) -> bool:
+    """Whether a method changes its tensor."""
+    return method.endswith("_") and not method.endswith("__")
 
 
 def _only(node: fx.Node) -> fx.Graph:

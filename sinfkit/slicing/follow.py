@@ -289,6 +289,8 @@ class Follower:
             return self._concatenated(node)
         if name == "pad" and _given(node, 2, "mode", "constant") == "constant":
             return self._padded(node, _given(node, 1, "pad"))
+        if name == "getattr" and node.args[1] in ("T", "mT"):
+            return self._moved(node, getattr)
         if name in _MOVES:
             return self._moved_function(node, name)
         if name in ("softmax", "log_softmax"):
