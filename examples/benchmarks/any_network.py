@@ -100,6 +100,8 @@ magnitude, ratio one half) is used at its defaults, the output layer left out; w
 blocks, to keep this short; that hardly changes the shares. Random weights say nothing about
 accuracy: that is what a budget with ``max_accuracy_drop`` is for.
 
+"No answer" means none within a minute or two, on a machine that was busy with other work.
+
 What stays whole is told by every fit in one line.
 """
 # Smaller than their defaults, in everything that does not change what kind of network it is.
@@ -335,7 +337,9 @@ def page(rows: Sequence[dict[str, str]]) -> str:
 def _told(row: dict[str, str] | None) -> str:
     """A share, or that there is none."""
     share = _removed(row)
-    return f"{share:.1%}" if share is not None else "fails" if row else ""
+    if share is not None:
+        return f"{share:.1%}"
+    return "no answer" if row and row["error"].startswith("no answer") else "fails"
 
 
 def _removed(row: dict[str, str] | None) -> float | None:
