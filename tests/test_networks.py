@@ -135,13 +135,15 @@ class Squeezed(nn.Module):
         z = self.network(x)
         if self.end == "squeeze":
             return z.squeeze(-1)
+        if self.end == "dict":
+            return {"logits": z}
         if self.end == "softmax":
             return z.softmax(1).view(z.size(0), -1)
         return z.view(z.size(0), -1).float()
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("end", ["squeeze", "softmax"])
+@pytest.mark.parametrize("end", ["squeeze", "softmax", "dict"])
 def test_a_view_at_the_end_keeps_no_outputs_in_place(end, data, tmp_path):
     X, _ = data
     network = centred(small_cnn(4, 4), X)

@@ -26,6 +26,7 @@ from ..errors import NotPlainError, StorageError
 from ..frozen import FrozenModel, baked
 from ..graph.cost import fold_batch_norm
 from ..graph.cuts import find_cut, output_layer, split
+from ..graph.recording import logits_of
 from ..inference.network import FALLBACKS, Normalise, RoutePredictor, SINFNetwork
 from ..pruner import DCSPruner, recipe_of
 from ..pruning.recipe import PruningOptions
@@ -363,7 +364,7 @@ def _describe_base(estimator: Any, tensors: dict[str, Tensor]) -> dict[str, Any]
     architecture = describe(module)
     if architecture["name"] == CUSTOM:
         with torch.inference_mode():
-            tensors["probe"] = module(_probe(estimator.input_shape_, module))
+            tensors["probe"] = logits_of(module(_probe(estimator.input_shape_, module)))
     return {
         "architecture": architecture,
         "tensors": list(state),
@@ -593,7 +594,7 @@ class _Reader:
             return
         expected = self.tensors["probe"]
         with torch.inference_mode():
-            found = module(_probe(shape, module))
+            found = logits_of(module(_probe(shape, module)))
         if not isinstance(found, Tensor) or found.shape != expected.shape:
             raise StorageError("The factory's network has another output than the one saved.")
         difference = (found.double() - expected.double()).abs().max()
