@@ -75,8 +75,10 @@ def _trial(model: nn.Module, tried: list[tuple[ChannelGroup, np.ndarray]], x: Te
     """Say why slicing these groups does not equal masking them; nothing if it does."""
     try:
         sliced = take_out(model, [], tried)
-        comparison = Comparison(model, sliced)
-        difference = comparison.of_outputs(x, sliced.outputs)
+        difference = Comparison(model, sliced).of_outputs(x, sliced.outputs)
+        if difference > _TRIAL_TOLERANCE:  # deep networks may amplify rounding as much
+            wide = Comparison(model, sliced, torch.float64)
+            difference = wide.of_outputs(x.double(), sliced.outputs)
     except Exception as error:
         return f"the forward pass fails where it is narrower ({str(error).splitlines()[0]})"
     if difference <= _TRIAL_TOLERANCE:
@@ -145,6 +147,10 @@ def check_sliced(
     X = precision(dense, X[:_MOST_IMAGES])
     try:
         difference = comparison.of_outputs(X, kept)
+        if tol < difference < math.inf and X.dtype == torch.float32:
+            comparison = Comparison(dense, sliced, torch.float64)  # rounding, it may be
+            X = X.double()
+            difference = comparison.of_outputs(X, kept)
     except (RuntimeError, IndexError):  # shapes that do not fit; the layers show where
         difference = math.nan
     # In a network that agrees, a hidden layer may be a little further off than the outputs are.
@@ -164,9 +170,11 @@ def check_sliced(
 class Comparison:
     """A masked and a sliced network, both private copies in eval mode."""
 
-    def __init__(self, dense: nn.Module, sliced: Sliced) -> None:
-        self.masked = _private(dense)
-        self.small = _private(sliced.model)
+    def __init__(
+        self, dense: nn.Module, sliced: Sliced, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.masked = _private(dense, dtype)
+        self.small = _private(sliced.model, dtype)
         for name, removed in sliced.removed_inputs.items():
             self._zero(self.masked.get_submodule(name), torch.from_numpy(removed))
         for name, removed in sliced.zeroed.items():
@@ -270,17 +278,17 @@ def exact_inference(x: Tensor) -> Iterator[None]:
         yield
 
 
-def _private(module: nn.Module) -> nn.Module:
-    """Copy a module, sharing its tensors, except that half precision becomes float32."""
+def _private(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Copy a module, sharing its tensors, except those of less precision than `dtype`."""
     tensors = (*module.parameters(), *module.buffers())
-    return copy.deepcopy(module, {id(tensor): _widened(tensor) for tensor in tensors}).eval()
+    return copy.deepcopy(module, {id(tensor): _widened(tensor, dtype) for tensor in tensors}).eval()
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """Leave a tensor as it is, unless it is of half precision."""
-    if not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.float64):
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Leave a tensor as it is, unless it is of less precision."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize >= dtype.itemsize:
         return tensor
-    wide = tensor.detach().float()
+    wide = tensor.detach().to(dtype)
     return nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
 
 
