@@ -45,7 +45,7 @@ from .utils.jobs import over_chunks
 from .utils.params import check_flag, check_integer, check_number, naming, nested, warn
 from .utils.progress import Progress, about
 
-# In times of a pass of the base over the samples, as measured on a VGG16.
+# In times of a pass of the base over the samples: rough, counted from what a fit runs.
 _PASSES_BEFORE, _PASSES_EACH = 6, 3
 
 

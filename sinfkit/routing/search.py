@@ -83,7 +83,7 @@ def hill_climb(
 
 
 _PROBE_SAMPLES = 5_000
-# In times of a pass of the base over the samples, as measured on a VGG16.
+# In times of a pass of the base over the samples: rough, of one run with a VGG16.
 _PASSES_BEFORE, _PASSES_EACH = 8, 7
 _CLUSTERS = (1, 2, 5, 10, 20)  # tried where no number is given
 
