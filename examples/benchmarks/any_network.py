@@ -96,11 +96,12 @@ Every network has random weights and loses half of every group of channels that 
 for its outputs. The sliced network is compared with the masked one ("off the mask by", of the
 largest output). A network counts as working if it runs. torch-pruning 1.6.1 (MetaPruner,
 magnitude, ratio one half) is used at its defaults, the output layer left out; with hints by hand
-(numbers of heads, say) it follows more. Images are small, and of transformers a few narrow
-blocks, to keep this short; that hardly changes the shares. Random weights say nothing about
+(numbers of heads, say) it follows more. Images are small, to keep this short; that hardly changes
+the shares. Random weights say nothing about
 accuracy: that is what a budget with ``max_accuracy_drop`` is for.
 
-"No answer" means none within a minute or two, on a machine that was busy with other work.
+"No answer" means none within a minute or two, on a machine that was busy with other work; it
+counts as not working.
 
 What stays whole is told by every fit in one line.
 """
@@ -303,9 +304,10 @@ def page(rows: Sequence[dict[str, str]]) -> str:
     works = [share for share, _ in ours if share is not None]
     theirs = [share for _, share in ours if share is not None]
     behind = [t - o for o, t in ours if o is not None and t is not None]
+    libraries = sorted({row["network"].partition(".")[0] for row in rows}, reverse=True)
     title = "How much of any network can be removed?"
     answer = (
-        f"**Of {len(both)} networks of torchvision, timm and transformers, {len(works)} come out "
+        f"**Of {len(both)} networks of {' and '.join(libraries)}, {len(works)} come out "
         f"smaller, half of every group of channels removed, with {statistics.median(works):.0%} of "
         f"the multiplications gone in the median; torch-pruning's result works on {len(theirs)}.** "
         f"{sum(share >= 0.68 for share in works)} lose at least 68 %. Where both work, ours is "
