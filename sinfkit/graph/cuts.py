@@ -119,6 +119,7 @@ def cut_points(gm: fx.GraphModule) -> list[CutPoint]:
     Examples
     --------
     >>> from torch import nn
+    >>> from sinfkit.graph import trace
     >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
     >>> cut_points(gm)
     [CutPoint(name='0', node='_1')]
@@ -202,6 +203,7 @@ def split(gm: fx.GraphModule, cut: CutPoint) -> tuple[fx.GraphModule, fx.GraphMo
     Examples
     --------
     >>> from torch import nn
+    >>> from sinfkit.graph import trace
     >>> gm = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
     >>> prefix, rest = split(gm, find_cut(gm, "0"))
     >>> layer_names(prefix), layer_names(rest)
