@@ -212,7 +212,8 @@ def test_answers_that_depend_on_batch_mates_are_refused(kind, n, seed):
     }[kind]
     network.insert(place, part)
     X = np.random.default_rng(seed).normal(size=(n, 3, 8, 8)).astype(np.float32)
-    with pytest.raises(ValueError, match="one sample alone|others of its batch|could not be followed"):
+    told = "one sample alone|others of its batch|could not be followed"
+    with pytest.raises(ValueError, match=told):
         DCSPruner(network.eval(), budget=0.7, device="cpu").fit(X, np.arange(n) % 4)
 
 
