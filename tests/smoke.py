@@ -48,7 +48,7 @@ def main() -> None:
     assert min(scores.values()) > 0.9, scores
     assert clusterer.transform(X_test).shape == (len(X_test), 3)
     # The file of an ONNX export carries its loader along: package data, which a wheel may lack.
-    assert (folder / "onnx_loader.py").is_file()
+    assert (folder / "export" / "onnx_loader.py").is_file()
     again = pickle.loads(pickle.dumps(sinf))
     np.testing.assert_allclose(again.predict_proba(X_test), sinf.predict_proba(X_test), atol=1e-5)
     assert "accuracy" in str(sinf.report(X_test[:200], y_test[:200]))
