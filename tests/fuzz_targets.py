@@ -179,7 +179,7 @@ def parameters_of(world: World, name: str) -> dict[str, Make]:
     for ratio in ("max_accuracy_drop", "confidence", "budget", "prefix_ratio", "prefix_low_rank"):
         table[ratio] = ratios
     table["validation_fraction"] = ratios
-    names = type(world.fresh[name])._get_param_names()
+    names = world.fresh[name].get_params(deep=False)
     return {parameter: table.get(parameter, number) for parameter in names}
 
 

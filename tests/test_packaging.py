@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -115,3 +116,44 @@ def test_import_leaves_out_what_few_calls_need(tmp_path):
     modules = json.loads(done.stdout)
     assert "sinfkit.classifier" in modules
     assert not [m for m in modules if any(m == h or m.startswith(f"{h}.") for h in HEAVY)]
+
+
+# Private names of other packages, and of Python's and Jupyter's, that tests need.
+FOREIGN = {"_BatchNorm", "_exit", "_forward_hooks", "_forward_pre_hooks", "_modules"}
+FOREIGN |= {"_python_dispatch", "_pytree", "_repr_html_", "_version"}
+
+
+def private_names(tree: ast.AST) -> list[str]:
+    """What a file takes from sinfkit that begins with an underscore; and what objects hide."""
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sinfkit"):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"sinfkit[\w.]*", node.value):
+                names = node.value.split(".")
+        elif isinstance(node, ast.Attribute):
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                names = [node.attr]
+        found += [n for n in names if re.match(r"_(?!_)", n) and n not in FOREIGN]
+    return found
+
+
+@pytest.mark.parametrize("folder", ["tests", "examples"])
+def test_tests_and_examples_use_public_names(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        assert not private_names(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_private_names_are_found():
+    for code in (
+        "from sinfkit.utils import _hidden",
+        "from sinfkit._utils import name",
+        "patch('sinfkit.base._same', 1)",
+        "estimator._output",
+        "f(x)._y",
+    ):
+        assert len(private_names(ast.parse(code))) == 1, code
+    for code in ("from sinfkit import __version__", "self._x = 1", "x.__dict__", "'_y'"):
+        assert not private_names(ast.parse(code)), code

@@ -57,6 +57,14 @@ class LayerTime:
     weights: float
     sample: float
 
+    @classmethod
+    def fitted(cls, cells: np.ndarray) -> LayerTime:
+        """Fit the three times to measurements: rows of fraction left, samples and seconds."""
+        fraction, n, seconds = cells.T
+        design = np.stack([np.ones_like(n), fraction, fraction * n], axis=1)
+        call, weights, sample = nnls(design / seconds[:, None], np.ones(len(cells)))[0]
+        return cls(float(call), float(weights), float(sample))
+
     def seconds(self, n_samples: float, fraction: float = 1.0, n_calls: float = 1.0) -> float:
         """Time of so many samples in so many calls, with a fraction of the weights left."""
         per_call = self.call + fraction * self.weights
@@ -130,15 +138,7 @@ def fit_layer_times(
             if name in turns[0][cell]:
                 took = float(np.median([turn[cell][name] for turn in turns]))
                 rows[name].append((size / whole[name], n, took))
-    return {name: _fit(np.array(measured)) for name, measured in rows.items()}
-
-
-def _fit(cells: np.ndarray) -> LayerTime:
-    """Fit one layer: rows of fraction, samples and seconds."""
-    fraction, n, seconds = cells.T
-    design = np.stack([np.ones_like(n), fraction, fraction * n], axis=1)
-    call, weights, sample = nnls(design / seconds[:, None], np.ones(len(cells)))[0]
-    return LayerTime(float(call), float(weights), float(sample))
+    return {name: LayerTime.fitted(np.array(measured)) for name, measured in rows.items()}
 
 
 def _every_other(group: ChannelGroup) -> np.ndarray:

@@ -46,7 +46,6 @@ REPAIRS = ("none", "mean", "match", "least_squares", "static_least_squares")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 _HELD_OUT = 0.2  # of the images
-_MAX_BYTES = 2 * 2**30
 _MIN_ROWS = 20_000
 _RATIOS = (1 / 3, 3.0)  # to which "match" clips what it multiplies a channel with
 _CONSTANT = 1e-12  # a variance below this much of the mean square is rounding
@@ -232,15 +231,17 @@ def _corrected(site: Site, settings: RepairSettings, rows: _Rows, weight: Tensor
     return error
 
 
-def affordable_images(graph: fx.GraphModule, example: Tensor, wanted: int) -> int:
+def affordable_images(
+    graph: fx.GraphModule, example: Tensor, wanted: int, max_bytes: int = 2 * 2**30
+) -> int:
     """How many of the wanted images a repair may take, at least 64.
 
-    One layer's values of all of them stay below 2 GiB. `example`: one input, of shape (1, ...).
+    One layer's values of all of them stay within `max_bytes`. `example`: one input, (1, ...).
     """
     values = _Sizes(graph)
     with torch.inference_mode():
         values.run(example)
-    return min(wanted, max(64, _MAX_BYTES // max(values.largest, 1)))
+    return min(wanted, max(64, max_bytes // max(values.largest, 1)))
 
 
 class _Sizes(fx.Interpreter):

@@ -12,7 +12,6 @@ from torch import nn
 
 from sinfkit.graph import count_macs, fold_batch_norm, output_layer, trace
 from sinfkit.pruning import LayerTime, expected_seconds, fit_layer_times, layer_seconds, sliceable
-from sinfkit.pruning.layer_times import _fit
 from sinfkit.repair import insert_factors
 from sinfkit.slicing import find_groups
 
@@ -31,14 +30,14 @@ def network():
 def test_overhead_weights_and_samples_are_told_apart(call, weights, sample):
     truth = LayerTime(call, weights, sample)
     cells = [(f, n, truth.seconds(n, f)) for f in (1.0, 0.25) for n in (64.0, 8.0)]
-    fitted = _fit(np.array(cells))
+    fitted = LayerTime.fitted(np.array(cells))
     for f, n, took in [*cells, (0.5, 100.0, truth.seconds(100.0, 0.5))]:
         assert fitted.seconds(n, f) == pytest.approx(took, rel=1e-6)
 
 
 def test_noise_gives_no_negative_times():
     # Half of the layer took longer than the whole.
-    fitted = _fit(
+    fitted = LayerTime.fitted(
         np.array([(1.0, 64.0, 1.0), (0.25, 64.0, 1.2), (1.0, 8.0, 0.2), (0.25, 8.0, 0.3)])
     )
     assert min(fitted.call, fitted.weights, fitted.sample) >= 0

@@ -817,11 +817,10 @@ def test_groups_of_a_real_search():
     assert left["least_squares"] < 0.3 * left["none"]
 
 
-def test_images_are_limited_by_the_largest_value(monkeypatch):
+def test_images_are_limited_by_the_largest_value():
     dense = trace(randomised(nn.Sequential(nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Flatten())))
     example = images(1, 3, 8)
     size = 10 * 36 * 8  # bytes of the convolution's output
     for n_bytes, expected in ((100 * size, 100), (100 * size - 1, 99), (size, 64), (10**12, 500)):
-        monkeypatch.setattr("sinfkit.repair.sequential._MAX_BYTES", n_bytes)
-        assert affordable_images(dense, example, 500) == expected
+        assert affordable_images(dense, example, 500, n_bytes) == expected
     assert affordable_images(dense, example, 5) == 5

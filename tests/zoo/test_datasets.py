@@ -10,7 +10,6 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from sinfkit.zoo import CIFAR100_SUPERCLASSES, load_cifar10, load_cifar100, load_image_folder
-from sinfkit.zoo import datasets as datasets
 
 # The labels as the release's own files have them: fine ones in order, and the coarse one of each.
 FINE = """
@@ -119,9 +118,10 @@ def test_superclasses_partition_a_hundred_classes():
 
 
 @pytest.mark.parametrize(("train", "n"), [(True, 200), (False, 100)])
-def test_cifar100_gives_every_label_the_superclass_in_its_file(tmp_path, train, n):
+def test_cifar100_gives_every_label_the_superclass_in_its_file(tmp_path, monkeypatch, train, n):
     source = small_cifar100(tmp_path)
-    data = datasets._load_cifar(source, tmp_path, train, False, CIFAR100_SUPERCLASSES)
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", source)
+    data = load_cifar100(tmp_path, train)
     raw = pickle.loads(
         (tmp_path / source.base_folder / ("train" if train else "test")).read_bytes()
     )
@@ -137,9 +137,10 @@ def test_cifar100_gives_every_label_the_superclass_in_its_file(tmp_path, train, 
     assert "100 classes, 20 clusters" in repr(data)
 
 
-def test_cifar10(tmp_path):
+def test_cifar10(tmp_path, monkeypatch):
     source = small_cifar10(tmp_path)
-    data = datasets._load_cifar(source, tmp_path, True, False, None)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", source)
+    data = load_cifar10(tmp_path)
     batches = [
         pickle.loads((tmp_path / source.base_folder / name).read_bytes())
         for name, _ in source.train_list
@@ -149,7 +150,7 @@ def test_cifar10(tmp_path):
     )
     np.testing.assert_array_equal(data.y, np.concatenate([batch["labels"] for batch in batches]))
     assert data.clusters is None and data.class_names[3] == "class3"
-    assert datasets._load_cifar(source, tmp_path, False, False, None).X.shape == (20, 3, 32, 32)
+    assert load_cifar10(tmp_path, train=False).X.shape == (20, 3, 32, 32)
 
 
 @pytest.mark.parametrize("load", [load_cifar10, load_cifar100])
@@ -158,18 +159,19 @@ def test_missing_cifar_says_what_to_do(tmp_path, load):
         load(tmp_path)
 
 
-def test_damaged_cifar(tmp_path):
+def test_damaged_cifar(tmp_path, monkeypatch):
     source = small_cifar100(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", source)
     path = tmp_path / source.base_folder / "train"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(FileNotFoundError, match="damaged"):
-        datasets._load_cifar(source, tmp_path, True, False, CIFAR100_SUPERCLASSES)
+        load_cifar100(tmp_path)
 
 
-def test_class_without_superclass(tmp_path):
-    source = small_cifar10(tmp_path)
+def test_class_without_superclass(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", small_cifar10(tmp_path))
     with pytest.raises(ValueError, match="without a superclass: class0, .* and 5 more"):
-        datasets._load_cifar(source, tmp_path, True, False, CIFAR100_SUPERCLASSES)
+        load_cifar100(tmp_path)
 
 
 @pytest.mark.parametrize("n_jobs", [None, 2])
