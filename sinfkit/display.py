@@ -126,6 +126,8 @@ class SpeedAccuracyDisplay(_Display):
         """
         check_choice("cost", cost, _COSTS)
         estimators: list[Any] = estimator if isinstance(estimator, list) else [estimator]
+        if not estimators:
+            raise ValueError("estimator must be one, or a list with at least one; got [].")
         for one in estimators:
             _check_estimator(one, SINFClassifier, DCSPruner)
         timed = repeats if cost == "latency" else 0
@@ -370,7 +372,7 @@ class FilterOverlapDisplay(_Display):
             raise ValueError("no cluster of estimator has a subgraph: each has a single class.")
         layers = [k for k in estimator.supports_[rows[0]] if k in estimator.scores_[rows[0]]]
         if layer is not None:
-            if layer not in layers:
+            if not isinstance(layer, str) or layer not in layers:
                 raise ValueError(f"layer must be one of {layers}, got {layer!r}.")
             layers = [layer]
         if not layers:

@@ -213,7 +213,8 @@ class FrozenModel:
         if key not in self._mine:
             shared = _COPIES.get((self.digest, key))
             if shared is None:
-                shared = _freeze(packed.unpack(device))
+                with torch.inference_mode(False):  # others may ask for gradients of activations
+                    shared = _freeze(packed.unpack(device))
                 _COPIES[self.digest, key] = shared
             self._mine[key] = shared
         return self._mine[key]

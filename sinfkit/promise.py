@@ -16,7 +16,7 @@ networks and drawing one at random for each image would be covered; it would cos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ from scipy import optimize, special, stats
 __all__ = [
     "Certificate",
     "Discordant",
-    "certified_threshold",
     "certify",
     "count_discordant",
     "drop_interval",
@@ -417,79 +416,6 @@ def fixed_sequence(
     return (None, None) if last is None else (index, certify(*last, limit, confidence))
 
 
-def certified_threshold(
-    scores: npt.ArrayLike,
-    right_above: npt.ArrayLike,
-    right_below: npt.ArrayLike,
-    base_right: npt.ArrayLike,
-    grid: Sequence[float] | npt.NDArray[np.floating],
-    limit: float,
-    confidence: float = 0.9,
-    sample_weight: npt.ArrayLike | None = None,
-) -> tuple[float | None, Certificate | None]:
-    """Find the boldest threshold that keeps the promise, such as that of an early exit.
-
-    Images whose score reaches the threshold get the answer "above" (they leave), the others the
-    answer "below" (they go on).
-
-    Parameters
-    ----------
-    scores : array-like of float, shape (n_images,)
-        Score of each image, such as the confidence at the exit.
-    right_above, right_below : array-like of bool, shape (n_images,)
-        Whether the image is right if its score counts as reaching the threshold, and if not.
-    base_right : array-like of bool, shape (n_images,)
-        Whether the base has it right.
-    grid : sequence of float
-        Thresholds from careful to bold, fixed without these images: quantiles of the scores of
-        the images that choose, say. Usually high to low.
-    limit : float
-        Largest accuracy drop allowed, as a share in [-1, 1].
-    confidence : float, default=0.9
-        Probability, over the draw of the images, that the threshold returned keeps `limit`.
-    sample_weight : array-like of float, shape (n_images,), default=None
-        Non-negative weights; see `count_discordant`.
-
-    Returns
-    -------
-    threshold : float or None
-        The boldest one certified. None: not even the first.
-    certificate : Certificate or None
-        As from `fixed_sequence`.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ, or a share is out of its range.
-
-    See Also
-    --------
-    fixed_sequence : The walk.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from sinfkit.promise import certified_threshold
-    >>> rng = np.random.default_rng(0)
-    >>> scores = rng.uniform(size=2000)
-    >>> right_above = rng.uniform(size=2000) < 0.5 + scores / 2
-    >>> right = np.ones(2000, dtype=bool)
-    >>> threshold, certificate = certified_threshold(
-    ...     scores, right_above, right, right, np.linspace(1, 0, 21), limit=0.01
-    ... )
-    >>> round(threshold, 2)
-    0.85
-    """
-    scores = np.asarray(scores, float)
-    above, below = np.asarray(right_above, bool), np.asarray(right_below, bool)
-    candidates = (
-        count_discordant(base_right, np.where(scores >= t, above, below), sample_weight)
-        for t in grid
-    )
-    index, certificate = fixed_sequence(candidates, limit, confidence)
-    return (None if index is None else float(grid[index])), certificate
-
-
 def images_needed(
     limit: float, confidence: float = 0.9, rate_lost: float = 0.0, rate_gained: float = 0.0
 ) -> int | None:
@@ -529,7 +455,7 @@ def images_needed(
         raise ValueError("rate_lost and rate_gained must be shares that add up to at most 1")
     if drop > limit - 1e-12:  # 0.03 - 0.02 is a little less than 0.01
         return None
-    z = stats.norm.isf(1 - confidence)
+    z = stats.norm.ppf(confidence)
     rough = math.ceil(z**2 * (discordant - drop**2) / (limit - drop) ** 2)
     if rough > EXACT_UP_TO:
         return rough
@@ -617,7 +543,7 @@ def exact_test(lost: int, gained: int, n: int, drop: float, confidence: float) -
     """P-value of "the accuracy drop is at least `drop`"; see `p_value`."""
     if not n:
         return 1.0
-    z = stats.norm.isf(1 - confidence)
+    z = stats.norm.ppf(confidence)
     m = lost + gained
     error = NUISANCE_SHARE * (1 - confidence)
     low = float(special.betaincinv(m, n - m + 1, error / 2)) if m else 0.0

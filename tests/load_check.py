@@ -25,6 +25,7 @@ from typing import Any
 
 import joblib
 import numpy as np
+import torch
 from helpers import blobs, small_cnn
 from torch import nn
 
@@ -117,10 +118,10 @@ def _answer(numbers: range) -> tuple[float, int, int]:
 def in_processes(clf: SINFClassifier, method: str, n_workers: int, n: int) -> dict[str, float]:
     """Answer `n` requests in forked or spawned workers, after torch has used threads here."""
     global _given
-    _given = clf, Requests(clf)
-    clf.predict_proba(
-        np.zeros((640, 1, 8, 8), np.float32)
-    )  # in threads, which a fork leaves behind
+    _given = clf, Requests(clf, min(64, n))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # which a fork leaves behind, and its child would wait for for ever
+    clf.predict_proba(np.zeros((640, 1, 8, 8), np.float32))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = None
@@ -131,6 +132,7 @@ def in_processes(clf: SINFClassifier, method: str, n_workers: int, n: int) -> di
         with ProcessPoolExecutor(n_workers, context, _give, (path,)) as pool:
             found = list(pool.map(_answer, [range(i, n, n_workers) for i in range(n_workers)]))
     _given = None
+    torch.set_num_threads(threads)
     return {
         "predictions": n,
         "difference": max(worst for worst, _, _ in found),

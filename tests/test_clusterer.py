@@ -9,7 +9,7 @@ from helpers import blobs, small_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinfkit import FrozenModel, SemanticClusterer
+from sinfkit import CalibrationWarning, FrozenModel, SemanticClusterer
 from sinfkit.routing import (
     activation_affinity,
     agglomerate,
@@ -84,7 +84,7 @@ def test_wrong_mappings(mapping, match):
 def test_fit_predict_transform(method):
     X, y = blobs()
     frozen = FrozenModel(small_cnn())
-    with pytest.warns(UserWarning, match="no better than chance"):
+    with pytest.warns(CalibrationWarning, match="no better than chance"):
         clusterer = SemanticClusterer(frozen, method=method, n_clusters=3, random_state=0).fit(X, y)
     assert clusterer.class_clusters_.shape == (6,)
     assert set(clusterer.class_clusters_) == {0, 1, 2}

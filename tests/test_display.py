@@ -65,6 +65,8 @@ def test_speed_and_accuracy_are_the_reports(fitted, data):
         SpeedAccuracyDisplay.from_reports({"a": [report]}, cost="latency")
     with pytest.raises(ValueError, match="one base network"):
         SpeedAccuracyDisplay.from_reports({"a": [report, fitted.report(X[:7], y[:7], repeats=0)]})
+    with pytest.raises(ValueError, match="estimator must be one, or a list"):
+        SpeedAccuracyDisplay.from_estimator([], X, y)
     with pytest.raises(ValueError, match="at least one report"):
         SpeedAccuracyDisplay.from_reports({"a": [report], "b": []})
     with pytest.raises(ValueError, match="cost must be one of"):
@@ -108,8 +110,9 @@ def test_overlap_by_hand(fitted):
     one = FilterOverlapDisplay.from_estimator(fitted, layer=layers[0])
     assert one.overlap[0, 1] == pytest.approx(shares[0])
     assert [label.get_text() for label in one.ax_.get_yticklabels()] == ["a", "b"]
-    with pytest.raises(ValueError, match="layer must be one of"):
-        FilterOverlapDisplay.from_estimator(fitted, layer="nowhere")
+    for wrong in ("nowhere", np.arange(2)):
+        with pytest.raises(ValueError, match="layer must be one of"):
+            FilterOverlapDisplay.from_estimator(fitted, layer=wrong)
 
 
 def test_routes_are_counted(fitted, data):

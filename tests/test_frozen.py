@@ -73,6 +73,15 @@ def test_two_copies_of_one_network_are_equal_and_hash_alike():
     assert a.module() is b.module()  # one copy per device and process
 
 
+def test_who_asks_first_in_inference_mode_leaves_gradients_to_others():
+    frozen = FrozenModel(small_cnn(seed=8))
+    with torch.inference_mode():
+        network = frozen.module()
+    x = torch.ones(1, 1, 8, 8, requires_grad=True)
+    network(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_device_copies_die_with_their_owners():
     frozen = FrozenModel(small_cnn(seed=7))
     reference = weakref.ref(frozen.module())

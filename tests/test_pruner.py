@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -445,25 +443,6 @@ def test_what_is_trained_further_leaves_the_base_alone(trained):
     step.step()
     torch.testing.assert_close(base(torch.as_tensor(X_test[:4])), expected)
     assert frozen.digest == digest
-
-
-def test_the_smaller_network_loads_where_sinfkit_is_not_installed(trained, tmp_path):
-    frozen, X, y, X_test, _ = trained
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pruner = DCSPruner(frozen, budget=0.6, random_state=0, device="cpu").fit(X, y)
-    torch.save(pruner.model_, tmp_path / "model.pt")
-    np.save(tmp_path / "X.npy", X_test[:8])
-    code = (
-        "import sys, numpy as np, torch\n"
-        "sys.modules['sinfkit'] = None\n"  # whoever imports it gets an ImportError
-        "model = torch.load('model.pt', weights_only=False)\n"
-        "x = torch.as_tensor(np.load('X.npy'))\n"
-        "np.save('out.npy', torch.softmax(model(x), 1).detach().numpy())\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    expected = pruner.predict_proba(X_test[:8])
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
 
 
 class Normed(nn.Module):

@@ -135,42 +135,11 @@ def gather_consumers(
 
 
 def removal_costs(consumers: Sequence[Consumer], n_channels: int, n_groups: int = 1) -> Tensor:
-    r"""Rank a group's channels by what their removal costs the layers that read them.
+    """Share of the consumers' output variance lost for good with each channel and all lower ones.
 
-    Parameters
-    ----------
-    consumers : sequence of Consumer
-    n_channels : int
-    n_groups : int, default=1
-        Runs of channels that lose the same local indices, see `ChannelGroup`.
-
-    Returns
-    -------
-    Tensor of shape (n_channels,)
-        For each channel the share of its consumers' output variance (summed over consumers) that is
-        lost for good when it and all channels of lower score are gone and the weights on the others
-        are the best there are. Zeros where there is no consumer.
-
-    Notes
-    -----
-    With inputs of covariance :math:`H` and weights :math:`W`, removing the inputs :math:`k` and
-    refitting the others loses :math:`\operatorname{tr} W_k ([H^{-1}]_{kk})^{-1} W_k'`, and leaves
-    :math:`W - W_k ([H^{-1}]_{kk})^{-1} [H^{-1}]_{k:}` (Hassibi and Stork, NIPS 1992; for groups of
-    weights: Kurtic, Frantar and Alistarh, NeurIPS 2023). The channel with the lowest loss is
-    removed, the losses are taken again, and so on: of two that repeat each other, one stays. For
-    speed, losses are taken again of a tenth of the channels, until one of the others may be lower.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from sinfkit.criteria import Consumer, removal_costs
-    >>> x = torch.randn(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    >>> x = torch.cat([x, x[:, :1] * 2], 1)         # the third input repeats the first
-    >>> columns = ((np.arange(3)[:, None], np.arange(3)),)
-    >>> consumer = Consumer("next", x.T.cov()[None], torch.ones(1, 1, 3).double(), columns)
-    >>> cost = removal_costs([consumer], 3)
-    >>> int(cost.argmin()), float(cost.min()) < 0.01
-    (0, True)
+    Removing inputs k of covariance ``H`` loses ``tr W_k ([H^-1]_kk)^-1 W_k'`` and leaves ``W - W_k
+    ([H^-1]_kk)^-1 [H^-1]_k:`` (Hassibi and Stork 1992; for groups Kurtic et al. 2023): the cheapest
+    goes, and costs are taken again.  `n_groups` runs lose the same local indices.
     """
     run = n_channels // n_groups
     problems = _problems(consumers, run)
@@ -224,29 +193,8 @@ def weigh_outputs(
 ) -> list[Consumer]:
     """Let losses of some of a consumer's outputs count more than those of others.
 
-    Parameters
-    ----------
-    consumers : sequence of Consumer
-    importance : mapping of str to Tensor of shape (n_outputs,)
-        By name of the consumer, what a squared error of each output is multiplied with, not
-        negative. Only ratios matter. All outputs of consumers that are not named count alike, as
-        do those of one whose importance is zero throughout.
-
-    Returns
-    -------
-    list of Consumer
-        They share what is expensive with the ones given.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from sinfkit.criteria import Consumer, removal_costs, weigh_outputs
-    >>> columns = ((np.arange(2)[:, None], np.arange(2)),)   # two inputs, each with one output
-    >>> one = torch.eye(2).double()[None]
-    >>> consumer = Consumer("next", one, one, columns)
-    >>> weighed = weigh_outputs([consumer], {"next": torch.tensor([3.0, 1.0])})
-    >>> removal_costs(weighed, 2).round(decimals=2).tolist()
-    [1.0, 0.25]
+    `importance`: by consumer, what a squared error of each output is multiplied with, of shape
+    (n_outputs,); only ratios matter, and those of consumers that are not named count alike.
     """
     weighed = []
     for consumer in consumers:

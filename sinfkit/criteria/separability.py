@@ -1,11 +1,10 @@
 """How well one filter alone separates classes: scores from the classes' means and variances.
 
-Each function takes pooled activations and labels, and gives one score per filter, high for those
-that separate. Where the activations are pooled to several cells, a filter's score is the mean over
-its cells. A filter that never moves scores 0.
-
-Most compare one class with all others, and average over classes. With mean :math:`m_+`, variance
-:math:`v_+` and number :math:`n_+` of a class's samples, and :math:`m_-, v_-, n_-` of all others.
+Each takes `features` (n_samples, n_filters[, n_cells]), labels `y` and how many times each sample
+counts, and gives one score per filter: high for those that separate, 0 for one that never moves,
+and the mean over cells.  Most compare one class with all others, and average over classes: with
+mean ``m+``, variance ``v+`` and number ``n+`` of its samples, and ``m-``, ``v-`` and ``n-`` of the
+others'.
 """
 
 from __future__ import annotations
@@ -107,55 +106,14 @@ def _averaged(
 
 
 def fisher_ratio(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """Fisher's discriminant ratio, ``(m+ - m-)^2 / (v+ + v-)``.
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
-        Pooled activations; computed in double precision.
-    y : Tensor of shape (n_samples,)
-        Class of each sample.
-    sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, larger than 0. Default: once.
-
-    Returns
-    -------
-    Tensor of shape (n_filters,)
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.criteria import fisher_ratio
-    >>> x = torch.tensor([[0.0], [2.0], [4.0], [6.0]])
-    >>> fisher_ratio(x, torch.tensor([0, 0, 1, 1])).tolist()   # 4^2 / (1 + 1)
-    [8.0]
-    """
+    """Fisher's discriminant ratio, ``(m+ - m-)^2 / (v+ + v-)``."""
     return _averaged(
         features, y, sample_weight, lambda m: _ratio(m.gap.square(), m.var_in + m.var_out)
     )
 
 
 def abs_snr(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """Absolute signal-to-noise ratio, ``|m+ - m-| / (sqrt v+ + sqrt v-)``.
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
-    y : Tensor of shape (n_samples,)
-    sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, larger than 0. Default: once.
-
-    Returns
-    -------
-    Tensor of shape (n_filters,)
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.criteria import abs_snr
-    >>> abs_snr(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.tensor([0, 0, 1, 1])).tolist()
-    [2.0]
-    """
+    """Absolute signal-to-noise ratio, ``|m+ - m-| / (sqrt v+ + sqrt v-)``."""
     return _averaged(
         features,
         y,
@@ -165,30 +123,7 @@ def abs_snr(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) ->
 
 
 def t_statistic(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """Welch's t, ``|m+ - m-| / sqrt(v+ / n+ + v- / n-)``.
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
-    y : Tensor of shape (n_samples,)
-    sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, larger than 0. Default: once.
-
-    Returns
-    -------
-    Tensor of shape (n_filters,)
-
-    Notes
-    -----
-    Grows with the number of samples; its ranking does not.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.criteria import t_statistic
-    >>> t_statistic(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.tensor([0, 0, 1, 1])).tolist()
-    [4.0]
-    """
+    """Welch's t, ``|m+ - m-| / sqrt(v+ / n+ + v- / n-)``; its ranking is that of any n."""
     return _averaged(
         features,
         y,
@@ -198,32 +133,7 @@ def t_statistic(features: Tensor, y: Tensor, sample_weight: Tensor | None = None
 
 
 def sym_div(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """Symmetric divergence in the form that published code has.
-
-    ``0.5 (v+ / v- + v- / v+) + 0.5 (m+ - m-)^2 / (v+ + v-) - 1``
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
-    y : Tensor of shape (n_samples,)
-    sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, larger than 0. Default: once.
-
-    Returns
-    -------
-    Tensor of shape (n_filters,)
-
-    See Also
-    --------
-    j_divergence : the divergence of two Gaussians.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.criteria import sym_div
-    >>> sym_div(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.tensor([0, 0, 1, 1])).tolist()
-    [4.0]
-    """
+    """``0.5 (v+ / v- + v- / v+) + 0.5 (m+ - m-)^2 / (v+ + v-) - 1``, as in published code."""
     return _averaged(
         features,
         y,
@@ -236,25 +146,6 @@ def j_divergence(features: Tensor, y: Tensor, sample_weight: Tensor | None = Non
     """Symmetric Kullback-Leibler divergence of two Gaussians.
 
     ``0.5 (v+ / v- + v- / v+) + 0.5 (m+ - m-)^2 (1 / v+ + 1 / v-) - 1``
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
-    y : Tensor of shape (n_samples,)
-    sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, larger than 0. Default: once.
-
-    Returns
-    -------
-    Tensor of shape (n_filters,)
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.criteria import j_divergence
-    >>> x = torch.tensor([[0.0], [2.0], [4.0], [6.0]])
-    >>> j_divergence(x, torch.tensor([0, 0, 1, 1])).tolist()
-    [16.0]
     """
 
     def divergence(m: _Moments) -> Tensor:
@@ -271,33 +162,10 @@ def _spread(m: _Moments) -> Tensor:
 
 
 def hellinger(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    r"""Smallest separation of any two classes: TVSPrune's score.
+    """Smallest squared Hellinger distance of any two classes, as Gaussians: TVSPrune's score.
 
-    Of two classes with means :math:`m_1, m_2` and deviations :math:`s_1, s_2`, the squared
-    Hellinger distance of Gaussians, which bounds their total variation from below, is
-    :math:`1 - \sqrt{2 s_1 s_2 / (s_1^2 + s_2^2)} \exp(-(m_1 - m_2)^2 / (4 (s_1^2 + s_2^2)))`.
-    A filter's score is the smallest over all pairs of classes (Murti et al., ICLR 2023, whose
-    released code looks at fewer pairs than the paper).
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
-    y : Tensor of shape (n_samples,)
-    sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, larger than 0. Default: once.
-
-    Returns
-    -------
-    Tensor of shape (n_filters,)
-        In [0, 1].
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.criteria import hellinger
-    >>> x = torch.tensor([[0.0], [2.0], [4.0], [6.0]])
-    >>> hellinger(x, torch.tensor([0, 0, 1, 1])).round(decimals=4).tolist()   # 1 - exp(-16 / 8)
-    [0.8647]
+    ``1 - sqrt(2 s1 s2 / (s1^2 + s2^2)) exp(-(m1 - m2)^2 / (4 (s1^2 + s2^2)))``, in [0, 1] (Murti
+    et al., ICLR 2023, whose released code looks at fewer pairs than the paper).
     """
     m = _moments(features, y, sample_weight)
     if m is None:
@@ -316,35 +184,10 @@ def hellinger(features: Tensor, y: Tensor, sample_weight: Tensor | None = None) 
 def discriminant_information(
     features: Tensor, y: Tensor, sample_weight: Tensor | None = None, *, ridge: float = 1e-3
 ) -> Tensor:
-    r"""Discriminant information, :math:`\operatorname{tr} (S + \rho I)^{-1} B`.
+    """Discriminant information, ``tr (S + rho I)^-1 B``, in [0, n_cells]; arXiv:2004.14492.
 
-    :math:`S` is the scatter of a filter's cells, :math:`B = \sum_c n_c d_c d_c'` that of the class
-    means, with :math:`d_c` the class's mean minus the mean of all (Liu, Wentzlaff and Kung,
-    arXiv:2004.14492; Hou and Kung, arXiv:2005.13796).
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
-    y : Tensor of shape (n_samples,)
-    sample_weight : Tensor of shape (n_samples,), optional
-        How many times each sample counts, larger than 0. Default: once.
-    ridge : float, default=1e-3
-        :math:`\rho`, relative to the mean diagonal of :math:`S` over the layer, so that what hardly
-        moves counts little.
-
-    Returns
-    -------
-    Tensor of shape (n_filters,)
-        In [0, n_cells].
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.criteria import discriminant_information
-    >>> x = torch.tensor([[0.0], [2.0], [4.0], [6.0]])   # S = 20, B = 16
-    >>> y = torch.tensor([0, 0, 1, 1])
-    >>> discriminant_information(x, y, ridge=1e-9).round(decimals=4).tolist()
-    [0.8]
+    ``S``: scatter of a filter's cells; ``B``: that of the class means; ``rho``: `ridge` times the
+    mean diagonal of ``S`` over the layer, so that what hardly moves counts little.
     """
     check_number("ridge", ridge, "(0, inf)")
     m = _moments(features, y, sample_weight)
@@ -372,31 +215,8 @@ def max_mean_discrepancy(
 ) -> Tensor:
     """Maximum mean discrepancy, ``mean K(+, +) + mean K(-, -) - 2 mean K(+, -)``.
 
-    The kernel is Gaussian in the filter's cells; its width is the median distance of the samples.
-
-    Parameters
-    ----------
-    features : Tensor of shape (n_samples, n_filters) or (n_samples, n_filters, n_cells)
-    y : Tensor of shape (n_samples,)
-    max_samples : int, default=1000
-        The cost grows with the square of the number of samples, so no more than these are used,
-        drawn without regard to class; every class keeps at least one.
-    generator : torch.Generator, optional
-        Of the draw. None takes the first samples of a fixed permutation.
-
-    Returns
-    -------
-    Tensor of shape (n_filters,)
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sinfkit.criteria import max_mean_discrepancy
-    >>> y = torch.tensor([0, 0, 1, 1])
-    >>> x = torch.tensor([[0.0, 1.0], [0.0, -1.0], [1.0, 1.0], [1.0, -1.0]])
-    >>> score = max_mean_discrepancy(x, y)
-    >>> bool(score[0] > 0.5) and bool(score[1].abs() < 1e-9)
-    True
+    ``K`` is Gaussian in the cells, as wide as the median distance.  At most `max_samples` are used,
+    drawn by `generator` without regard to class (None: a fixed draw); each class keeps one.
     """
     check_integer("max_samples", max_samples)
     if generator is not None:

@@ -17,7 +17,7 @@ from scipy.special import gammaln
 from scipy.stats import binom
 from torch import Tensor, fx, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CalibrationWarning
 from ..frozen import FrozenModel
 from ..graph.cost import count_macs
 from ..graph.cuts import output_layer
@@ -148,7 +148,8 @@ def warn_if_mismatched(accuracy: float, n_classes: int, n_samples: int) -> None:
         warn(
             f"The model answers {accuracy:.1%} of the calibration samples correctly, no better "
             f"than chance ({chance:.1%}): its outputs and the labels seem mismatched. Check "
-            "model_classes, and the normalisation (mean, std) of FrozenModel."
+            "model_classes, and the normalisation (mean, std) of FrozenModel.",
+            CalibrationWarning,
         )
 
 

@@ -12,7 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CalibrationWarning
 from ..graph.recording import output_of
 from ..utils.device import is_out_of_memory
 from ..utils.params import naming, shown, warn
@@ -350,7 +350,8 @@ def hold_out(
     if counts[counts > 0].min() < 2:
         warn(
             "A class has a single calibration sample, so that none can be held out: the same "
-            "samples fit and validate. Give at least two samples of each class."
+            "samples fit and validate. Give at least two samples of each class.",
+            CalibrationWarning,
         )
         everything = np.arange(len(codes))
         return everything, everything

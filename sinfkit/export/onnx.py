@@ -81,7 +81,7 @@ def to_exported(network: SINFNetwork, input_shape: tuple[int, ...]) -> dict[str,
     >>> from sinfkit.export import to_exported
     >>> X, y = load_digits(return_X_y=True)
     >>> clusterer = SemanticClusterer(n_clusters=2)
-    >>> clf = SINFClassifier(clusterer=clusterer, pruner=DCSPruner(), random_state=0)
+    >>> clf = SINFClassifier(clusterer=clusterer, pruner=DCSPruner(budget=0.6), random_state=0)
     >>> clf = clf.fit(X[:500], y[:500])
     >>> sorted(to_exported(clf.network_, clf.input_shape_))
     ['router', 'subgraph_0'...]
@@ -158,7 +158,7 @@ def to_onnx(
     >>> from sinfkit import DCSPruner, SemanticClusterer, SINFClassifier
     >>> X, y = load_digits(return_X_y=True)
     >>> clusterer = SemanticClusterer(n_clusters=2)
-    >>> clf = SINFClassifier(clusterer=clusterer, pruner=DCSPruner(), random_state=0)
+    >>> clf = SINFClassifier(clusterer=clusterer, pruner=DCSPruner(budget=0.6), random_state=0)
     >>> clf = clf.fit(X[:500], y[:500])
     >>> folder = clf.to_onnx(tempfile.mkdtemp())
     >>> sorted(path.name for path in folder.glob("*.onnx"))

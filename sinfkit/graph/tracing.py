@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import SlicingWarning
 from ..utils.device import full_float32, is_out_of_memory
 from ..utils.params import warn
 from .attention import plain_attention
@@ -96,7 +97,8 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     if found:
         warn(
             f"Layers inside {', '.join(found)} stay whole: torch.fx cannot look into "
-            f"{'these modules' if len(found) > 1 else 'this module'}."
+            f"{'these modules' if len(found) > 1 else 'this module'}.",
+            SlicingWarning,
         )
     return gm
 

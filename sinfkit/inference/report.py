@@ -299,7 +299,7 @@ class SINFReport(PruningReport):
     >>> from sklearn.datasets import load_digits
     >>> from sinfkit import DCSPruner, SINFClassifier
     >>> X, y = load_digits(return_X_y=True)
-    >>> clf = SINFClassifier(pruner=DCSPruner(), random_state=0).fit(X[:600], y[:600])
+    >>> clf = SINFClassifier(pruner=DCSPruner(budget=0.6), random_state=0).fit(X[:600], y[:600])
     >>> report = clf.report(X[600:800], y[600:800], repeats=0)
     >>> report.macs < report.base_macs
     True

@@ -32,26 +32,7 @@ _ROUNDS = 3  # turns of the networks that are measured
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Time of one layer, by number of samples and by how much of the layer is left.
-
-    Attributes
-    ----------
-    call : float
-        Seconds of a call, whatever is left.
-    weights : float
-        Seconds more of a call of the whole layer: those for its weights.
-    sample : float
-        Seconds of each sample for the whole layer: those for its multiplications.
-
-    Examples
-    --------
-    >>> from sinfkit.pruning import LayerTime
-    >>> layer = LayerTime(call=0.01, weights=0.04, sample=0.001)
-    >>> round(layer.seconds(100), 3)
-    0.15
-    >>> round(layer.seconds(100, fraction=0.5, n_calls=5), 3)
-    0.2
-    """
+    """Seconds of one layer: of a call, of all its weights more, and of each sample."""
 
     call: float
     weights: float
@@ -80,47 +61,10 @@ def fit_layer_times(
     form: Callable[[fx.GraphModule], fx.GraphModule] = copy_sharing_weights,
     repeats: int = _REPEATS,
 ) -> dict[str, LayerTime]:
-    """Measure on this machine what the layers' overhead, weights and multiplications take.
+    """Measure on this machine what each layer's calls, weights and multiplications take.
 
-    Parameters
-    ----------
-    graph : GraphModule
-        In eval mode.
-    groups : sequence of ChannelGroup
-        All of its groups, as `find_groups` gives them.
-    chosen : sequence of ChannelGroup
-        Those that may be narrowed.
-    batch : Tensor of shape (n, ...)
-        Normalised samples.  All, and an eighth of them, go through the network at once.
-    form : callable, optional
-        Gives a network the form in which it will run, batch-norms folded for instance.
-    repeats : int, default=15
-        Passes of each of the four measurements, in three turns.
-
-    Returns
-    -------
-    dict of str to LayerTime
-        By qualified name, for the layers that `layer_seconds` times.
-
-    Notes
-    -----
-    The four measurements (whole and half as wide, all and few samples) determine the three times
-    by non-negative least squares of the relative errors.  The model is ours.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from torch import nn
-    >>> from sinfkit.graph import trace
-    >>> from sinfkit.pruning import fit_layer_times
-    >>> from sinfkit.pruning import sliceable
-    >>> from sinfkit.slicing import find_groups
-    >>> graph = trace(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).eval())
-    >>> batch = torch.zeros(32, 64)
-    >>> groups = find_groups(graph, batch, "2")
-    >>> times = fit_layer_times(graph, groups, sliceable(groups), batch, repeats=3)
-    >>> times["0"].seconds(32) > 0
-    True
+    Of the network whole, and with half of the `chosen` of its `groups`, each in its `form`, on all
+    of the `batch` and on an eighth of it: non-negative least squares of the relative errors.  Ours.
     """
     half = {group.name: _every_other(group) for group in chosen}
     narrow = slice_channels(graph, batch[:1], half, groups=list(groups)).model
@@ -163,31 +107,10 @@ def expected_seconds(
     whole: nn.Module,
     n_samples: int,
 ) -> float:
-    """Expected time of a batch through the parts of a routed network.
+    """Expected time of a batch through parts of a routed network, each with its share of samples.
 
-    Parameters
-    ----------
-    parts : sequence of (nn.Module, float)
-        Each part, and the share of the samples that run it.
-    times : mapping of str to LayerTime
-    whole : nn.Module
-        The network that `times` is about.
-    n_samples : int
-        Samples of the batch.
-
-    Returns
-    -------
-    float
-        Seconds.  A part is called unless no sample of the batch needs it, samples being
-        independent.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> from sinfkit.pruning import LayerTime, expected_seconds
-    >>> layer = nn.Linear(4, 2)
-    >>> expected_seconds([(layer, 0.5)], {"": LayerTime(1.0, 2.0, 3.0)}, layer, n_samples=1)
-    3.0
+    A part is called unless no sample of the batch needs it, samples being independent; `times` are
+    those of the layers of `whole`.
     """
     sizes, total = _sizes(whole), 0.0
     for part, share in parts:

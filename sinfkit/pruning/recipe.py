@@ -378,13 +378,15 @@ class Recipe:
 
 def _ratios(value: Any) -> tuple[float, float]:
     """Two ratios in [0, 1), or a ValueError that says what is wrong with them."""
-    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
+    try:
+        first, last = value
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"pruning_ratios must be two numbers, for the first and the last layer; got {value!r}."
-        )
-    for ratio in value:
+        ) from error
+    for ratio in (first, last):
         check_number("pruning_ratios", ratio, "[0, 1)")
-    return float(value[0]), float(value[1])
+    return float(first), float(last)
 
 
 def sliceable(

@@ -112,34 +112,10 @@ def factorize(
 
 
 def insert_factors(network: fx.GraphModule, ranks: Mapping[str, int]) -> fx.GraphModule:
-    """Replace layers by pairs of layers, whose weights are zero.
+    """Replace layers by pairs of layers, with so many outputs in between, whose weights are zero.
 
-    Parameters
-    ----------
-    network : GraphModule
-        It is not changed.
-    ranks : mapping of str to int
-        Layer to the number of outputs in between.
-
-    Returns
-    -------
-    GraphModule
-        It shares the weights of the other layers.
-
-    Raises
-    ------
-    ValueError
-        If there is no such layer, or not one that can be replaced, or if the two would have more
-        weights than the one.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> from sinfkit.graph import trace
-    >>> from sinfkit.repair import insert_factors
-    >>> network = trace(nn.Sequential(nn.Conv2d(16, 16, 3)).eval())
-    >>> insert_factors(network, {"0": 5}).get_submodule("0.narrow")
-    Conv2d(16, 5, kernel_size=(3, 3), stride=(1, 1), bias=False)
+    The network is not changed; the new one shares the weights of the other layers.  A ValueError
+    for what is no such layer, or where the two would have more weights than the one.
     """
     made = copy_sharing_weights(network)
     able = set(_candidates(made))

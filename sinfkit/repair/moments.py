@@ -49,48 +49,11 @@ def gather_moments(
     seed: int = 0,
     sample_weight: Tensor | None = None,
 ) -> dict[str, Moments]:
-    """Gather the moments of what some layers read.
+    """Gather the moments of what some layers read, from one pass over normalised batches.
 
-    Parameters
-    ----------
-    graph : GraphModule
-        From `trace`, in eval mode.
-    layers : iterable of str
-        Names of layers. Those that are called more than once, or have more than 10,000 inputs to
-        one block, are left out.
-    batches : iterable of Tensor of shape (n, ...)
-        Inputs, normalised, on the network's device; read once.
-    n_images : int
-        How many they are in all.
-    max_rows : int, default=20000
-        Positions that enter the moments of a layer, spread evenly over the images, at least one of
-        each.
-    seed : int, default=0
-        Of the positions.
-    sample_weight : Tensor of shape (n_images,), optional
-        How many times each image counts, in the order of the batches. Default: once.
-
-    Returns
-    -------
-    dict of str to Moments
-        By layer, in the order given.
-
-    Notes
-    -----
-    Positions are drawn batch by batch: where not all are taken, another batch size draws others.
-    Memory holds one batch and the moments, eight bytes for each pair of inputs.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from torch import nn
-    >>> from sinfkit.graph import trace
-    >>> from sinfkit.repair import gather_moments
-    >>> graph = trace(nn.Sequential(nn.Linear(2, 1), nn.ReLU()))
-    >>> x = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
-    >>> found = gather_moments(graph, ["0"], [x], n_images=2)["0"]
-    >>> found.mean.tolist(), found.covariance.tolist()
-    ([[2.0, 2.0]], [[[1.0, 2.0], [2.0, 4.0]]])
+    Layers that are called more than once, or read more than 10,000 inputs, are left out; `max_rows`
+    positions are spread evenly over the images, of which there are `n_images`.
+    Shapes: `batches` (n, ...), `sample_weight` (n_images,).
     """
     calls = measurable(graph)
     names = [name for name in dict.fromkeys(layers) if name in calls]

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import SlicingWarning
 from ..slicing.channels import Sliced
 from ..utils.params import warn
 from .moments import gather_moments
@@ -186,7 +187,8 @@ def repair(
     if skipped and settings.method != "none":
         warn(
             f"Layers that are used more than once stay as they were sliced: "
-            f"{', '.join(dict.fromkeys(skipped))}."
+            f"{', '.join(dict.fromkeys(skipped))}.",
+            SlicingWarning,
         )
     return errors
 

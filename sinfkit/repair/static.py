@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import SlicingWarning
 from ..graph.cuts import batch_norm_behind
 from ..graph.nodes import called_layer
 from ..slicing.channels import Sliced, width
@@ -39,75 +40,11 @@ def static_least_squares(
     *,
     alpha: float = ALPHA,
 ) -> dict[str, float]:
-    r"""Refit the layers of a sliced network from moments of the dense one, in place.
+    """Refit the layers of a sliced network, in place, from moments of the dense one.
 
-    Parameters
-    ----------
-    dense : GraphModule
-        The network before slicing, from `trace`, in evaluation mode. Not changed.
-    sliced : Sliced
-        The same graph with filters removed, with weights as they were sliced. Its model is changed
-        only by giving its modules new parameters and buffers: tensors shared with other networks
-        are never written to.
-    moments : mapping of str to Moments
-        From `sinfkit.repair.gather_moments` of `dense`; for any number of calls.
-    alpha : float, default=0.01
-        Ridge penalty, relative to the mean variance of the kept inputs. With thousands of images
-        anything from 1e-4 to 0.03 does as well; with a hundred, less than 0.01 fits noise.
-
-    Returns
-    -------
-    dict of str to float
-        By layer, in order of execution, the share of the variance of the dense layer's output
-        (behind its batch-norm, before the non-linearity, at the kept channels) that is lost for
-        good, if the inputs that stay are those of the dense network. 0 where no input is missing;
-        above 1 by at most :math:`a \|W_k\|^2` over that variance, since the penalty also keeps
-        the weights near the old ones.
-
-    Raises
-    ------
-    ValueError
-        If the graphs do not correspond, a network is in training mode, one module is in both
-        networks, or the moments are not finite.
-
-    Warns
-    -----
-    UserWarning
-        For layers that lost inputs and stay as they were sliced, for want of moments.
-
-    Notes
-    -----
-    Of a layer's dense weights :math:`W`, let :math:`k` be the inputs that stay and :math:`r` those
-    removed, and :math:`H` the covariance of all. The new weights
-
-    .. math:: W_k + W_r H_{rk} (H_{kk} + a I)^{-1}, \quad
-              a = \alpha \operatorname{mean} \operatorname{diag} H_{kk},
-
-    are the ridge regression, towards the old weights, of what the removed inputs contributed on the
-    kept ones; where nothing is removed, nothing changes. The means go into the bias, or into the
-    running mean of a batch-norm behind a convolution without bias. The target is always the dense
-    layer's own output, also in front of a residual addition: what the other operand lacks is not
-    known without an image.
-
-    Linear systems are solved in single precision, and again in double where the residual shows that
-    it was not enough. Networks in float64 are solved in it.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from torch import nn
-    >>> from sinfkit.graph import trace
-    >>> from sinfkit.repair import gather_moments
-    >>> from sinfkit.repair import static_least_squares
-    >>> from sinfkit.slicing import slice_channels
-    >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval().requires_grad_(False)
-    >>> net[0].weight[2] = net[0].weight[0] + net[0].weight[1]  # redundant: remove it
-    >>> dense, X = trace(net), torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
-    >>> moments = gather_moments(dense, ["1"], [X], n_images=100)
-    >>> small = slice_channels(dense, X[:1], {"0": [0, 1]})
-    >>> lost = static_least_squares(dense, small, moments, alpha=1e-6)
-    >>> bool((dense(X) - small.model(X)).abs().max() < 1e-3), round(lost["1"], 3)
-    (True, 0.0)
+    Of weights ``W`` over kept and removed inputs k, r of covariance ``H``: ``W_k + W_r H_rk (H_kk +
+    a I)^-1``, ``a`` being `alpha` times the mean variance of the kept ones.  Returns, by layer, the
+    share of the dense output's variance that is lost for good; 0 where no input is missing.
     """
     graph, support = graph_of(sliced), sliced.support
     twins(dense, graph)
@@ -148,7 +85,8 @@ def static_least_squares(
     if skipped:
         warn(
             "Layers without moments (called more than once, too wide, or behind something that "
-            f"mixes channels) stay as they were sliced: {', '.join(dict.fromkeys(skipped))}."
+            f"mixes channels) stay as they were sliced: {', '.join(dict.fromkeys(skipped))}.",
+            SlicingWarning,
         )
     return errors
 

@@ -211,6 +211,8 @@ def test_weight_zero_is_no_sample_and_weight_one_is_no_weight(kind, frozen, data
     X, y, weight = data
     method = "transform" if kind is SemanticClusterer else "predict_proba"
     estimator = kind(frozen, random_state=0, device="cpu")
+    if kind is DCSPruner:
+        estimator.set_params(budget=0.6)
     if kind is SINFClassifier:
         estimator.set_params(pruner=DCSPruner(criterion="dcs", schedule="linear"), route_layer="3")
 
@@ -236,6 +238,8 @@ def test_nearly_equal_weights_give_nearly_what_none_give(kind, frozen, data):
     X, y, _ = data
     method = "transform" if kind is SemanticClusterer else "predict_proba"
     estimator = kind(frozen, random_state=0, device="cpu")
+    if kind is DCSPruner:
+        estimator.set_params(budget=0.6)
     weight = 1 + 1e-9 * np.arange(len(y))
     np.testing.assert_allclose(
         getattr(estimator.fit(X, y, sample_weight=weight), method)(X),
@@ -383,7 +387,10 @@ def test_sinf_with_given_held_out_samples(frozen, data):
 
 def test_sinf_searches_with_weights(frozen, data):
     X, y, weight = data
-    fitted = SINFClassifier(frozen, random_state=0, device="cpu").fit(X, y, sample_weight=weight)
+    two = SemanticClusterer(n_clusters=2)
+    fitted = SINFClassifier(frozen, clusterer=two, random_state=0, device="cpu")
+    fitted.fit(X, y, sample_weight=weight)
+    assert len(fitted.search_results_) > 1
     assert fitted.score(X, y) > 0.6
     for names in (
         {"pruner": DCSPruner(schedule="linear", criterion="mmd")},

@@ -9,7 +9,7 @@ from helpers import small_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinfkit import FrozenModel
+from sinfkit import CalibrationWarning, FrozenModel
 from sinfkit.data import Batcher, hold_out, match_classes, validate_y, warn_if_mismatched
 
 
@@ -119,6 +119,6 @@ def test_hold_out_is_stratified_and_disjoint(counts, fraction, seed):
 
 
 def test_hold_out_with_single_samples_uses_all_for_both():
-    with pytest.warns(UserWarning, match="single calibration sample"):
+    with pytest.warns(CalibrationWarning, match="single calibration sample"):
         fit, held = hold_out(np.array([0, 1, 1]), 0.2, np.random.default_rng(0))
     assert fit.tolist() == held.tolist() == [0, 1, 2]

@@ -423,7 +423,7 @@ def test_pickles_load_in_a_new_process(tmp_path: Path) -> None:
     # close and no more: another process may have another number of threads, or other alignment.
     x = images(2, 32)
     record = {}
-    for name in ("resnet18", "efficientnet_b0", "densenet121"):
+    for name in ("resnet18", "efficientnet_b0"):
         gm = trace(torchvision_network(name))
         cut = cut_points(gm)[4]
         nodes = [n.name for n in gm.graph.nodes]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import sinfkit.repair.moments as moments
 import sinfkit.repair.static as static
-from sinfkit import DCSPruner
+from sinfkit import DCSPruner, SlicingWarning
 from sinfkit.graph import trace
 from sinfkit.repair import (
     Moments,
@@ -350,7 +350,7 @@ def test_layers_without_moments_stay_with_a_warning(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 2))
     dense, small, sliced = cut(model, {"0": [0, 1], "2": [0, 2]}, X)
     before = sliced.get_submodule("2").weight
-    with pytest.warns(UserWarning, match="stay as they were sliced: 2"):
+    with pytest.warns(SlicingWarning, match="stay as they were sliced: 2"):
         errors = repair(dense, small, X, RepairSettings("static_least_squares"))
     assert sliced.get_submodule("2").weight is before
     assert list(errors) == ["0", "4"] and errors["4"] > 0
