@@ -25,6 +25,7 @@ from .inference.report import PruningReport, SINFReport
 from .persistence.estimators import load, save
 from .pruner import DCSPruner
 from .pruning.recipe import PruningOptions
+from .repair.distillation import Distillation
 from .routing.study import RoutingOptions
 from .version import __version__
 from .zoo.datasets import load_cifar10, load_cifar100, load_image_folder
@@ -35,6 +36,7 @@ __all__ = [
     "CalibrationWarning",
     "ClusterTreeDisplay",
     "DCSPruner",
+    "Distillation",
     "FilterOverlapDisplay",
     "FilterScoreDisplay",
     "FrozenModel",

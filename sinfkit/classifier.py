@@ -31,6 +31,7 @@ from .pruner import DCSPruner, recipe_of
 from .pruning.costs import check_sliceable
 from .pruning.recipe import Recipe, sliceable
 from .pruning.search import Goal, split_samples
+from .repair.distillation import Distillation, as_distillation
 from .routing.builder import Builder, Built
 from .routing.search import Kept, Search, announce, groupings_to_try, plan_networks
 from .routing.study import RoutingConfig, RoutingOptions, Samples, Study
@@ -41,7 +42,10 @@ from .utils.progress import Progress
 # Shares of filters removed before the route predictor where no budget decides.
 _PREFIX_RATIOS = (0.3, 0.3)
 # Parameters of nested pruners in whose place the classifier's own count.
-_OWN = ("max_accuracy_drop", "confidence", "options__validation_fraction", "options__n_jobs")
+_OWN = (
+    *("max_accuracy_drop", "confidence", "distill"),
+    *("options__validation_fraction", "options__n_jobs"),
+)
 
 
 class SINFClassifier(TorchClassifierMixin, TorchEstimator):
@@ -81,6 +85,11 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     target_speedup : float, optional
         Search for the most accurate network that is so many times as fast as the base, measured on
         one batch.  What it loses is reported, not kept within `max_accuracy_drop`.
+    distill : Distillation or int, optional
+        Train the routed network towards the base's answers to the calibration samples, without
+        labels, for so many epochs: each subgraph on what is routed to it, and the prefix on all
+        (not with ``fallback="base"``, which reads it as well).  After a search up to three sizes.
+        None: no training.
     options : RoutingOptions, optional
         Answers, exits, thresholds and what else few need to set.
     model_classes : sequence of labels, optional
@@ -119,6 +128,8 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         None where prefix and subgraphs share a budget.
     prefix_low_rank_, confidence_threshold_, exit_threshold_, router_weight_ : float or None
         As chosen; with an exit threshold of None nobody leaves.
+    distillation_losses_ : list of float
+        With `distill`, the mean divergence from the base's answers in each epoch.
     temperatures_ : ndarray of shape (n_clusters,)
     search_results_ : list of dict
         What was tried, in order, with the loss on the samples that choose.
@@ -160,6 +171,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
 
     network_: SINFNetwork
     search_results_: list[dict[str, Any]]
+    distillation_losses_: list[float]
     classes_: np.ndarray
     class_clusters_: np.ndarray
     memory = None  # that of `pruner`
@@ -171,6 +183,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     }
     _only_from_fit = frozenset(
         {"clusterer_", "pruner_", "scores_", "supports_", "repair_errors_", "search_results_"}
+        | {"distillation_losses_"}
     )
 
     def __init__(
@@ -185,6 +198,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         max_accuracy_drop: float = 0.01,
         confidence: float = 0.9,
         target_speedup: float | None = None,
+        distill: Distillation | int | None = None,
         options: RoutingOptions | None = None,
         model_classes: Any = None,
         batch_size: int = 256,
@@ -202,6 +216,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         self.max_accuracy_drop = max_accuracy_drop
         self.confidence = confidence
         self.target_speedup = target_speedup
+        self.distill = distill
         self.options = options
         self.model_classes = model_classes
         self.batch_size = batch_size
@@ -346,6 +361,8 @@ n_features)
         self.scores_ = [{} if s is None else s.scores for s in subgraphs]
         self.supports_ = [{} if s is None else s.support for s in subgraphs]
         self.repair_errors_ = [{} if s is None else s.repair_error for s in subgraphs]
+        if built.distillation:
+            self.distillation_losses_ = list(built.distillation)
         if self.clusterer is None:
             clusterer.set_params(n_clusters=plan.grouping.n_clusters)
         clusterer._adopt(built.clusters)
@@ -446,6 +463,7 @@ n_features)
         if not isinstance(self.route_layer, str):
             check_number("route_layer", self.route_layer, "(0, 1)")
         prefix, given = self._prefix_recipe(subgraphs), options.get_params()
+        distillation = as_distillation(self.distill)
         with nested("options", given):
             return RoutingConfig(
                 subgraphs=subgraphs,
@@ -454,6 +472,7 @@ n_features)
                 max_accuracy_drop=self.max_accuracy_drop,
                 confidence=self.confidence,
                 target_speedup=self.target_speedup,
+                distill=distillation,
                 n_jobs=self.n_jobs,
                 memory=pruner.memory,
                 **given,
@@ -700,7 +719,7 @@ n_features)
         X, y = with_labels(X, y)
         X = validate_X(self, X, reset=False)
         codes = encode(validate_y(y, len(X)), self.classes_)
-        return make_report(
+        report = make_report(
             self.network_,
             self.base_model_.module(self.device_),
             self._batcher(self.network_),
@@ -713,6 +732,7 @@ n_features)
             latency_batch=min(latency_batch or self.batch_size, len(X)),
             repeats=repeats,
         )
+        return replace(report, distilled_epochs=len(getattr(self, "distillation_losses_", ())))
 
     def to_onnx(self, folder: str | Path, *, X: Any = None, **options: Any) -> Path:
         """Write the fitted classifier as ONNX files that run without torch.

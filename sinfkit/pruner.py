@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,24 +30,27 @@ from .pruning.costs import check_sliceable
 from .pruning.recipe import PruningOptions, Recipe, sliceable
 from .pruning.scoring import Scored, gather, score
 from .pruning.search import (
-    MOST_TRIED,
     Builder,
     Goal,
     Judged,
     Split,
+    finalists,
     judge,
+    most_tried,
     search,
     split_samples,
     walk,
 )
 from .pruning.tvsprune import FACTORS, prune_in_rounds
+from .repair.distillation import Distillation, as_distillation
 from .slicing.groups import ChannelGroup
 from .utils.jobs import over_chunks
 from .utils.params import check_flag, check_integer, check_number, naming, nested, warn
 from .utils.progress import Progress, about
 
 # In times of a pass of the base over the samples: rough, counted from what a fit runs.
-_PASSES_BEFORE, _PASSES_EACH = 6, 3
+_PASSES_BEFORE, _PASSES_EACH, _PASSES_EPOCH = 6, 3, 3
+_LAST_ROUNDS = 3  # that are distilled, of those that the choosing samples allow
 
 
 class DCSPruner(
@@ -87,6 +91,10 @@ default="least_squares"
         where you say how much goes, you are told whether it was kept.
     confidence : float, default=0.9
         How sure that is to be, see Notes.
+    distill : Distillation or int, optional
+        Train the repaired network towards the base's answers to the calibration samples, without
+        labels, for so many epochs.  In a search up to four sizes, from careful to bold.  None: no
+        training.
     classes : sequence of labels, optional
         Keep only these classes: their outputs, and the filters that tell them apart.  Samples of
         other classes are ignored.
@@ -118,6 +126,8 @@ default="least_squares"
     cost_ratio_ : float
         Cost of the smaller network over that of the base, in `budget_unit` with
         ``schedule="global"`` (for latency, as it was measured) and in multiplications otherwise.
+    distillation_losses_ : list of float
+        With `distill`, the mean divergence from the base's answers in each epoch.
     search_results_ : list of dict
         With a search, each size that was tried: ``stage``, ``budget``, ``cost_ratio``, and
         ``accuracy_drop`` on the samples that choose.
@@ -174,12 +184,15 @@ default="least_squares"
     certified_: bool
     certified_drop_: float
     search_results_: list[dict[str, Any]]
+    distillation_losses_: list[float]
     sliceable_share_: float
     classes_: np.ndarray
     outputs_: np.ndarray
 
     _default_components = {"options": PruningOptions}
-    _only_from_fit = frozenset({"scores_", "support_", "repair_error_", "search_results_"})
+    _only_from_fit = frozenset(
+        {"scores_", "support_", "repair_error_", "search_results_", "distillation_losses_"}
+    )
 
     def __init__(
         self,
@@ -194,6 +207,7 @@ default="least_squares"
         ] = "least_squares",
         max_accuracy_drop: float = 0.01,
         confidence: float = 0.9,
+        distill: Distillation | int | None = None,
         classes: Sequence[Any] | None = None,
         options: PruningOptions | None = None,
         model_classes: Sequence[Any] | None = None,
@@ -211,6 +225,7 @@ default="least_squares"
         self.repair = repair
         self.max_accuracy_drop = max_accuracy_drop
         self.confidence = confidence
+        self.distill = distill
         self.classes = classes
         self.options = options
         self.model_classes = model_classes
@@ -317,15 +332,21 @@ n_features)
         """Say, before anything is built, about what that takes."""
         if not progress.verbose:
             return
-        n_networks = MOST_TRIED if recipe.searches else 1
+        n_networks, n_trained = 1, 1
+        if recipe.searches:
+            n_networks, n_trained = most_tried(recipe), len(finalists(recipe))
         n_steps = 1 + n_networks
         if recipe.schedule == "iterative":
             n_networks = n_steps = len(FACTORS)
-        seconds, n_passes = calibration.pass_seconds(), _PASSES_BEFORE + _PASSES_EACH * n_networks
+            n_trained = _LAST_ROUNDS
+        n_epochs = 0 if recipe.distill is None else n_trained * recipe.distill.epochs
+        seconds, n_steps = calibration.pass_seconds(), n_steps + n_epochs
+        n_passes = _PASSES_BEFORE + _PASSES_EACH * n_networks + _PASSES_EPOCH * n_epochs
         others = int((calibration.y_encoded < 0).sum())
         progress.begin(
             f"up to {n_networks} network{'s' * (n_networks > 1)} on {len(calibration.X)} samples"
             + (f" ({others} of other classes ignored)" if others else "")
+            + (f", up to {n_epochs} epochs of distillation" if n_epochs else "")
             + f"; that takes about as long as {n_passes} passes over them, of {about(seconds)} "
             f"each: {about(n_passes * seconds)}; {self.sliceable_share_:.0%} of the "
             "multiplications can be sliced",
@@ -349,7 +370,9 @@ n_features)
         if recipe.schedule == "iterative":
             within = self._layers_from(calibration)
             rounds = prune_in_rounds(builder, split, within, goal)
-            makers = [lambda made=pruned: made for pruned in rounds]
+            if recipe.distill is not None:
+                rounds = rounds[-_LAST_ROUNDS:]
+            makers = [functools.partial(builder.distilled, pruned) for pruned in rounds]
             return walk(builder, split, goal, makers, len(rounds) - 1)
         classes = np.arange(len(calibration.table.classes))
         builder.progress.doing("scores the filters")
@@ -358,7 +381,8 @@ n_features)
         )
         if not recipe.searches:
             builder.progress.doing("builds the network")
-            return judge(builder, builder.build(recipe.budget), split.certify, goal)
+            pruned = builder.distilled(builder.build(recipe.budget))
+            return judge(builder, pruned, split.certify, goal)
         # What chose the size may repair it; what certifies may not.
         builder.rows = np.sort(np.concatenate((split.fit, split.choose)))
         return search(builder, split, goal)
@@ -393,6 +417,8 @@ n_features)
             self.certified_, self.certified_drop_ = True, certificate.bound
         if judged.tried:
             self.search_results_ = judged.tried
+        if pruned.distillation:
+            self.distillation_losses_ = list(pruned.distillation)
         self.outputs_, self._output = calibration.table.outputs, calibration.output
 
     def _warn(self, judged: Judged, goal: Goal) -> None:
@@ -542,7 +568,7 @@ n_features)
         check_integer("repeats", repeats, low=0)
         X, y = with_labels(X, y)
         X = validate_X(self, X, reset=False)
-        return make_pruning_report(
+        report = make_pruning_report(
             self.model_,
             self.base_model_.module(self.device_),
             self._batcher(self.model_),
@@ -553,6 +579,7 @@ n_features)
             latency_batch=min(latency_batch or self.batch_size, len(X)),
             repeats=repeats,
         )
+        return replace(report, distilled_epochs=len(getattr(self, "distillation_losses_", ())))
 
     @property
     def _n_features_out(self) -> int:
@@ -631,6 +658,7 @@ def _recipe(pruner: DCSPruner, options: PruningOptions) -> Recipe:
         pool_size=options.pool_size,
         repair=pruner.repair,
         repair_samples=options.repair_samples,
+        distill=as_distillation(pruner.distill),
     )
     if options.validation_fraction == 0 and (recipe.searches or recipe.schedule == "iterative"):
         raise ValueError(

@@ -17,6 +17,7 @@ TABLES = {
     "promise_fits": ("promise_fits", "the promise on real fits: how often it is broken"),
     "any_network": ("any_network", "how much of any network can be removed, beside torch-pruning"),
     "front": ("front", "loss against time: every form, batch size and number of threads"),
+    "distill": ("distill", "what minutes of training without labels win back"),
     "fit_cost": ("fit_cost", "time of a fit by images, classes and clusters"),
     "fit_profile": ("fit_profile", "how many files and functions a call of fit touches"),
     "workers": ("workers", "what Dask's workers cost: bytes and seconds"),

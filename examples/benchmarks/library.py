@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sinfkit import (
     DCSPruner,
+    Distillation,
     FrozenModel,
     PruningOptions,
     RoutingOptions,
@@ -47,6 +48,7 @@ from sinfkit.zoo import ImageDataset
 __all__ = [
     "CRITERIA",
     "DCSPruner",
+    "Distillation",
     "FrozenModel",
     "ImageDataset",
     "LayerData",

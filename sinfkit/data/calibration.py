@@ -364,5 +364,8 @@ class Batcher:
         n = len(X) if index is None else len(index)
         for start in range(0, n, self.batch_size):
             stop = min(start + self.batch_size, n)
-            rows = slice(start, stop) if index is None else index[start:stop]
-            yield self.normalise(self.load(X[rows]))
+            yield self.at(X, slice(start, stop) if index is None else index[start:stop])
+
+    def at(self, X: Any, rows: Any) -> torch.Tensor:
+        """One normalised batch: these rows of `X`."""
+        return self.normalise(self.load(X[rows]))

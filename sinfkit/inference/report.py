@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from html import escape
 from math import nan
 from typing import Any, ClassVar
@@ -86,6 +86,8 @@ class PruningReport:
         Samples in the batch that was timed.
     promise : Promise or None
         Limit and confidence that were asked for, whether they are certified, and the bound.
+    distilled_epochs : int
+        Epochs of training towards the base's answers; 0 where nothing was trained.
 
     See Also
     --------
@@ -115,6 +117,7 @@ class PruningReport:
     latency: Latency | None
     latency_batch: int
     promise: Promise | None
+    distilled_epochs: int = field(default=0, kw_only=True)
 
     kind: ClassVar[str] = "pruned"
 
@@ -250,6 +253,9 @@ class PruningReport:
             if not self.kept and low <= 100 * self.promise.limit:
                 verdict += ", within what so few samples can tell"
             remarks.append(f"{self.promise}; {seen}: {verdict}.")
+        if self.distilled_epochs:
+            n = self.distilled_epochs
+            remarks.append(f"Trained for {n} epochs towards the base's answers, without labels.")
         if self.macs >= self.base_macs:
             remarks.append("It multiplies as often as the base or more: nothing was gained.")
         return remarks
@@ -277,8 +283,8 @@ class SINFReport(PruningReport):
     Attributes
     ----------
     base_accuracy, accuracy, lost, gained, n_samples, base_macs, macs, base_parameters, parameters
-        As in `PruningReport`, which has ``base_bytes``, ``bytes``, ``latency``, ``latency_batch``
-        and ``promise`` as well.
+        As in `PruningReport`, which has ``base_bytes``, ``bytes``, ``latency``, ``latency_batch``,
+        ``promise`` and ``distilled_epochs`` as well.
     oracle_accuracy : float
         Of SINF if every sample were sent to its true cluster.
     route_accuracy : float

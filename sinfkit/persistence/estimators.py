@@ -30,9 +30,10 @@ from ..graph.recording import logits_of
 from ..inference.network import FALLBACKS, Normalise, RoutePredictor, SINFNetwork
 from ..pruner import DCSPruner, recipe_of
 from ..pruning.recipe import PruningOptions
+from ..repair.distillation import Distillation
 from ..routing.study import RoutingOptions
 from ..utils.device import loaded_device, resolve_device
-from ..utils.params import check_integer, check_path
+from ..utils.params import check_integer, check_path, is_integer
 from ..utils.pickling import versions
 from . import fields as fields
 from .container import read, write
@@ -57,17 +58,18 @@ _KINDS: dict[str, type[TorchEstimator]] = {
     kind.__name__: kind for kind in (DCSPruner, SemanticClusterer, SINFClassifier)
 }
 _NESTED: dict[str, dict[str, type[Any]]] = {
-    "DCSPruner": {"options": PruningOptions},
+    "DCSPruner": {"options": PruningOptions, "distill": Distillation},
     "SINFClassifier": {
         "clusterer": SemanticClusterer,
         "pruner": DCSPruner,
         "prefix_pruner": DCSPruner,
+        "distill": Distillation,
         "options": RoutingOptions,
     },
 }
 _PARTS = {part.__name__: part for parts in _NESTED.values() for part in parts.values()}
-# A cache is a folder of pickles: a file must not say where a later fit looks for one.
-_NOT_STORED = ("model", "memory")
+# Folders that a fit reads and writes: a file must not say where.
+_NOT_STORED = ("model", "memory", "checkpoint")
 _LONGEST = 800  # characters of an error
 _TOLERANCE = 1e-3  # of the largest logit; another activation function is far beyond
 
@@ -291,7 +293,7 @@ def _describe_parameters(estimator: Any, name: str, tensors: dict[str, Tensor]) 
     parts = _NESTED.get(type(estimator).__name__, {})
     for key, value in estimator.get_params(deep=False).items():
         what = f"{name}{key}"
-        if key in parts:
+        if key in parts and not is_integer(value):  # a number of epochs is stored as it is
             if value is not None:
                 if type(value) is not parts[key]:
                     raise NotPlainError(
@@ -522,12 +524,12 @@ class _Reader:
     def _estimator(self, kind: str, stored: Any, frozen: FrozenModel | None) -> Any:
         """An estimator with its parameters."""
         factory, parts = {**_KINDS, **_PARTS}[kind], _NESTED.get(kind, {})
-        known = set(factory._get_param_names()) - {"memory"}
+        known = set(factory._get_param_names()) - {"memory", "checkpoint"}
         if not isinstance(stored, dict) or not set(stored) <= known:
             raise StorageError(f"The parameters of {kind} are not those that it has.")
         parameters = {}
         for key, value in stored.items():
-            if key in parts:
+            if key in parts and not is_integer(value):
                 if value is not None:
                     value = self._estimator(parts[key].__name__, value, None)
             elif key == "model":

@@ -236,10 +236,11 @@ SOMETIMES: Checks = {
     "input_range_": value_range,
     "search_results_": rows,
 }
+DISTILLED: Checks = {"distillation_losses_": list_of(number)}
 OPTIONAL: dict[str, Checks] = {
-    "DCSPruner": SOMETIMES,
+    "DCSPruner": SOMETIMES | DISTILLED,
     "SemanticClusterer": SOMETIMES,
-    "SINFClassifier": SOMETIMES,
+    "SINFClassifier": SOMETIMES | DISTILLED,
 }
 # They are built again, or follow from the rest.
 NEVER = frozenset("base_model_ model_ network_ clusterer_ pruner_ temperatures_".split())

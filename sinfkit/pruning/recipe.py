@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from ..criteria.activations import MAX_POOL_SIZE
 from ..criteria.registry import Criterion, get_criterion
 from ..errors import OutOfReachError
+from ..repair.distillation import Distillation
 from ..repair.sequential import REPAIRS
 from ..slicing.groups import ChannelGroup, Sliced, check_sliced, slice_channels
 from ..utils.params import check_choice, check_integer, check_number
@@ -323,6 +324,7 @@ class Recipe:
     pool_size: int = 1
     repair: str = "least_squares"
     repair_samples: int = 4000
+    distill: Distillation | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "criterion", get_criterion(self.criterion))

@@ -7,6 +7,7 @@ careful to bold, and tested in that order on samples that have chosen nothing.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from ..data.validation import hold_out
 from ..errors import OutOfReachError
 from ..graph.cost import count_macs
 from ..promise import Certificate, certify, count_discordant, fixed_sequence, images_needed
+from ..repair.distillation import Lesson, distill
 from ..repair.moments import Moments, gather_moments
 from ..repair.sequential import RepairSettings, affordable_images, repair
 from ..repair.static import static_least_squares
@@ -55,13 +57,14 @@ class Split:
 class Pruned:
     """A smaller network; everything refers to the ORIGINAL filters.
 
-    Shapes: `scores` (n_filters,).
+    Shapes: `scores` (n_filters,).  `distillation` has the loss of each epoch.
     """
 
     sliced: Sliced
     scores: dict[str, np.ndarray]
     repair_error: dict[str, float]
     cost_ratio: float
+    distillation: tuple[float, ...] = ()
 
     @property
     def model(self) -> fx.GraphModule:
@@ -147,6 +150,24 @@ class Builder:
         cost_ratio = self.macs_ratio(graph_of(sliced)) if cost_ratio is None else cost_ratio
         return Pruned(sliced, self.scored.layers, errors, cost_ratio)
 
+    def distilled(self, pruned: Pruned) -> Pruned:
+        """The network trained on the samples that repair, if the recipe says so; else itself."""
+        how, calibration, rows = self.recipe.distill, self.calibration, self.rows
+        if how is None:
+            return pruned
+        model, outputs = copy.deepcopy(pruned.model), calibration.table.outputs.tolist()
+        lesson = Lesson(
+            student=model,
+            answer=lambda x, _: model(x),
+            teach=lambda x, _: calibration.graph(x)[:, outputs],
+            read=lambda places: calibration.batcher.at(calibration.X, rows[places]),
+            weight=calibration.weights(rows),
+        )
+        losses = distill(lesson, how, calibration.seed, self.progress)
+        model.to(memory_format=torch.contiguous_format)
+        sliced = replace(pruned.sliced, model=model)
+        return replace(pruned, sliced=sliced, distillation=tuple(losses))
+
     def macs_ratio(self, model: fx.GraphModule) -> float:
         """Multiplications of a network over those of the base."""
         base = max(self.calibration.macs[0], 1)
@@ -222,7 +243,7 @@ SIZES = tuple(0.95 * 0.9**n for n in range(28))
 # Steps from the size that the choosing samples point to, of those that are built.  Full repair is
 # better than that of the search, hence the bolder ones.
 _FINALISTS = (-6, -3, -1, 0, 1, 2, 3, 4)
-MOST_TRIED = math.ceil(math.log2(len(SIZES) + 1)) + len(_FINALISTS)  # sketches and finalists
+_DISTILLED = (-6, -2, 1, 4)  # where each is trained, which takes long, and bolder ones may do
 _PLENTY = 4  # times the fewest samples that can certify: beyond these, more choose and repair
 _NEVER = 2**31
 
@@ -351,16 +372,28 @@ def search(builder: Builder, split: Split, goal: Goal) -> Judged:
 
     def network(size: int) -> Pruned:
         progress.doing(f"builds budget {SIZES[size]:.2f}")
-        pruned = builder.build(SIZES[size])
+        pruned = builder.distilled(builder.build(SIZES[size]))
         note("finalist", size, pruned.cost_ratio, choosing.drop(pruned.model))
         return pruned
 
-    best = boldest(within, len(SIZES))
-    around = sorted({min(max(best + step, 0), len(SIZES) - 1) for step in _FINALISTS})
+    best, steps = boldest(within, len(SIZES)), finalists(builder.recipe)
+    around = sorted({min(max(best + step, 0), len(SIZES) - 1) for step in steps})
     sizes = [size for size in around if _reached(builder, size) is not None]
     start = sum(size <= max(best, 0) for size in sizes) - 1
+    if builder.recipe.distill is not None:
+        start = min(start + 1, len(sizes) - 1)  # what training may make up for
     makers = [functools.partial(network, size) for size in sizes]
     return replace(walk(builder, split, goal, makers, start), tried=tried)
+
+
+def finalists(recipe: Recipe) -> tuple[int, ...]:
+    """Steps from the size found, of those that are built in full."""
+    return _FINALISTS if recipe.distill is None else _DISTILLED
+
+
+def most_tried(recipe: Recipe) -> int:
+    """How many networks a search builds at most: sketches, and those built in full."""
+    return math.ceil(math.log2(len(SIZES) + 1)) + len(finalists(recipe))
 
 
 def walk(

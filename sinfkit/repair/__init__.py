@@ -1,6 +1,7 @@
 """REPAIR: closed-form corrections of a sliced network, without labels or gradients."""
 
 from ..errors import UnreachableShareError
+from .distillation import Distillation, distill
 from .low_rank import NARROW, WIDE, factorize, factorized, insert_factors
 from .moments import MAX_INPUTS, Moments, gather_moments
 from .ridge import fit_ridge
@@ -10,6 +11,7 @@ from .walk import Lockstep
 
 __all__ = [
     "ALPHA",
+    "Distillation",
     "Lockstep",
     "MAX_INPUTS",
     "Moments",
@@ -19,6 +21,7 @@ __all__ = [
     "UnreachableShareError",
     "WIDE",
     "affordable_images",
+    "distill",
     "factorize",
     "factorized",
     "fit_ridge",

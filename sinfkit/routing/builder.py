@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,7 @@ from ..inference.network import (
 )
 from ..pruning.layer_times import expected_seconds
 from ..pruning.recipe import extract
+from ..repair.distillation import Lesson, distill
 from ..repair.walk import graph_of
 from ..utils.device import in_pieces
 from ..utils.params import naming
@@ -145,7 +147,8 @@ class Built:
     """A routed network, and what it gives on the held-out samples.
 
     `subgraphs` has None for a cluster of one class; `relative_time` is the expected time of a batch
-    over the base's, by the model of the layers' times, and NaN unless costs are counted in it.
+    over the base's, by the model of the layers' times, and NaN unless costs are counted in it;
+    `distillation` is the loss of each epoch.
     """
 
     plan: Plan
@@ -158,6 +161,7 @@ class Built:
     route_accuracy: float
     relative_time: float
     outcome: Outcome
+    distillation: tuple[float, ...] = ()
 
 
 @dataclass(eq=False)
@@ -188,6 +192,39 @@ class Builder:
         network = assemble(
             study, cut, prefix.module, route.predictor, subgraphs, clusters.class_clusters
         )
+        return self._tuned(plan, clusters, network, subgraphs, time_it)
+
+    def distilled(self, built: Built, *, time_it: bool = False) -> Built:
+        """A network trained on the samples that fit, if the study says so; else itself.
+
+        Its route predictor is fitted anew to what the prefix says then; who belongs to which
+        cluster stays.
+        """
+        study, pool_size = self.study, built.plan.grouping.pool_size
+        if study.config.distill is None:
+            return built
+        network = copy.deepcopy(built.network)
+        set_gates(network, Gates())
+        losses = teach(study, network)
+        features, held = (
+            pooled_output(network.prefix, study.batches(part), pool_size)
+            for part in (study.fit, study.choose)
+        )
+        network.router = fit_router(study, pool_size, features, held).predictor
+        network.to(study.calibration.batcher.device)
+        tuned = self._tuned(built.plan, built.clusters, network, built.subgraphs, time_it)
+        return replace(tuned, distillation=tuple(losses))
+
+    def _tuned(
+        self,
+        plan: Plan,
+        clusters: Clusters,
+        network: SINFNetwork,
+        subgraphs: list[Subgraph | None],
+        time_it: bool,
+    ) -> Built:
+        """Choose weights and thresholds, and count what the network gives."""
+        study = self.study
         seen = observe(network, study.batches(study.choose))
         tune(study, network, seen)
         signals = read_signals(study, network, study.choose, seen)
@@ -199,7 +236,7 @@ class Builder:
         )
         set_gates(network, gates)
         passage = let_through(signals, gates)
-        timed = recipe.budget_unit == "latency"
+        timed = study.config.subgraphs.budget_unit == "latency"
         seconds = relative_time(study, network, seen) if timed else float("nan")
         cost = seconds if timed else passage.cost
         faster = speedup(study, network) if time_it else float("nan")
@@ -274,15 +311,7 @@ def fit_route(
 ) -> tuple[RouteFit, Clusters]:
     """Fit the route predictor on pooled features, and group the classes by them."""
     fit, calibration = study.fit, study.calibration
-    route = fit_route_predictor(
-        features,
-        fit.y,
-        held,
-        study.choose.y,
-        pool_size=plan.grouping.pool_size,
-        weight=fit.weight,
-        held_out_weight=study.choose.weight,
-    )
+    route = fit_router(study, plan.grouping.pool_size, features, held)
     with naming("clusterer"):
         clusters = group_classes(
             plan.grouping,
@@ -294,6 +323,61 @@ def fit_route(
             fit.weight,
         )
     return route, clusters
+
+
+def fit_router(study: Study, pool_size: int, features: Tensor, held: Tensor) -> RouteFit:
+    """Fit the route predictor on pooled features of the samples that fit and that choose."""
+    fit, choose = study.fit, study.choose
+    return fit_route_predictor(
+        features,
+        fit.y,
+        held,
+        choose.y,
+        pool_size=pool_size,
+        weight=fit.weight,
+        held_out_weight=choose.weight,
+    )
+
+
+_CLOSED = -1e4  # logit of a class that a subgraph does not answer
+
+
+def teach(study: Study, network: SINFNetwork) -> list[float]:
+    """Train prefix and subgraphs, in place, each subgraph on what is routed to it before."""
+    calibration, fit, how = study.calibration, study.fit, study.config.distill
+    assert how is not None
+    graph, outputs = calibration.graph, calibration.table.outputs.tolist()
+    clusters = network.class_clusters[torch.as_tensor(fit.y, device=network.class_clusters.device)]
+    if study.config.answers == "all":
+        with torch.inference_mode():
+            sent = in_pieces(
+                lambda x: network.route_features(network.prefix(x)).cluster, study.batches(fit)
+            )
+            clusters = torch.cat(list(sent))
+    # A cluster of one class has no subgraph: the router's answer stands.
+    several = torch.tensor([network.subgraph(c) is not None for c in range(network.n_clusters)])
+    kept = np.flatnonzero(several[clusters.cpu()].numpy())
+    index, clusters = fit.index[kept], clusters[torch.as_tensor(kept, device=clusters.device)]
+
+    def closed(logits: Tensor, places: Tensor) -> Tensor:
+        members = network.answered[clusters[places.to(clusters.device)]]
+        return logits.masked_fill(~members, _CLOSED)
+
+    def answer(x: Tensor, places: Tensor) -> Tensor:
+        branch = clusters[places.to(clusters.device)]
+        return closed(network.branch_logits(network.prefix(x), branch), places)
+
+    parts: list[nn.Module] = [network.subgraphs]
+    if network.fallback != "base":  # the base's rest reads the prefix, too
+        parts.append(network.prefix)
+    lesson = Lesson(
+        student=nn.ModuleList(parts),
+        answer=answer,
+        teach=lambda x, places: closed(graph(x)[:, outputs], places),
+        read=lambda places: calibration.batcher.at(fit.X, index[places]),
+        weight=np.ones(len(kept)) if fit.weight is None else fit.weight[kept],
+    )
+    return distill(lesson, how, calibration.seed, study.progress)
 
 
 def tune(study: Study, network: SINFNetwork, seen: HeldOut) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,7 +85,7 @@ def hill_climb(
 
 _PROBE_SAMPLES = 5_000
 # In times of a pass of the base over the samples: rough, of one run with a VGG16.
-_PASSES_BEFORE, _PASSES_EACH = 8, 7
+_PASSES_BEFORE, _PASSES_EACH, _PASSES_EPOCH = 8, 7, 3
 _CLUSTERS = (1, 2, 5, 10, 20)  # tried where no number is given
 
 
@@ -320,12 +321,17 @@ def announce(study: Study, n_plans: int) -> None:
         climb = 1 + max(config.first + 1, n_sizes - config.first - 1)
         again = climb if isinstance(config.prefix_low_rank, str) else 0
         n_networks += climb + again + n_sizes - config.first - 1
-    seconds, n_passes = calibration.pass_seconds(), _PASSES_BEFORE + _PASSES_EACH * n_networks
+    n_epochs = 0
+    if config.distill is not None:
+        n_epochs = config.distill.epochs * (3 if config.searches_size else 1)
+    seconds = calibration.pass_seconds()
+    n_passes = _PASSES_BEFORE + _PASSES_EACH * n_networks + _PASSES_EPOCH * n_epochs
     study.progress.begin(
-        f"up to {n_networks} network{'s' * (n_networks > 1)} on {len(calibration.X)} samples; that "
-        f"takes about as long as {n_passes} passes over them, of {about(seconds)} each: "
+        f"up to {n_networks} network{'s' * (n_networks > 1)} on {len(calibration.X)} samples"
+        + (f", up to {n_epochs} epochs of distillation" if n_epochs else "")
+        + f"; that takes about as long as {n_passes} passes over them, of {about(seconds)} each: "
         f"{about(n_passes * seconds)}",
-        n_networks + 3,
+        n_networks + 3 + n_epochs,
     )
 
 
@@ -382,22 +388,20 @@ class Search:
     def judged(self, built: Built) -> Kept:
         """Let samples that chose nothing decide about a network and its thresholds.
 
-        In a search the next more careful size is judged beside it; the base itself is what is left
-        where neither keeps within the limit.
+        In a search the next more careful size is judged beside it (and, where networks are trained,
+        the next bolder one); the base itself is what is left where none keeps within the limit.
         """
         config, study = self.config, self.builder.study
-        finalists = [built]
         automatic = config.searches_size and config.target_speedup is None
-        careful = self._more_careful(built.plan) if automatic else None
-        if careful is not None:
-            self.progress.doing(_described(careful))
-            finalists = [self.beside or self.builder.build(careful), built]
+        finalists = self._finalists(built) if automatic else [built]
+        if config.distill is not None:
+            finalists = [self._distilled(one) for one in finalists]
         signals = [self.builder.signals(one, study.certify) for one in finalists]
         if config.target_speedup is not None:
             config = replace(
                 config,
-                exit_threshold=built.gates.exit,
-                confidence_threshold=built.gates.confidence
+                exit_threshold=finalists[0].gates.exit,
+                confidence_threshold=finalists[0].gates.confidence
                 if config.fallback != "none"
                 else "auto",
             )
@@ -409,12 +413,32 @@ class Search:
         set_gates(kept.network, verdict.point.gates)
         return Kept(replace(kept, gates=verdict.point.gates), verdict)
 
-    def _more_careful(self, plan: Plan) -> Plan | None:
-        """The same plan in the next more careful size, if there is one."""
+    def _finalists(self, built: Built) -> list[Built]:
+        """A network between the more careful size and, where training may reach it, the bolder."""
+        finalists, careful = [built], self._beside(built.plan, -1)
+        if careful is not None:
+            self.progress.doing(_described(careful))
+            finalists.insert(0, self.beside or self.builder.build(careful))
+        bolder = None if self.config.distill is None else self._beside(built.plan, 1)
+        if bolder is not None:
+            self.progress.doing(_described(bolder))
+            with contextlib.suppress(OutOfReachError, UnreachableShareError):
+                finalists.append(self.builder.build(bolder))
+        return finalists
+
+    def _distilled(self, built: Built) -> Built:
+        """A network after its training, which is noted as another one."""
+        trained = self.builder.distilled(built, time_it=self.config.target_speedup is not None)
+        self._note(trained)
+        return trained
+
+    def _beside(self, plan: Plan, step: int) -> Plan | None:
+        """The same plan so many sizes further, if there is one: careful ones are before 0."""
         budgets = [size.budget for size in self.config.sizes]
-        index = budgets.index(plan.size.budget)
-        size = replace(plan.size, budget=budgets[index - 1])
-        return replace(plan, size=size) if index else None
+        index = budgets.index(plan.size.budget) + step
+        if not 0 <= index < len(budgets):
+            return None
+        return replace(plan, size=replace(plan.size, budget=budgets[index]))
 
     def _try(self, plan: Plan) -> Outcome:
         """Build one network, and remember it if it is the best so far, or next to that."""
@@ -433,12 +457,12 @@ class Search:
         self._note(built)
         # Of all others the weights are let go.
         if self.best is None or self.goal.better(built.outcome, self.best.outcome):
-            beside = self._more_careful(plan)
+            beside = self._beside(plan, -1)
             known = (one for one in (self.best, self.beside) if one and one.plan == beside)
             self.beside, self.best = next(known, None), built
             cost, drop = built.passage.cost, built.outcome.drop
             self.progress.best(f"{cost:.0%} of the multiplications, {drop:.1%} lost")
-        elif plan == self._more_careful(self.best.plan):
+        elif plan == self._beside(self.best.plan, -1):
             self.beside = built
         return built.outcome
 
@@ -455,6 +479,8 @@ class Search:
             "fallback_share": passage.fallback_share,
             "exit_share": passage.exit_share,
         }
+        if built.distillation:
+            row["divergence"] = built.distillation[-1]
         if not math.isnan(built.relative_time):
             row["relative_time"] = built.relative_time
         if not math.isnan(outcome.speedup):

@@ -23,6 +23,7 @@ from ..pruning.costs import CostModel, network_cost
 from ..pruning.layer_times import LayerTime, fit_layer_times
 from ..pruning.recipe import Recipe, removal_ratios, sliceable
 from ..pruning.scoring import Scored, gather, score, selected
+from ..repair.distillation import Distillation
 from ..slicing.groups import ChannelGroup
 from ..utils.device import in_pieces
 from ..utils.jobs import Rows, run_with
@@ -127,6 +128,7 @@ class RoutingConfig:
     max_accuracy_drop: float = 0.01
     confidence: float = 0.9
     target_speedup: float | None = None
+    distill: Distillation | None = None
     n_jobs: int | None = None
     memory: Any = field(default=None, compare=False)
 

@@ -124,6 +124,18 @@ def test_where_routing_pays(table, out):
         assert 0.2 < float(total["behind"]) < 0.8
 
 
+def test_distillation_beside_repair_alone(table, out, examples_on_path):
+    from benchmarks.distill import summary
+
+    path = table("distill", out, "--augment", "mix", "--budget", "0.4")
+    rows = rows_of(path)
+    assert [(row["draw"], row["epochs"]) for row in rows] == [("base", "0"), ("0", "0"), ("0", "2")]
+    assert rows[1]["macs"] == rows[2]["macs"] and rows[1]["losses"] == ""
+    first, last = map(float, rows[2]["losses"].split())
+    assert 0 < last < 2 * first
+    assert len(summary(path).cells) == 2 and path.with_suffix(".png").stat().st_size > 5_000
+
+
 def test_filters_that_clusters_share(table, out, examples_on_path):
     from benchmarks.sharing import by_depth, overlap
 

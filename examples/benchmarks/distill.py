@@ -1,0 +1,158 @@
+"""What minutes of label-free distillation win back: repaired only against trained after.
+
+One network is sliced to a share of its multiplications and repaired in closed form; then it learns
+the base's answers to the same calibration images. Time is the processor's, of the whole fit::
+
+    python -m benchmarks distill --network resnet56 --weights resnet56.pt --threads 1 --split report
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from . import study as base
+from .figures import COLOURS, panels, save
+from .library import Distillation, pruner
+from .record import Table, from_hex, read, to_hex
+from .stats import estimate
+from .summary import Summary, files, show
+
+NAME = "distill"
+KEYS = (*base.KEYS, "criterion", "budget", "calibration", "draw", "epochs", "settings")
+VALUES = ("macs", "images", "right", "answers", "cpu_seconds", "losses")
+QUESTION = "What do minutes of training without labels win back?"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit and measure what is missing, then draw and say what was found."""
+    made = base.parser(__doc__)
+    made.add_argument(
+        "--budget", type=float, default=0.7, help="share of multiplications that stays"
+    )
+    made.add_argument("--criterion", default="obs")
+    made.add_argument("--epochs", type=int, nargs="+", default=[5])
+    made.add_argument("--learning-rate", type=float, default=2e-4)
+    made.add_argument("--augment", choices=("mix", "crop", "crop_flip"))
+    options = made.parse_args(arguments)
+    if options.quick:
+        options.draws, options.images, options.epochs = 1, 40, [2]
+    if not options.show:
+        measure(options)
+    for path in files(options.out, NAME):
+        draw(path)
+        show(summary(path))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Fill the CSV file: the base, the repaired network, and one for each number of epochs."""
+    study = base.open_study(options)
+    table = Table(options.out / f"{NAME}_{study.label}.csv", KEYS, VALUES)
+    settings = f"lr {options.learning_rate:g}, {options.augment or 'as they are'}"
+    runs = [("base", 0)] + [(d, e) for d in range(options.draws) for e in (0, *options.epochs)]
+    for number, epochs in tqdm(runs, unit=" networks", mininterval=2):
+        row = {
+            **study.key(),
+            "criterion": options.criterion,
+            "budget": 1 if number == "base" else options.budget,
+            "calibration": options.images * study.n_classes,
+            "draw": number,
+            "epochs": epochs,
+            "settings": settings if epochs else "",
+        }
+        if row in table:
+            continue
+        if number == "base":
+            logits = study.logits(study.model.module(), study.X_test)
+            found = {"answers": logits.argmax(1), "macs": 1, "cpu_seconds": 0, "losses": ""}
+        else:
+            found = _fitted(study, options, int(number), epochs)
+        right = found["answers"] == study.y_test
+        table.add(
+            **row,
+            **{**found, "answers": to_hex(right), "images": len(right), "right": int(right.sum())},
+        )
+
+
+def _fitted(study: base.Study, options: argparse.Namespace, number: int, epochs: int) -> dict:
+    """One fit: its answers, its cost, and the time that it took."""
+    X, y = study.draw(options.images, number)
+    how = Distillation(
+        epochs,
+        learning_rate=options.learning_rate,
+        augment=options.augment,
+        checkpoint=options.fitted / "distillation",
+    )
+    estimator = pruner(
+        study.model,
+        criterion=options.criterion,
+        budget=options.budget,
+        distill=how if epochs else None,
+        validation_fraction=0.0,
+        repair_samples=len(X),
+        random_state=number,
+        verbose=0 if options.quick else 1,
+    )
+    start = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        estimator.fit(X, y)
+    return {
+        "cpu_seconds": f"{time.process_time() - start:.1f}",
+        "answers": estimator.predict(study.X_test),
+        "macs": f"{estimator.cost_ratio_:.5f}",
+        "losses": " ".join(f"{v:.5f}" for v in getattr(estimator, "distillation_losses_", [])),
+    }
+
+
+def summary(path: Path) -> Summary | None:
+    """Points lost against the base, with and without training."""
+    rows, forms = read(path), dict[tuple[str, str], list[dict[str, str]]]()
+    dense = next((from_hex(row) for row in rows if row["draw"] == "base"), None)
+    pruned = [row for row in rows if row["draw"] != "base"]
+    if dense is None or not pruned:
+        return None
+    for row in pruned:
+        forms.setdefault((row["epochs"], row["settings"]), []).append(row)
+    cells, lost = [], []
+    for (epochs, settings), own in forms.items():
+        drops = dense.astype(float) - np.stack([from_hex(row) for row in own])
+        lost.append(100 * float(drops.mean()))
+        seconds = np.mean([float(row["cpu_seconds"]) for row in own])
+        what = "repaired only" if epochs == "0" else f"{epochs} epochs, {settings}"
+        accuracy = f"{100 * dense.mean() - lost[-1]:.2f}"
+        cells.append([what, accuracy, str(estimate(drops)), f"{seconds:.0f}"])
+    first = pruned[0]
+    answer = (
+        f"At {100 * float(first['macs']):.0f} % of the multiplications {lost[0]:.2f} points are "
+        f"lost after the closed-form repair, and {min(lost):.2f} after training."
+    )
+    note = (
+        f"Base: {100 * dense.mean():.2f} % of {len(dense)} images; {first['calibration']} "
+        f"calibration images, criterion {first['criterion']}; CPU seconds are those of the fit."
+    )
+    header = ["", "accuracy", "points lost", "CPU seconds"]
+    return Summary(
+        f"{NAME}_{first['network']}_{first['split']}", QUESTION, answer, note, header, cells, rows,
+        path.with_suffix(".png"),
+    )  # fmt: skip
+
+
+def draw(path: Path) -> Path | None:
+    """Divergence from the base's answers against epochs."""
+    figure, axes = panels(1, width=4.4)
+    trained = [row for row in read(path) if row["losses"]]
+    for row, colour in zip(trained, COLOURS, strict=False):
+        losses = [float(v) for v in row["losses"].split()]
+        label = f"{row['settings']}, draw {row['draw']}"
+        axes[0].plot(range(1, len(losses) + 1), losses, "o-", color=colour, label=label)
+    axes[0].set(xlabel="epoch", ylabel="divergence from the base's answers")
+    if trained:
+        axes[0].legend(fontsize=7)
+    return save(figure, path.with_suffix(".png"))
