@@ -719,7 +719,7 @@ n_features)
         X, y = with_labels(X, y)
         X = validate_X(self, X, reset=False)
         codes = encode(validate_y(y, len(X)), self.classes_)
-        report = make_report(
+        return make_report(
             self.network_,
             self.base_model_.module(self.device_),
             self._batcher(self.network_),
@@ -729,10 +729,10 @@ n_features)
             self.cluster_names_,
             route_layer=self.route_layer_,
             promise=promise_of(self),
+            distilled_epochs=len(getattr(self, "distillation_losses_", ())),
             latency_batch=min(latency_batch or self.batch_size, len(X)),
             repeats=repeats,
         )
-        return replace(report, distilled_epochs=len(getattr(self, "distillation_losses_", ())))
 
     def to_onnx(self, folder: str | Path, *, X: Any = None, **options: Any) -> Path:
         """Write the fitted classifier as ONNX files that run without torch.

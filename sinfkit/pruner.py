@@ -568,7 +568,7 @@ n_features)
         check_integer("repeats", repeats, low=0)
         X, y = with_labels(X, y)
         X = validate_X(self, X, reset=False)
-        report = make_pruning_report(
+        return make_pruning_report(
             self.model_,
             self.base_model_.module(self.device_),
             self._batcher(self.model_),
@@ -576,10 +576,10 @@ n_features)
             encode(validate_y(y, len(X)), self.classes_),
             self.outputs_,
             promise=promise_of(self),
+            distilled_epochs=len(getattr(self, "distillation_losses_", ())),
             latency_batch=min(latency_batch or self.batch_size, len(X)),
             repeats=repeats,
         )
-        return replace(report, distilled_epochs=len(getattr(self, "distillation_losses_", ())))
 
     @property
     def _n_features_out(self) -> int:

@@ -35,6 +35,7 @@ def make_report(
     *,
     route_layer: str,
     promise: Promise | None,
+    distilled_epochs: int,
     latency_batch: int,
     repeats: int,
 ) -> SINFReport:
@@ -91,6 +92,7 @@ def make_report(
         latency=_time(network, base, batcher.load(X[:latency_batch]), repeats),
         latency_batch=latency_batch,
         promise=promise,
+        distilled_epochs=distilled_epochs,
         # The true route also rules out the other clusters' classes.
         oracle_accuracy=_mean(seen.oracle.masked_fill(~members, 0).argmax(1) == y),
         route_accuracy=_mean(route_right),
@@ -112,6 +114,7 @@ def make_pruning_report(
     outputs: np.ndarray,
     *,
     promise: Promise | None,
+    distilled_epochs: int,
     latency_batch: int,
     repeats: int,
 ) -> PruningReport:
@@ -152,6 +155,7 @@ def make_pruning_report(
         latency=latency,
         latency_batch=latency_batch,
         promise=promise,
+        distilled_epochs=distilled_epochs,
     )
 
 
