@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--criterion", default="obs")
     made.add_argument("--epochs", type=int, nargs="+", default=[5])
     made.add_argument("--learning-rate", type=float, default=2e-4)
-    made.add_argument("--augment", choices=("mix", "crop", "crop_flip"))
+    made.add_argument("--augment", choices=("mix", "crop", "crop_flip", "none"), default="mix")
     options = made.parse_args(arguments)
     if options.quick:
         options.draws, options.images, options.epochs = 1, 40, [2]
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> None:
     """Fill the CSV file: the base, the repaired network, and one for each number of epochs."""
     study = base.open_study(options)
     table = Table(options.out / f"{NAME}_{study.label}.csv", KEYS, VALUES)
-    settings = f"lr {options.learning_rate:g}, {options.augment or 'as they are'}"
+    settings = f"lr {options.learning_rate:g}, {options.augment}"
     runs = [("base", 0)] + [(d, e) for d in range(options.draws) for e in (0, *options.epochs)]
     for number, epochs in tqdm(runs, unit=" networks", mininterval=2):
         row = {
@@ -86,7 +86,7 @@ def _fitted(study: base.Study, options: argparse.Namespace, number: int, epochs:
     how = Distillation(
         epochs,
         learning_rate=options.learning_rate,
-        augment=options.augment,
+        augment=None if options.augment == "none" else options.augment,
         checkpoint=options.fitted / "distillation",
     )
     estimator = pruner(

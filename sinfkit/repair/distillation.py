@@ -52,11 +52,12 @@ class Distillation(BaseEstimator):
         Both networks' logits are divided by it before their answers are compared.
     batch_size : int, default=64
         Samples in a step.
-    augment : {"mix", "crop", "crop_flip"}, optional
+    augment : {"mix", "crop", "crop_flip"} or None, default="mix"
         What is done to the samples in each epoch anew.  ``"mix"``: each is averaged with another
-        one, by random weights.  ``"crop"``: images are shifted by up to an eighth of their size.
-        ``"crop_flip"``: and half of them are turned left to right, which is wrong for text.  None:
-        nothing, and the whole network answers each sample once and not in each epoch.
+        one, by random weights (arXiv 1710.09412, 2106.05237).  ``"crop"``: images are shifted by
+        up to an eighth of their size.  ``"crop_flip"``: and half of them are turned left to right,
+        which is wrong for text.  None: nothing, and the whole network answers each sample once and
+        not in each epoch.
     checkpoint : path-like, optional
         Folder in which the state of each training is kept after every epoch: a fit that was
         interrupted goes on from there, and gives the same result.  Files are not deleted.
@@ -75,7 +76,7 @@ class Distillation(BaseEstimator):
         learning_rate: float = 2e-4,
         temperature: float = 2.0,
         batch_size: int = 64,
-        augment: Augment | None = None,
+        augment: Augment | None = "mix",
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         self.epochs = epochs

@@ -315,7 +315,8 @@ def test_settings_that_cannot_be(images, table):
 @pytest.mark.parametrize("augment", ["mix", "crop", "crop_flip"])
 def test_every_change_of_the_images_is_another_training(images, augment):
     X, y, base = images
-    pruner = DCSPruner(base, budget=0.4, distill=Distillation(1), random_state=0)
+    how = Distillation(1, augment=None)
+    pruner = DCSPruner(base, budget=0.4, distill=how, random_state=0)
     plain = clone(pruner).fit(X[:300], y[:300])
     changed = clone(pruner).set_params(distill__augment=augment).fit(X[:300], y[:300])
     assert changed.distillation_losses_ != plain.distillation_losses_
