@@ -67,7 +67,12 @@ def _exported(module: nn.Module, folder: Path, int8: bool, images: np.ndarray) -
     )
     if not int8:
         return path
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -83,8 +88,17 @@ def _exported(module: nn.Module, folder: Path, int8: bool, images: np.ndarray) -
     clean, small = folder / "clean.onnx", folder / "int8.onnx"
     # Symbolic shapes are for transformers, and ONNX Runtime 1.20 cannot find them here.
     quant_pre_process(str(path), str(clean), skip_symbolic_shape=True)
+    # As sinfkit quantises.
     quantize_static(
-        str(clean), str(small), Reader(), quant_format=QuantFormat.QDQ, per_channel=True
+        str(clean),
+        str(small),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        reduce_range=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
     )
     return small
 

@@ -23,9 +23,10 @@ from sinfkit import (
     SINFClassifier,
     train_network,
 )
-from sinfkit.export import to_exported
+from sinfkit.export import to_exported, to_onnx
 from sinfkit.export.onnx_loader import load
-from sinfkit.inference import own_classes
+from sinfkit.graph import cut_points, split, trace
+from sinfkit.inference import RoutePredictor, SINFNetwork, own_classes
 
 # Quantisation and export speak of what they do; the rest are errors as everywhere.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -354,6 +355,60 @@ def test_int8_mostly_agrees(digits, tmp_path):
     router = onnxruntime.InferenceSession(str(tmp_path / "model" / "router.onnx"))
     (log_posterior,) = router.run(["log_posterior"], {"x": X[1000:1100]})
     assert np.abs(log_posterior - exact).mean() < 0.2
+
+
+class Residual(nn.Module):
+    """Blocks with a shortcut; the cut lies behind an addition."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+            for _ in range(4)
+        )
+        self.act, self.head = activation(), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.act(self.stem(x))
+        for block in self.blocks:
+            x = self.act(block(x) + x)
+        return self.head(x.mean((2, 3)))
+
+
+def plain_net(activation):
+    layers = []
+    for n_in in (1, 8, 8, 8):
+        layers += [nn.Conv2d(n_in, 8, 3, padding=1), nn.BatchNorm2d(8), activation()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+@pytest.mark.parametrize(
+    ("make", "activation"), [(plain_net, nn.ReLU), (Residual, nn.ReLU), (Residual, nn.SiLU)]
+)
+def test_a_cut_leaves_no_convolution_in_float(make, activation, tmp_path):
+    import onnx
+    import onnxruntime
+
+    X = np.random.default_rng(0).random((32, 1, 8, 8), dtype=np.float32)
+    torch.manual_seed(0)
+    graph = trace(make(activation).eval())
+    prefix, tail = split(graph, cut_points(graph)[2])
+    router = RoutePredictor(torch.randn(10, 8 * 4), torch.zeros(10), 2)
+    one = torch.zeros(10, dtype=torch.long), torch.arange(10), torch.ones(1)
+    network = SINFNetwork(
+        nn.Identity(), prefix, router, [tail], None, *one,
+        router_weight=0.5, threshold=0.0, fallback="none",
+    )  # fmt: skip
+    shapes = {"classes": np.arange(10), "input_shape": (1, 8, 8)}
+    for path in to_onnx(network, tmp_path / "model", dtype="int8", X=X, **shapes).glob("*.onnx"):
+        n = sum(node.op_type == "Conv" for node in onnx.load(path).graph.node)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "as_it_runs.onnx")
+        options.log_severity_level = 3  # it says that such a file is for this machine alone
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        runs = [node.op_type for node in onnx.load(tmp_path / "as_it_runs.onnx").graph.node]
+        assert n > 0 and runs.count("QLinearConv") == n, (path.name, runs)
 
 
 def test_branches_that_no_calibration_sample_takes(digits, tmp_path):
