@@ -91,7 +91,7 @@ class FrozenModel:
         std: Sequence[float] | None = None,
         input_shape: Sequence[int] | None = None,
     ) -> None:
-        module = baked(_unwrap(module))
+        module = baked(unwrapped(module))
         _check_weights(module)
         self.mean, self.std = _check_normalisation(mean, std)
         with naming("input_shape"):
@@ -303,7 +303,7 @@ def as_frozen(model: Any) -> FrozenModel:
     )
 
 
-def _unwrap(module: Any) -> nn.Module:
+def unwrapped(module: Any) -> nn.Module:
     """Return the nn.Module inside, or raise a TypeError that says what to pass."""
     if isinstance(module, FrozenModel):
         return module.module()

@@ -84,7 +84,7 @@ def test_tracing_ends_where_the_whole_model_writes_into_views(data):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_networks_predict_in_single_precision(dtype, data):
+def test_half_precision_networks_predict_in_single_precision(dtype, data, tmp_path):
     network = small_cnn(4, 4).to(dtype)
     pruner = whole(network, *data)
     p = pruner.predict_proba(data[0])
@@ -93,6 +93,9 @@ def test_half_precision_networks_predict_in_single_precision(dtype, data):
     with torch.inference_mode():
         wanted = network(torch.as_tensor(data[0]).to(dtype)).float().softmax(1)
     np.testing.assert_allclose(p, wanted, atol=3e-2)
+    sinfkit.save(pruner, tmp_path / "p.sinf")
+    again = sinfkit.load(tmp_path / "p.sinf", factory=lambda: small_cnn(4, 4).to(dtype))
+    np.testing.assert_array_equal(again.predict_proba(data[0]), p)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -168,8 +171,18 @@ def test_one_logit_that_is_squeezed(data, tmp_path):
         y = np.where((network(torch.as_tensor(X))[:, 0] > 0).numpy(), "a", "b")
     pruner = whole(Squeezed(network, "squeeze"), X, y, model_classes=["b", "a"])
     assert (pruner.predict(X) == y).all()
-    with pytest.raises(TypeError, match="has one output, of which `fit` makes two"):
-        sinfkit.save(pruner, tmp_path / "p.sinf")
+    sinfkit.save(pruner, tmp_path / "p.sinf")
+    again = sinfkit.load(tmp_path / "p.sinf", factory=lambda: Squeezed(small_cnn(1, 4), "squeeze"))
+    assert (again.predict(X) == y).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrapped_networks_can_be_saved(wrap, data, tmp_path):
+    pruner = whole(wrap(small_cnn(4, 4)), *data)
+    sinfkit.save(pruner, tmp_path / "p.sinf")
+    again = sinfkit.load(tmp_path / "p.sinf", factory=lambda: wrap(small_cnn(4, 4)))
+    np.testing.assert_array_equal(again.predict_proba(data[0]), pruner.predict_proba(data[0]))
 
 
 class Rolled(nn.Module):

@@ -16,6 +16,12 @@ TABLES = {
     "promise": ("promise_simulation", "the promise on synthetic losses: how often it is broken"),
     "promise_fits": ("promise_fits", "the promise on real fits: how often it is broken"),
     "any_network": ("any_network", "how much of any network can be removed, beside torch-pruning"),
+    "halves": ("halves", "half of trained networks: what least squares brings back"),
+    "efficientnet": (
+        "efficientnet",
+        "EfficientNet-Lite0 with its weights, 20 classes and 1,000",
+    ),
+    "memory": ("memory", "how much memory a fit on many large images takes"),
     "front": ("front", "loss against time: every form, batch size and number of threads"),
     "distill": ("distill", "what minutes of training without labels win back"),
     "fit_cost": ("fit_cost", "time of a fit by images, classes and clusters"),

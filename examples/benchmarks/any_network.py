@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import halves
 from .library import (
     check_sliced,
     check_traced,
@@ -82,7 +83,7 @@ FAMILIES: dict[str, str] = {
         torchvision.swin_t torchvision.swin_v2_t torchvision.maxvit_t/224
         timm.swin_tiny_patch4_window7_224/224 timm.swinv2_cr_tiny_224/224 timm.pvt_v2_b0
         timm.twins_pcpvt_small timm.pit_ti_224/64 timm.crossvit_tiny_240/240 timm.davit_tiny
-        timm.focalnet_tiny_srf timm.hiera_tiny_224/224 transformers.Swin transformers.Swinv2
+        timm.focalnet_tiny_srf timm.hiera_tiny_224/224 transformers.Swin/224 transformers.Swinv2
         transformers.Segformer transformers.Pvt transformers.PvtV2""",
     "convolutions and attention": """
         timm.coatnet_0_rw_224/224 timm.edgenext_xx_small timm.efficientformer_l1/224 timm.fastvit_t8
@@ -111,7 +112,6 @@ _SMALLER = {
     "hidden_size": 192,
     "intermediate_size": 768,
     "num_attention_heads": 3,
-    "image_size": 64,
 }
 
 
@@ -145,7 +145,7 @@ def build(name: str, size: int) -> tuple[nn.Module, torch.Tensor]:
         except TypeError:  # it takes images of any size
             network = timm.create_model(kind, num_classes=N_OUTPUTS)
     else:
-        network = _of_transformers(kind)
+        network = _of_transformers(kind, size)
     for module in network.modules():  # fresh statistics would make the norms the identity
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.1)
@@ -157,7 +157,7 @@ def build(name: str, size: int) -> tuple[nn.Module, torch.Tensor]:
     return network.eval(), torch.randn(2, 3, size, size)
 
 
-def _of_transformers(kind: str) -> nn.Module:
+def _of_transformers(kind: str, size: int) -> nn.Module:
     """A small network of transformers; where sizes go by stages, those of its defaults."""
     import transformers
 
@@ -166,8 +166,9 @@ def _of_transformers(kind: str) -> nn.Module:
     if kind == "Siglip":
         default = default.vision_config
     staged = hasattr(default, "depths") or hasattr(default, "hidden_sizes")
-    names = ("image_size",) if staged else tuple(_SMALLER)
-    sizes = {k: _SMALLER[k] for k in names if type(getattr(default, k, None)) is int}
+    names = ("image_size",) if staged else ("image_size", *_SMALLER)
+    smaller = {**_SMALLER, "image_size": size}
+    sizes = {k: smaller[k] for k in names if type(getattr(default, k, None)) is int}
     if kind == "Siglip":
         config = make(vision_config=sizes, num_labels=N_OUTPUTS)
     else:
@@ -314,7 +315,11 @@ def page(rows: Sequence[dict[str, str]]) -> str:
         f"behind by more than 3 points on {sum(b > 0.03 for b in behind)}, and ahead by as much on "
         f"{sum(b < -0.03 for b in behind)}."
     )
-    parts = [title, "=" * len(title), "", answer, "", INTRODUCTION, ".. list-table::"]
+    parts = [title, "=" * len(title), "", answer, "", INTRODUCTION]
+    trained = read(RESULTS / f"{halves.NAME}.csv")
+    if trained:
+        parts += [f"{halves.answer(trained)} ``python -m benchmarks {halves.NAME}``", ""]
+    parts += [".. list-table::"]
     parts += ["   :header-rows: 1", ""]
     header = ["family", "networks", "sinfkit works on", "removes, median (least)"]
     header += [

@@ -29,10 +29,11 @@ class Statistics:
     logits: Tensor
 
 
-def pool(x: Tensor, size: int, axis: int = 1) -> Tensor:
-    """Average activations over a grid of cells.
+def pool(x: Tensor, size: int, axis: int | None = None) -> Tensor:
+    """Average activations over a grid of cells, or over all positions where they are no images.
 
-    Shapes: `x` (n, C), returns (n, C * size**2).
+    Shapes: `x` (n, C, ...), returns (n, C * size**2).  `axis` is that of the channels; None: the
+    last one of (n, T, C).
     """
     if size < 1:
         raise ValueError(f"pool size must be positive, got {size}")
@@ -40,16 +41,10 @@ def pool(x: Tensor, size: int, axis: int = 1) -> Tensor:
         x = x.float()
     if x.dim() == 2:
         return x
-    if x.dim() == 3:
-        return x.mean(1)
-    if x.dim() != 4:
-        raise ValueError(
-            f"activations of shape {tuple(x.shape)} cannot be pooled; they must have 2 to 4 axes"
-        )
-    if size == 1:
-        return x.mean((2, 3) if axis == 1 else (1, 2))
-    if axis == -1:
-        x = x.permute(0, 3, 1, 2)
+    if axis == -1 or (axis is None and x.dim() == 3):
+        x = x.movedim(-1, 1)
+    if size == 1 or x.dim() != 4:
+        return x.mean(tuple(range(2, x.dim())))
     return F.adaptive_avg_pool2d(x, int(size)).flatten(1)
 
 

@@ -9,6 +9,7 @@ greedily, it ranks a layer's filters by what they do to the layers behind. No la
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.cuts import batch_norm_behind, layer_names
+from ..graph.nodes import CONVOLUTIONS
 from ..repair.moments import (
     MAX_INPUTS,
     MAX_ROWS,
@@ -313,8 +315,8 @@ def _columns(
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """For each block of a layer, the inputs of each channel, and the channels."""
     cells = 1
-    if isinstance(layer, nn.Conv2d):
-        cells = layer.kernel_size[0] * layer.kernel_size[1]
+    if isinstance(layer, CONVOLUTIONS):
+        cells = math.prod(layer.kernel_size)
         per_block = layer.in_channels // layer.groups
     else:
         assert isinstance(layer, nn.Linear)

@@ -87,7 +87,8 @@ def map_statistics(
 
     `nodes` maps keys of the caller's choice to nodes, as from `observation_nodes`.  Beside the
     means stands ``"map_range"``: the largest activation minus the smallest.  (n, C) counts as maps
-    of one position, (n, T, C) as maps of T rows and one column.
+    of one position, (n, T, C) and (n, C, T) as maps of T rows and one column, and volumes slice by
+    slice.
     """
     # Layers that are added up are observed at one node: look at it once.
     first_key = {node: key for key, node in reversed(list(nodes.items()))}
@@ -132,13 +133,10 @@ def map_statistics(
 
 def _as_maps(value: Tensor, axis: int) -> Tensor:
     """Activations as (n, C, H, W), of at least single precision."""
-    if value.dim() not in (2, 3, 4):
-        raise ValueError(
-            f"activations of shape {tuple(value.shape)} are no feature maps; they must have 2 to 4 "
-            "axes"
-        )
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
-    if value.dim() == 3 or (value.dim() == 4 and axis == -1):
+    if axis == -1:
         value = value.movedim(-1, 1)
+    if value.dim() > 4:  # volumes: slice by slice
+        return value.flatten(2, -2)
     return value.reshape(*value.shape, *[1] * (4 - value.dim()))

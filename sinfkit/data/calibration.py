@@ -21,6 +21,7 @@ from ..errors import ArgumentError, CalibrationWarning
 from ..frozen import FrozenModel
 from ..graph.cost import count_macs
 from ..graph.cuts import output_layer
+from ..graph.nodes import CONVOLUTIONS
 from ..graph.recording import output_of
 from ..graph.tracing import close, trace, without_head
 from ..slicing.groups import ChannelGroup, find_groups
@@ -217,7 +218,7 @@ def with_two_outputs(frozen: FrozenModel, samples: Tensor) -> FrozenModel:
     try:
         one = without_head(trace(frozen.module(samples.device), samples[:1]))
         name = output_layer(one, 1)
-        module.set_submodule(name, _two_rows(module.get_submodule(name)))
+        module.set_submodule(name, two_rows(module.get_submodule(name)))
         made = FrozenModel(module, frozen.mean, frozen.std, frozen.input_shape)
         two = without_head(trace(made.module(samples.device), samples[:1]), samples)
         with torch.inference_mode():
@@ -238,12 +239,13 @@ _ONE_LOGIT = (
 )
 
 
-def _two_rows(layer: nn.Module) -> nn.Module:
+def two_rows(layer: nn.Module) -> nn.Module:
     """A layer with one output as one with two, of which the first is 0."""
     if isinstance(layer, nn.Linear):
         made: nn.Module = nn.Linear(layer.in_features, 2)
-    elif isinstance(layer, nn.Conv2d):
-        made = nn.Conv2d(layer.in_channels, 2, 1)
+    elif isinstance(layer, CONVOLUTIONS):
+        kind = next(kind for kind in CONVOLUTIONS if isinstance(layer, kind))
+        made = kind(layer.in_channels, 2, 1)
     else:
         raise ValueError(f"Its last layer is a {type(layer).__name__}.")
     made = made.to(layer.weight.dtype).requires_grad_(False).eval()

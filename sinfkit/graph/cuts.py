@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .nodes import (
+    Layer,
     called_layer,
     called_module,
     is_activation,
@@ -75,16 +76,20 @@ def output_layer(gm: fx.GraphModule, n_outputs: int) -> str:
     """Name of the layer that computes a network's outputs."""
     stations = [n for n in gm.graph.nodes if is_station(gm, n)]
     if not stations:
-        raise ValueError("The network has no Conv2d or Linear layer, so no outputs to choose from.")
+        raise ValueError(
+            "The network has no convolution or Linear layer, so no outputs to choose from."
+        )
     name = str(stations[-1].target)
     layer = called_layer(gm, stations[-1])
-    whole = f"The network must end in a Linear or 1 x 1 Conv2d layer with {n_outputs} outputs"
+    whole = f"The network must end in a Linear layer or 1 x 1 convolution with {n_outputs} outputs"
     if layer is None:
         raise ValueError(
             f"{whole}, but it ends in {name!r}, which torch.fx cannot look into. Move the last "
             "layer out of it."
         )
-    pointwise = isinstance(layer, nn.Linear) or (layer.kernel_size == (1, 1) and layer.groups == 1)
+    pointwise = isinstance(layer, nn.Linear) or (
+        set(layer.kernel_size) == {1} and layer.groups == 1
+    )
     if not pointwise or n_channels(layer) != n_outputs:
         raise ValueError(f"{whole}, but its last layer, {name!r}, is {layer}.")
     return name
@@ -435,7 +440,7 @@ def _activation_of(gm: fx.GraphModule, layer: fx.Node) -> fx.Node:
         place = ahead
 
 
-def _source_layer(gm: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
+def _source_layer(gm: fx.GraphModule, node: fx.Node) -> Layer | None:
     """A layer whose channels a node's value has, if one can be told."""
     layer = called_layer(gm, node)
     if layer is not None:

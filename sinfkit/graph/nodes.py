@@ -8,6 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (*CONVOLUTIONS, nn.Linear)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = Convolution | nn.Linear
+
 _ACTIVATIONS = frozenset(
     "celu clamp clamp_min elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid "
     "mish prelu relu relu6 rrelu selu sigmoid silu softplus softshrink softsign tanh tanhshrink "
@@ -34,25 +39,21 @@ _NOT_ACTIVATIONS = (
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a layer whose output channels can be scored and sliced."""
-    if isinstance(module, nn.Conv2d):
-        plain = (
-            type(module).forward is nn.Conv2d.forward
-            and type(module)._conv_forward is nn.Conv2d._conv_forward
-        )
-    elif isinstance(module, nn.Linear):
-        plain = type(module).forward is nn.Linear.forward
-    else:
-        return False
+    kind = next((kind for kind in LAYERS if isinstance(module, kind)), None)
+    plain = kind is not None and all(
+        getattr(type(module), name, None) is getattr(kind, name, None)
+        for name in ("forward", "_conv_forward")
+    )
     return plain and "weight" in module._parameters
 
 
 def n_channels(layer: nn.Module) -> int:
     """Number of output channels of a layer."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, CONVOLUTIONS):
         return layer.out_channels
     if isinstance(layer, nn.Linear):
         return layer.out_features
-    raise TypeError(f"expected a Conv2d or Linear layer, got {type(layer).__name__}")
+    raise TypeError(f"expected a convolution or Linear layer, got {type(layer).__name__}")
 
 
 def is_switched(module: nn.Module) -> bool:
@@ -75,7 +76,7 @@ def _returns_its_argument(module: nn.Module) -> bool:
 
 def holds_layers(module: nn.Module) -> bool:
     """Whether a convolution or linear map of any kind lies in a module or is it."""
-    return any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in module.modules())
+    return any(isinstance(m, LAYERS) for m in module.modules())
 
 
 def called_module(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -85,10 +86,10 @@ def called_module(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return gm.get_submodule(str(node.target))
 
 
-def called_layer(gm: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
+def called_layer(gm: fx.GraphModule, node: fx.Node) -> Layer | None:
     """The layer that a node calls, if it calls one."""
     module = called_module(gm, node)
-    if isinstance(module, (nn.Conv2d, nn.Linear)) and is_layer(module):
+    if isinstance(module, LAYERS) and is_layer(module):
         return module
     return None
 

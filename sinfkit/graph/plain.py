@@ -72,6 +72,7 @@ def made_plain(root: nn.Module, graph: fx.Graph) -> None:
     _look_up(root, graph)
     constants = _Constants(root, graph)
     taken = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    _softmaxes(root, graph, taken)
     made: dict[Any, str] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in _SIGNATURES:
@@ -251,6 +252,20 @@ def _look_up(root: nn.Module, graph: fx.Graph) -> None:
                 found = graph.call_function(F.embedding, (node.args[0], weight))
             node.replace_all_uses_with(found)
             graph.erase_node(node)
+
+
+def _softmaxes(root: nn.Module, graph: fx.Graph, taken: set[str]) -> None:
+    """Softmax as a module, which can be told to look at a part of the channels."""
+    for node in list(graph.nodes):
+        if node.target in (F.softmax, torch.softmax, "softmax") and not node.kwargs.get("dtype"):
+            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+            if isinstance(dim, int) and len(node.args) < 3:
+                name = _install(root, nn.Softmax(dim), _home(node, {}), taken)
+                with graph.inserting_before(node):
+                    call = graph.call_module(name, (node.all_input_nodes[0],))
+                call.meta = node.meta
+                node.replace_all_uses_with(call)
+                graph.erase_node(node)
 
 
 def _sum_for_mean(graph: fx.Graph, node: fx.Node) -> None:

@@ -37,7 +37,7 @@ _FACTORIES = frozenset(
     "arange empty eye full linspace ones zeros new_empty new_full new_ones new_zeros".split()
 )
 # Sizes in these are written out where they do not depend on the number of samples.
-_SIZED = frozenset("expand reshape repeat split unflatten view".split())
+_SIZED = frozenset("expand getitem reshape repeat split unflatten view".split())
 # What these read of a tensor is known before it is computed.
 _FACTS = frozenset(
     "shape ndim dtype device layout is_cpu is_cuda is_meta is_nested is_sparse is_quantized "
@@ -258,7 +258,7 @@ class Recorder(Replayer):
                 inputs[0]._held[0], "ndim"
             ):
                 proxy.node.meta["shape"] = inputs[0]._held[0].shape
-        elif getattr(target, "__name__", target) in ("chunk", "split"):
+        elif getattr(target, "__name__", target) in ("chunk", "split", "tensor_split"):
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             sizes = [[part.shape[dim] for part in parts] for parts in proxy._held]
             if sizes[0] == sizes[1]:
@@ -357,6 +357,8 @@ class _Proxy(_Symbol):
             return super().__getattr__(k)
         if k in ("_is_param", "_is_buffer"):
             return False
+        if k == "ndim":  # a plain number, since it may be the key of a dict
+            return self._held[0].ndim
         value = getattr(self._held[0], k)
         if callable(value) or isinstance(value, nn.Module):
             return super().__getattr__(k)

@@ -165,6 +165,7 @@ def _record(
             twin = on_meta(root) if row.is_meta else copy_sharing_weights(root)
             twin.eval()
         recorder = Recorder(opaque, batches, twin)
+        attributes = [(module, dict(vars(module))) for module in root.modules()]
         try:
             graph = recorder.trace(root)
             _check_stateless(root)
@@ -180,6 +181,11 @@ def _record(
                 "as nn.Sequential(prefix, rest) of two halves; that can always be traced, and the "
                 "half that cannot be looked into stays whole."
             ) from error
+        finally:
+            for module, kept in attributes:  # where forward notes what it has seen, it is a proxy
+                for key, value in list(vars(module).items()):
+                    if isinstance(value, fx.Proxy):
+                        vars(module)[key] = kept.get(key)
 
 
 def _check_stateless(root: nn.Module) -> None:

@@ -31,6 +31,7 @@ _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
+    torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",

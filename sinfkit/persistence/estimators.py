@@ -22,10 +22,12 @@ from torch import Tensor, fx, nn
 from ..base import TorchEstimator
 from ..classifier import SINFClassifier
 from ..clusterer import SemanticClusterer
+from ..data.calibration import two_rows
 from ..errors import NotPlainError, StorageError
-from ..frozen import FrozenModel, baked
+from ..frozen import FrozenModel, baked, unwrapped
 from ..graph.cost import fold_batch_norm
 from ..graph.cuts import find_cut, output_layer, split
+from ..graph.nodes import LAYERS
 from ..graph.recording import logits_of
 from ..inference.network import FALLBACKS, Normalise, RoutePredictor, SINFNetwork
 from ..pruner import DCSPruner, recipe_of
@@ -333,28 +335,34 @@ def _check_model(what: str, model: Any, estimator: Any) -> None:
     base = getattr(estimator, "base_model_", None)
     if base is None or model is base:
         return
+    same = model == base
+    if isinstance(model, FrozenModel) and not same:  # it may have got a second output
+        same = (model.mean, model.std) == (base.mean, base.std) and _same(model.module(), base)
     if isinstance(model, nn.Module):
-        own, other = baked(model).state_dict(), base.module().state_dict()
-        same = own.keys() == other.keys() and all(
-            torch.equal(own[key].cpu(), other[key]) for key in own if isinstance(own[key], Tensor)
-        )
-    else:
-        same = model == base
+        same = _same(baked(unwrapped(model)), base)
     if not same:
-        if _widened(model, base):
-            raise NotPlainError(f"{what} has one output, of which `fit` makes two.")
         raise NotPlainError(f"{what} is not the network that it was fitted with; fit it again.")
 
 
-def _widened(model: Any, base: FrozenModel) -> bool:
-    """Whether the base is a network with one logit that has got a second output."""
-    own = (model.module() if isinstance(model, FrozenModel) else model).state_dict()
-    shapes = [
-        (tuple(own[k].shape), tuple(v.shape))
-        for k, v in base.module().state_dict().items()
-        if k in own
-    ]
-    return any(a[:1] == (1,) and b == (2, *a[1:]) for a, b in shapes)
+def _same(model: nn.Module, base: FrozenModel) -> bool:
+    """Whether a base has a network's weights; of one with one logit, with a second row."""
+    own, other = model.state_dict(), base.module().state_dict()
+    if own.keys() != other.keys():
+        return False
+    pairs = [(t.cpu(), other[key]) for key, t in own.items() if isinstance(t, Tensor)]
+    widened = [(a.shape[:1], b.shape[:1]) == ((1,), (2,)) for a, b in pairs]
+    return all(
+        torch.equal(a, b[1:] if wide else b) for (a, b), wide in zip(pairs, widened, strict=True)
+    )
+
+
+def _with_rows(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a network with one logit the second one that the stored network has, in place."""
+    for name, layer in list(module.named_modules()):
+        stored = state.get(f"{name}.weight")
+        if name and isinstance(layer, LAYERS) and stored is not None:
+            if len(layer.weight) == 1 and len(stored) == 2:
+                module.set_submodule(name, two_rows(layer))
 
 
 def _describe_base(estimator: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -461,7 +469,7 @@ def _called(graph: fx.GraphModule, node: fx.Node) -> Any:
     if node.op != "call_module":
         return None
     module = graph.get_submodule(str(node.target))
-    return module if isinstance(module, (nn.Conv2d, nn.Linear)) else None
+    return module if isinstance(module, LAYERS) else None
 
 
 class _Reader:
@@ -568,6 +576,7 @@ class _Reader:
             raise StorageError("The base network has no list of tensors.")
         state = {str(name): self._take(f"base/{name}") for name in names}
         self.parts.left -= sum(tensor.nbytes for tensor in state.values())
+        _with_rows(module, state)
         fill_base(module, state)
         mean, std = (self._statistics(key, shape) for key in ("mean", "std"))
         expected = self.base["input_shape"]

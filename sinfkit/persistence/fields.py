@@ -111,7 +111,7 @@ def text(what: str, value: Any) -> str:
 
 def shape(what: str, value: Any) -> tuple[int, ...]:
     """Shape of one sample."""
-    right = isinstance(value, tuple) and len(value) in (1, 3)
+    right = isinstance(value, tuple) and 1 <= len(value) <= 4
     right = right and all(type(n) is int and n > 0 for n in value)
     _require(right and math.prod(value) <= MAX_INPUT, what, "the shape of one sample", value)
     return value

@@ -12,16 +12,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import NotPlainError, StorageError
-from ..frozen import baked
-from ..graph.nodes import function_name
+from ..frozen import baked, unwrapped
+from ..graph.nodes import CONVOLUTIONS, LAYERS, called_module, function_name
 from ..graph.tracing import copy_sharing_weights, trace, without_head
 from ..repair.low_rank import NARROW, WIDE, insert_factors
-from ..slicing.channels import NARROWABLE, is_depthwise, multiplies
+from ..slicing.channels import NARROWABLE, is_depthwise, multiplies, narrow, width
 from ..zoo import networks as models
 from .container import fits
 from .plain import take
@@ -31,10 +32,11 @@ __all__ = ["describe"]
 CUSTOM = "custom"
 _LARGEST = 2**20  # classes or channels of an architecture
 _WIDEST = 64.0
-_SLICED = (*NARROWABLE, nn.LayerNorm, nn.GroupNorm)
+_NORMS = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_SLICED = (*NARROWABLE, *_NORMS)
 _SIZED = frozenset("expand getitem reshape split unflatten view".split())
 _MOST_NUMBERS = 2**24  # of one sample, to run a network on it
-_FLOATS = (torch.float32, torch.float64, torch.float16)
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # What each architecture that is known by name takes, apart from `n_classes`.
 _OPTIONS = {
     "vgg16": ("width", "in_channels"),
@@ -66,7 +68,7 @@ def build(options: Any, factory: Callable[[], nn.Module] | None) -> nn.Module:
         module = factory()
         if not isinstance(module, nn.Module):
             raise TypeError(f"factory must return a torch.nn.Module, got {type(module).__name__}.")
-        return copy_sharing_weights(baked(module)).eval()  # it may belong to someone
+        return copy_sharing_weights(baked(unwrapped(module))).eval()  # it may belong to someone
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise StorageError("The manifest names no architecture.")
     name = options["name"]
@@ -221,12 +223,18 @@ def _sizes(part: fx.GraphModule, reference: fx.GraphModule) -> dict[str, list[in
     if _program(part) != _program(reference):
         return None
     both = zip(part.graph.nodes, reference.graph.nodes, strict=True)
-    pairs = ((_numbers(own), _numbers(base)) for own, base in both)
+    pairs = ((_numbers(part, own), _numbers(reference, base)) for own, base in both)
     return {str(i): own for i, (own, base) in enumerate(pairs) if own != base}
 
 
-def _numbers(node: fx.Node) -> list[int]:
-    """Sizes and positions among the arguments of a call that reshapes or takes parts."""
+def _numbers(gm: fx.GraphModule, node: fx.Node) -> list[int]:
+    """Sizes and positions among the arguments of a call that reshapes or takes parts.
+
+    Of a norm without weights, which would tell it, the number of channels.
+    """
+    module = called_module(gm, node)
+    if isinstance(module, _NORMS) and not module.state_dict():
+        return [width(module, "out")]
     found: list[int] = []
     if function_name(node) in _SIZED:
         fx.node.map_aggregate(node.args, lambda a: found.append(a) if type(a) is int else None)
@@ -240,9 +248,15 @@ def _write_numbers(name: str, part: fx.GraphModule, sizes: Any) -> None:
         known = isinstance(position, str) and position.isdecimal() and len(position) < 10
         at = int(position) if known else len(nodes)
         right = at < len(nodes) and isinstance(numbers, list) and len(numbers) > 0
-        right = right and len(numbers) == len(_numbers(nodes[at]))
-        if not right or any(type(n) is not int or abs(n) > 2**31 for n in numbers):
+        right = right and len(numbers) == len(_numbers(part, nodes[at]))
+        module = called_module(part, nodes[at]) if right else None
+        right = right and all(type(n) is int and abs(n) <= 2**31 for n in numbers)
+        right = right and (module is None or 1 <= numbers[0] <= width(module, "out"))
+        if not right:
             raise StorageError(f"The manifest's entry for the {name} has sizes that do not fit.")
+        if module is not None:
+            narrow(module, np.arange(numbers[0]), None)
+            continue
         rest = iter(numbers)
         written = fx.node.map_aggregate(
             nodes[at].args,
@@ -297,7 +311,7 @@ class PartReader:
         modules = dict(part.named_modules())
         for key in own:
             module = modules.get(key.rpartition(".")[0])
-            new_bias = isinstance(module, (nn.Conv2d, nn.Linear)) and key.endswith(".bias")
+            new_bias = isinstance(module, LAYERS) and key.endswith(".bias")
             if module is None or (key not in known and not new_bias):
                 raise StorageError(f"The base network has no {key!r:.80} for the {name}.")
         # Before anything is allocated.
@@ -367,7 +381,7 @@ def _fit_widths(what: str, module: nn.Module) -> None:
         t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
     ]
     vectors = {len(t) for t in tensors if t.ndim == 1}
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
+    if isinstance(module, LAYERS):
         out, inputs = (int(n) for n in module.weight.shape[:2])
         vectors.add(out)
         if isinstance(module, nn.Linear):
@@ -381,7 +395,7 @@ def _fit_widths(what: str, module: nn.Module) -> None:
             module.out_channels, module.in_channels = out, inputs * module.groups
             if out % module.groups:
                 raise StorageError(f"{what} has a number of channels that its groups do not share.")
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         if vectors and len(module.normalized_shape) == 1:
             module.normalized_shape = (min(vectors),)
     elif isinstance(module, nn.GroupNorm):
@@ -389,7 +403,7 @@ def _fit_widths(what: str, module: nn.Module) -> None:
             raise StorageError(f"{what} has a number of channels that its groups do not share.")
         module.num_channels = min(vectors, default=module.num_channels)
     elif vectors:
-        attribute = "num_features" if isinstance(module, _BatchNorm) else "num_parameters"
+        attribute = "num_features" if isinstance(module, _NormBase) else "num_parameters"
         setattr(module, attribute, min(vectors))
     if len(vectors) > 1:
         raise StorageError(f"{what} has tensors of different lengths.")
@@ -401,11 +415,11 @@ class _Shapes(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         wanted = None
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVOLUTIONS):
             wanted, axis = module.in_channels, 1
         elif isinstance(module, nn.Linear):
             wanted, axis = module.in_features, -1
-        elif isinstance(module, _BatchNorm):
+        elif isinstance(module, _NormBase):
             wanted, axis = module.num_features, 1
         elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
             wanted, axis = module.num_parameters, 1

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from ..data.calibration import Calibration
 from ..errors import OutOfReachError, SlicingWarning, UnsliceableError
 from ..graph.cost import count_macs, paired_latency
+from ..graph.nodes import LAYERS
 from ..slicing.channels import NARROWABLE, is_depthwise, multiplies, width
 from ..slicing.groups import ChannelGroup, slice_channels
 from ..utils.params import warn
@@ -113,7 +114,7 @@ def network_cost(
         module = modules[name]
         # A batch-norm, a bias and a depthwise convolution have outputs alone.
         alone = is_depthwise(module) or multiplies(module)
-        joint = joint and isinstance(module, (nn.Conv2d, nn.Linear)) and not alone
+        joint = joint and isinstance(module, LAYERS) and not alone
         outputs.append(sides.row(name, "out"))
         inputs.append(sides.row(name, "in") if joint else sides.one)
         products = width(module, "out") * (width(module, "in") if joint else 1)

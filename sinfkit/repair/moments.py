@@ -7,6 +7,7 @@ moments alone (`sinfkit.criteria.brain_surgeon`, `sinfkit.repair.static`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.cuts import with_capture
-from ..graph.nodes import called_layer
+from ..graph.nodes import CONVOLUTIONS, Layer, called_layer
 from .ridge import double
 from .walk import output_size, sample_patches
 
@@ -99,7 +100,7 @@ def measurable(graph: fx.GraphModule) -> dict[str, fx.Node]:
     return {name: nodes[0] for name, nodes in calls.items() if len(nodes) == 1}
 
 
-def layer_of(graph: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear:
+def layer_of(graph: fx.GraphModule, node: fx.Node) -> Layer:
     """The layer that a node is known to call."""
     layer = called_layer(graph, node)
     assert layer is not None
@@ -108,7 +109,7 @@ def layer_of(graph: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear:
 
 def n_blocks(layer: nn.Module) -> int:
     """Groups of a convolution; 1 for other layers."""
-    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return layer.groups if isinstance(layer, CONVOLUTIONS) else 1
 
 
 def damped_cholesky(gram: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -150,7 +151,7 @@ class _Sums:
         self._products = self._products.to(products.device) + products
         self._n += len(rows) if weight is None else float(double(weight).sum())
 
-    def moments(self, layer: nn.Conv2d | nn.Linear) -> Moments:
+    def moments(self, layer: Layer) -> Moments:
         """Of all rows so far."""
         mean = self._sum / self._n
         covariance = self._products / self._n - mean[:, :, None] * mean[:, None, :]
@@ -161,9 +162,8 @@ class _Sums:
         return Moments(mean + shift[:, 0], covariance, variance, noise, self.n_axes)
 
 
-def _n_positions(layer: nn.Conv2d | nn.Linear, value: Tensor) -> int:
+def _n_positions(layer: Layer, value: Tensor) -> int:
     """Positions of a layer's output for one row of its input."""
     if isinstance(layer, nn.Linear):
         return value[0].numel() // value.shape[-1]
-    height, width = output_size(layer, value.shape[2:])
-    return height * width
+    return math.prod(output_size(layer, value.shape[2:]))

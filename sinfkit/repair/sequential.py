@@ -31,9 +31,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..errors import SlicingWarning
+from ..graph.nodes import CONVOLUTIONS
 from ..slicing.channels import Sliced
 from ..utils.params import warn
 from .moments import gather_moments
@@ -172,7 +173,7 @@ def repair(
     for node in walk.nodes:
         name = str(node.target)
         layer = walk.layer(node)
-        if layer is None:
+        if layer is None or name in sliced.along:  # along: other positions than the dense one
             walk.run(node)
             continue
         site = find_site(walk, node, layer, sliced.support.get(name))
@@ -331,7 +332,7 @@ def _gather(site: Site, rows: _Rows) -> tuple[Tensor, Tensor]:
     Of shape (groups, rows, inputs of a group) and (groups, rows, outputs of a group).
     """
     walk, layer = site.walk, site.layer
-    n_groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    n_groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
     widths = n_groups * layer.weight[0].numel(), len(layer.weight)
     where, gathered = torch.empty(0), []
     for chunk, dense in walk.advance(site.node, "dense"):

@@ -14,16 +14,17 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SlicingWarning
 from ..graph.cuts import batch_norm_behind
-from ..graph.nodes import called_layer
+from ..graph.nodes import CONVOLUTIONS, Layer, called_layer
 from ..slicing.channels import Sliced, width
 from ..utils.params import warn
 from .moments import Moments, damped_cholesky, measurable, n_blocks
 from .ridge import double
-from .walk import Layer, checked_support, graph_of, install, twins
+from .walk import checked_support, graph_of, install, twins
 
 __all__ = ["ALPHA", "shrunk_layers", "static_least_squares"]
 
@@ -71,7 +72,7 @@ def static_least_squares(
             )
         else:
             inputs = np.delete(np.arange(width(old, "in")), sliced.removed_inputs[name])
-            norm = _per_channel(graph, norms.get(name), moments[name].n_axes)
+            norm = _per_channel(graph, layer, norms.get(name), moments[name].n_axes)
             weight, shift, error = _refit(
                 old, layer, kept, inputs, moments[name], _gain(norm, layer), alpha
             )
@@ -164,18 +165,18 @@ def _solve(
 
 
 def _per_channel(
-    sliced: fx.GraphModule, name: str | None, n_axes: int
-) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
+    sliced: fx.GraphModule, layer: Layer, name: str | None, n_axes: int
+) -> _BatchNorm | None:
     """The batch-norm behind a layer, if it only scales and shifts its channels."""
     norm = None if name is None else sliced.get_submodule(name)
     calls = [n for n in sliced.graph.nodes if n.op == "call_module" and n.target == name]
-    if not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or len(calls) != 1:
+    if not isinstance(norm, _BatchNorm) or len(calls) != 1:
         return None
-    per_feature = isinstance(norm, nn.BatchNorm2d) or n_axes == 2
+    per_feature = isinstance(layer, CONVOLUTIONS) or n_axes == 2
     return norm if per_feature and norm.running_var is not None else None
 
 
-def _gain(norm: nn.BatchNorm1d | nn.BatchNorm2d | None, layer: Layer) -> Tensor:
+def _gain(norm: _BatchNorm | None, layer: Layer) -> Tensor:
     """What the batch-norm behind a layer multiplies each channel with."""
     if norm is None:
         return torch.ones(len(layer.weight), dtype=torch.float64)

@@ -11,8 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..graph.nodes import called_module, is_addition, is_identity, is_layer, is_shape_query
+from ..graph.nodes import (
+    CONVOLUTIONS,
+    LAYERS,
+    Convolution,
+    Layer,
+    called_module,
+    is_addition,
+    is_identity,
+    is_layer,
+    is_shape_query,
+)
 from ..slicing.channels import Sliced
 from .ridge import double
 
@@ -62,10 +73,10 @@ class Lockstep:
         for source, node in last_use.items():
             self._finished_by[node].append(source)
 
-    def layer(self, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
+    def layer(self, node: fx.Node) -> Layer | None:
         """The sliced network's layer that a node calls, if it calls one."""
         module = called_module(self.sliced, node)
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and is_layer(module):
+        if isinstance(module, LAYERS) and is_layer(module):
             return module
         return None
 
@@ -202,9 +213,6 @@ def _equal(ours: list[Any], theirs: list[Any]) -> bool:
     )
 
 
-Layer = nn.Conv2d | nn.Linear
-_Norm = nn.BatchNorm1d | nn.BatchNorm2d
-
 _TINY = 1e-3  # batch-norm scales that are not divided by, relative to the layer's largest
 
 
@@ -221,7 +229,7 @@ class Site:
     node: fx.Node
     layer: Layer
     kept: Tensor
-    norm: _Norm | None = None
+    norm: _BatchNorm | None = None
     other: fx.Node | None = None
 
     def __post_init__(self) -> None:
@@ -238,7 +246,7 @@ class Site:
     @property
     def axis(self) -> int:
         """Axis of the channels in the layer's output."""
-        return 1 if isinstance(self.layer, nn.Conv2d) else -1
+        return 1 if isinstance(self.layer, CONVOLUTIONS) else -1
 
     def along_channels(self, values: Tensor, like: Tensor) -> Tensor:
         """One number per channel, shaped to be broadcast over an output of the layer."""
@@ -285,7 +293,7 @@ def find_site(walk: Lockstep, node: fx.Node, layer: Layer, kept: np.ndarray | No
     `kept`: the dense layer's channels that it still has; None for all.
     """
     dense = walk.module(node, "dense")
-    assert isinstance(dense, (nn.Conv2d, nn.Linear))
+    assert isinstance(dense, LAYERS)
     kept = checked_support(str(node.target), kept, dense, layer)
     place, consumer = node, _only_consumer(node)
     norm = None
@@ -316,7 +324,7 @@ def checked_support(name: str, kept: np.ndarray | None, dense: Layer, sliced: La
     return kept
 
 
-def install(layer: Layer, norm: _Norm | None, weight: Tensor, shift: Tensor) -> bool:
+def install(layer: Layer, norm: _BatchNorm | None, weight: Tensor, shift: Tensor) -> bool:
     """Give a layer a new weight and shift its output, with tensors of their own.
 
     Returns whether the layer's own output is shifted (one number per channel); else the running
@@ -332,24 +340,27 @@ def install(layer: Layer, norm: _Norm | None, weight: Tensor, shift: Tensor) -> 
     return True
 
 
-def _foldable_norm(walk: Lockstep, node: fx.Node, consumer: fx.Node) -> _Norm | None:
+def _foldable_norm(walk: Lockstep, node: fx.Node, consumer: fx.Node) -> _BatchNorm | None:
     """The batch-norm that a node calls, if it only scales and shifts a layer's channels."""
     norm = walk.module(consumer, "sliced")
-    if not isinstance(norm, _Norm) or norm.running_var is None or not walk.called_once(consumer):
+    if (
+        not isinstance(norm, _BatchNorm)
+        or norm.running_var is None
+        or not walk.called_once(consumer)
+    ):
         return None
     inputs = walk.value(node.all_input_nodes[0], "sliced", 0)
-    per_feature = isinstance(norm, nn.BatchNorm2d) or inputs.ndim == 2
+    per_feature = isinstance(walk.layer(node), CONVOLUTIONS) or inputs.ndim == 2
     return norm if per_feature else None
 
 
 def sample(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
     """Take a layer's outputs at some positions: of shape (n, n_drawn, n_channels).
 
-    `where`, of shape (n, n_drawn), counts through the maps, rows and columns of each of n images.
+    `where`, of shape (n, n_drawn), counts through the maps and their positions of each of n images.
     """
-    if isinstance(layer, nn.Conv2d):
-        maps, rows, columns = _places(where, len(values), values.shape[2], values.shape[3])
-        return values[maps, :, rows, columns]
+    if isinstance(layer, CONVOLUTIONS):
+        return values.movedim(1, -1)[_places(where, len(values), values.shape[2:])]
     images = torch.arange(len(where), device=where.device)[:, None]
     return values.reshape(len(where), -1, values.shape[-1])[images, where]
 
@@ -364,31 +375,31 @@ def sample_patches(values: Tensor, layer: Layer, where: Tensor) -> Tensor:
         return sample(values, layer, where)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     values = F.pad(values, padding(layer), mode=mode)
-    for axis in (0, 1):
+    n_axes = len(layer.kernel_size)
+    for axis in range(n_axes):
         step = layer.dilation[axis]
         extent = step * (layer.kernel_size[axis] - 1) + 1
         values = values.unfold(2 + axis, extent, layer.stride[axis])[..., ::step]
-    maps, rows, columns = _places(where, len(values), values.shape[2], values.shape[3])
-    return values[maps, :, rows, columns].flatten(2)
+    places = _places(where, len(values), values.shape[2 : 2 + n_axes])
+    return values.movedim(1, 1 + n_axes)[places].flatten(2)
 
 
-def output_size(layer: nn.Conv2d, size: Sequence[int]) -> tuple[int, int]:
-    """Height and width of a convolution's output, from those of its input."""
-    left, right, top, bottom = padding(layer)
-    found = []
-    for axis, length in enumerate((size[0] + top + bottom, size[1] + left + right)):
+def output_size(layer: Convolution, size: Sequence[int]) -> list[int]:
+    """Size of a convolution's output along each axis, from that of its input."""
+    sides, found = padding(layer), []
+    for axis, length in enumerate(size):
         extent = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
-        found.append((length - extent) // layer.stride[axis] + 1)
-    return found[0], found[1]
+        at = 2 * (len(size) - 1 - axis)
+        found.append((length + sides[at] + sides[at + 1] - extent) // layer.stride[axis] + 1)
+    return found
 
 
-def padding(layer: nn.Conv2d) -> list[int]:
-    """Left, right, top and bottom padding of a convolution."""
+def padding(layer: Convolution) -> list[int]:
+    """Padding of a convolution before and behind each axis, the last axis first."""
     if not isinstance(layer.padding, str):
-        height, width = layer.padding
-        return [width, width, height, height]
+        return [n for n in reversed(layer.padding) for _ in range(2)]
     if layer.padding == "valid":
-        return [0, 0, 0, 0]
+        return [0, 0] * len(layer.kernel_size)
     sides = []
     for step, size in zip(reversed(layer.dilation), reversed(layer.kernel_size), strict=True):
         total = step * (size - 1)
@@ -396,11 +407,14 @@ def padding(layer: nn.Conv2d) -> list[int]:
     return sides
 
 
-def _places(where: Tensor, n_maps: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Map, row and column of positions that are counted image by image."""
+def _places(where: Tensor, n_maps: int, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Map and position along each axis, of positions that are counted image by image."""
     first = torch.arange(0, n_maps, n_maps // len(where), device=where.device)[:, None]
-    plane = height * width
-    return first + where // plane, where % plane // width, where % width
+    along = []
+    for n in reversed(sizes):
+        along.append(where % n)
+        where = where // n
+    return (first + where, *reversed(along))
 
 
 def _only_consumer(node: fx.Node) -> fx.Node | None:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
-from ..graph.nodes import is_layer
+from ..graph.nodes import CONVOLUTIONS, LAYERS, is_layer
 from ..graph.tracing import copy_sharing_weights
 
 # What `narrow` can narrow. Batch-norm, PReLU and depthwise convolution count as outputs only.
-NARROWABLE = (nn.Conv2d, nn.Linear, _BatchNorm, nn.PReLU)
+NARROWABLE = (*LAYERS, _NormBase, nn.PReLU)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,8 @@ class Member:
     """Where a group's channels sit in one module: position ``index[i]`` holds ``channel[i]``.
 
     Sides are "in" and "out" of a module, or say what else goes by the number of channels: an axis
-    of a parameter, a size that is written out in the graph, outputs that a mask sets to zero.
+    of a parameter, a size that is written out in the graph, outputs that a mask sets to zero,
+    channels "along" which a module without weights for each works (softmax).
     """
 
     module: str
@@ -77,6 +78,7 @@ class Sliced:
     norm_support: dict[str, np.ndarray] = field(default_factory=dict)
     outputs: np.ndarray | None = None
     zeroed: dict[str, np.ndarray] = field(default_factory=dict)
+    along: dict[str, np.ndarray] = field(default_factory=dict)
 
     def after(self, earlier: Sliced) -> Sliced:
         """The same in terms of what `earlier` was sliced from; this was from ``earlier.model``."""
@@ -97,6 +99,7 @@ class Sliced:
             _composed(earlier.norm_support, self.norm_support),
             outputs,
             earlier.zeroed | self.zeroed,
+            _composed(earlier.along, self.along),
         )
 
 
@@ -176,8 +179,9 @@ def take_out(
             narrow(modules[name], kept_out.get(name), kept_in.get(name))
         written = {side: masks for side, masks in alive.items() if side not in ("in", "out")}
         zeroed = {n: np.flatnonzero(~m) for n, m in written.pop("zero", {}).items()}
+        along = {n: np.flatnonzero(m) for n, m in written.pop("along", {}).items()}
         rewrite(model, written)
-    return Sliced(model, support, removed, norms, outputs, zeroed)
+    return Sliced(model, support, removed, norms, outputs, zeroed, along)
 
 
 def rewrite(model: nn.Module, alive: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -221,19 +225,19 @@ def _resize(node: Any, axis: int, n: int) -> None:
     sizes = list(rest[0] if packed else rest)
     if not sizes or axis >= len(sizes):
         raise ValueError("a size that is not written out")
-    if sizes[axis] != -1:
+    if isinstance(sizes[axis], int) and sizes[axis] != -1:  # else it is computed, and follows
         sizes[axis] = n
     node.args = (node.args[0], tuple(sizes)) if packed else (node.args[0], *sizes)
 
 
-def _shift(node: Any, axis: int, alive: np.ndarray) -> None:
+def _shift(node: Any, at: int, alive: np.ndarray) -> None:
     """Write another range into a slice."""
     index = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
-    at = axis if Ellipsis not in index or index.index(Ellipsis) > axis else None
-    if at is None:  # counted from the end
-        raise ValueError("a slice behind an ellipsis")
-    start, stop, _ = index[at].indices(len(alive))
-    index[at] = slice(int(alive[:start].sum()), int(alive[:stop].sum()), None)
+    given, (start, stop, _) = index[at], index[at].indices(len(alive))
+    first, last = int(alive[:start].sum()), int(alive[:stop].sum())
+    index[at] = slice(
+        None if given.start is None else first, None if given.stop is None else last, given.step
+    )
     node.args = (node.args[0], tuple(index) if len(index) > 1 else index[0])
 
 
@@ -243,7 +247,7 @@ def narrow(module: nn.Module, outputs: np.ndarray | None, inputs: np.ndarray | N
     Tensors are replaced, never written into, so that modules that share them see no change.
     """
     if inputs is not None:
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVOLUTIONS):
             if 1 < module.groups == module.in_channels:  # each has outputs of its own
                 module.groups = len(inputs)
             else:
@@ -258,17 +262,17 @@ def narrow(module: nn.Module, outputs: np.ndarray | None, inputs: np.ndarray | N
         return
     for name in ("weight", "bias", "running_mean", "running_var"):
         _select(module, name, outputs, dim=0)
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = (len(outputs),)
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = len(outputs)
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         if is_depthwise(module):
             module.in_channels = module.groups = len(outputs)
         module.out_channels = len(outputs)
     elif isinstance(module, nn.Linear):
         module.out_features = len(outputs)
-    elif isinstance(module, _BatchNorm):
+    elif isinstance(module, _NormBase):
         module.num_features = len(outputs)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(outputs)
@@ -287,17 +291,17 @@ def _select(module: nn.Module, name: str, kept: np.ndarray, dim: int) -> None:
 
 def width(module: nn.Module, side: str) -> int:
     """Number of channels on one side, ``"in"`` or ``"out"``, of a module that can be narrowed."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         return module.in_channels if side == "in" else module.out_channels
     if isinstance(module, nn.Linear):
         return module.in_features if side == "in" else module.out_features
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, _NormBase):
         return module.num_features
     if isinstance(module, nn.PReLU):
         return module.num_parameters
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return int(module.normalized_shape[-1])
     raise TypeError(f"{type(module).__name__} cannot be narrowed")
 
@@ -305,7 +309,7 @@ def width(module: nn.Module, side: str) -> int:
 def is_depthwise(module: nn.Module) -> bool:
     """Whether output channel i of a convolution depends on its input channel i alone."""
     return (
-        isinstance(module, nn.Conv2d)
+        isinstance(module, CONVOLUTIONS)
         and 1 < module.groups == module.in_channels == module.out_channels
     )
 
@@ -313,7 +317,7 @@ def is_depthwise(module: nn.Module) -> bool:
 def multiplies(module: nn.Module) -> bool:
     """Whether a convolution makes several outputs of each input alone."""
     return (
-        isinstance(module, nn.Conv2d)
+        isinstance(module, CONVOLUTIONS)
         and 1 < module.groups == module.in_channels < module.out_channels
     )
 
@@ -321,4 +325,4 @@ def multiplies(module: nn.Module) -> bool:
 def groups_of(module: nn.Module) -> int:
     """Number of groups of channels of a convolution; 1 for all else, and where it is depthwise."""
     alone = is_depthwise(module) or multiplies(module)
-    return module.groups if isinstance(module, nn.Conv2d) and not alone else 1
+    return module.groups if isinstance(module, CONVOLUTIONS) and not alone else 1

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..graph.nodes import (
+    CONVOLUTIONS,
+    Layer,
     called_layer,
     called_module,
     function_name,
@@ -38,10 +41,10 @@ Axes = list[np.ndarray | None]
 
 _MOVES = frozenset(
     "cat channel_shuffle chunk clone concat concatenate contiguous detach embedding expand "
-    "flatten flip float getitem half moveaxis movedim narrow pad permute pixel_shuffle "
-    "pixel_unshuffle repeat repeat_interleave reshape roll select split squeeze stack "
+    "expand_as flatten flip float getitem half moveaxis movedim narrow pad permute pixel_shuffle "
+    "pixel_unshuffle repeat repeat_interleave reshape reshape_as roll select split squeeze stack "
     "swapaxes swapdims t tensor_split tile to transpose type_as unbind unflatten unsqueeze "
-    "view".split()
+    "view view_as".split()
 )
 _ELEMENTWISE = frozenset(
     "abs add addcdiv addcmul bernoulli clamp clip cos div divide erf exp float_power floor "
@@ -65,6 +68,8 @@ _MOVING_MODULES = (
     nn.modules.padding._ReflectionPadNd,
     nn.modules.padding._ReplicationPadNd,
 )
+# Modules that look across the channels, and have no weights for them.
+_ALONG = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.LocalResponseNorm)
 _SIZES = frozenset("expand reshape unflatten view".split())
 
 
@@ -192,11 +197,14 @@ class Follower:
         layer = called_layer(self.gm, node)
         if layer is not None:
             return self._of_layer(node, layer, axes)
-        if isinstance(module, _BatchNorm) or (
+        if isinstance(module, _NormBase) or (
             isinstance(module, nn.PReLU) and module.num_parameters > 1
         ):
+            if isinstance(module, _InstanceNorm):
+                for labels in axes[2:]:
+                    self.pin(labels, f"its channels are positions for {name!r}")
             return self._along(name, axes, 1)
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             if len(module.normalized_shape) > 1:
                 return self._unknown(node)
             return self._along(name, axes, -1)
@@ -207,10 +215,11 @@ class Follower:
             return self._along(name, axes, 1)
         if is_activation(self.gm, node) or is_identity(self.gm, node):
             return axes
-        if isinstance(module, (nn.Softmax, nn.LogSoftmax)):
-            self.pin(axes[module.dim], f"its channels run through the softmax {name!r}")
-            return axes
-        if is_pool(self.gm, node) or isinstance(module, (nn.Upsample, nn.InstanceNorm2d)):
+        if isinstance(module, nn.GLU):
+            return self._halves(axes, module.dim)
+        if isinstance(module, _ALONG):
+            return self._along(name, axes, getattr(module, "dim", 1), "along")
+        if is_pool(self.gm, node) or isinstance(module, nn.Upsample):
             return [*axes[:2], *[None] * (shape.ndim - 2)] if shape.ndim > 2 else axes
         if isinstance(module, nn.modules.padding._ConstantPadNd):
             return self._padded(node, module.padding)
@@ -225,10 +234,10 @@ class Follower:
             f"its channels run through the {type(module).__name__} {name!r}, which is not sliced",
         )
 
-    def _of_layer(self, node: Any, layer: nn.Conv2d | nn.Linear, axes: Axes) -> Axes:
+    def _of_layer(self, node: Any, layer: Layer, axes: Axes) -> Axes:
         name, out = str(node.target), len(layer.weight)
-        channels = 1 if isinstance(layer, nn.Conv2d) else len(axes) - 1
-        if isinstance(layer, nn.Conv2d) and len(axes) != 4:
+        channels = 1 if isinstance(layer, CONVOLUTIONS) else len(axes) - 1
+        if isinstance(layer, CONVOLUTIONS) and len(axes) != 2 + len(layer.kernel_size):
             return self._unknown(node)
         given = axes[channels]
         if self._calls[name] > 1:
@@ -244,7 +253,7 @@ class Follower:
             self.produced[name] = self.fresh(out)
             self.join(self.produced[name], labels, "the network's input is one of its channels")
             self.consumed[name] = labels
-        elif isinstance(layer, nn.Conv2d) and multiplies(layer):
+        elif isinstance(layer, CONVOLUTIONS) and multiplies(layer):
             self.produced[name] = self.fresh(out)
             if given is None:
                 given = np.full(layer.groups, -1)
@@ -262,8 +271,11 @@ class Follower:
                 if given is not None:
                     self._in_runs(given, runs)
         rest = list(axes)
-        for axis in range(1, len(axes)):  # a convolution mixes positions
-            if isinstance(layer, nn.Conv2d) and axis > 1:
+        for axis in range(2, len(axes)) if isinstance(layer, CONVOLUTIONS) else ():
+            before, after = (self._values[n].shape[axis] for n in (node.all_input_nodes[0], node))
+            if isinstance(layer, nn.Conv1d) and layer.stride == (1,) and before == after:
+                self._along(name, axes, axis, "along")  # channels in a row, as in ECA
+            else:
                 self.pin(axes[axis], f"its channels are positions for {name!r}")
                 rest[axis] = None
         rest[channels] = self.produced[name]
@@ -275,14 +287,22 @@ class Follower:
         for part in parts[1:]:
             self.join(parts[0], part, "a grouped layer reads constants beside its channels")
 
-    def _along(self, name: str, axes: Axes, axis: int) -> Axes:
-        """A module with one weight for each channel."""
+    def _along(self, name: str, axes: Axes, axis: int, side: str = "out") -> Axes:
+        """A module with one weight for each channel, or none, that gives what it is given."""
         labels = axes[axis]
         if labels is not None:
             if self._calls[name] > 1:
                 self.pin(labels, f"its channels run through {name!r}, which is executed twice")
-            self.places.append((name, "out", labels))
+            self.places.append((name, side, labels))
         return axes
+
+    def _halves(self, axes: Axes, dim: int) -> Axes:
+        """One half of the channels gates the other."""
+        labels, found = axes[dim], list(axes)
+        if labels is not None:
+            found[dim], gates = np.split(labels, 2)
+            self.join(labels[: len(gates)], gates, "its channels meet values that stay")
+        return found
 
     def _of_function(self, node: Any, name: str) -> Any:
         if name in ("cat", "concat", "concatenate"):
@@ -297,6 +317,12 @@ class Follower:
             axes = self._axes[_given(node, 0, "input")]
             self.pin(axes[self._number(node, 1, "dim")], "its channels run through a softmax")
             return axes
+        if name == "glu":
+            return self._halves(
+                self._axes[_given(node, 0, "input")], self._number(node, 1, "dim", -1)
+            )
+        if name in ("max", "min") and any(n in self._axes for n in node.all_input_nodes[1:]):
+            return self._elementwise(node)
         if name in _REDUCTIONS:
             return self._reduced(node)
         if name == "normalize":
@@ -560,25 +586,21 @@ class Follower:
                 if labels is not None:
                     self.places.append((node.name, f"size {axis}", labels))
         elif name in ("split", "chunk"):
+            dim = self._number(node, 2, "dim", 0)
             for part, axes in enumerate(found):
-                for labels in axes:
-                    if labels is not None:
-                        self.places.append((node.name, f"part {part}", labels))
+                if axes[dim] is not None:
+                    self.places.append((node.name, f"part {part}", axes[dim]))
         elif name == "getitem":
             axes = self._axes[node.args[0]]
-            index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-            if any(i is Ellipsis for i in index):
-                after = len(index) - 1 - index.index(Ellipsis)
-                filler = [slice(None)] * (len(axes) - len(index) + 1)
-                index = (*index[: index.index(Ellipsis)], *filler, *index[len(index) - after :])
-            for axis, one in enumerate(index):
-                if axis >= len(axes) or axes[axis] is None or one == slice(None):
+            for place, axis, one in _indexed(node.args[1], len(axes)):
+                labels = axes[axis]
+                if labels is None or one == slice(None):
                     continue
                 if isinstance(one, slice) and one.step in (None, 1):
-                    self.places.append((node.name, f"slice {axis}", axes[axis]))
-                    self.places.append((node.name, "kept", axes[axis][one]))
+                    self.places.append((node.name, f"slice {place}", labels))
+                    self.places.append((node.name, "kept", labels[one]))
                 else:
-                    self.pin(axes[axis], "the forward pass takes a part of its channels")
+                    self.pin(labels, "the forward pass takes a part of its channels")
         elif name not in ("cat", "concat", "stack", "permute", "transpose", "flatten", "unsqueeze"):
             moved = {
                 "narrow",
@@ -627,6 +649,18 @@ def _given(node: Any, position: int, name: str, default: Any = _NEEDED) -> Any:
     if found is _NEEDED:
         raise UnclearError
     return found
+
+
+def _indexed(index: Any, n_axes: int) -> Iterator[tuple[int, int, Any]]:
+    """The parts of an index: which one, of which axis, and what is asked for there."""
+    parts = index if isinstance(index, tuple) else (index,)
+    axis = 0
+    for place, part in enumerate(parts):
+        if part is Ellipsis:
+            axis = n_axes - sum(p is not None for p in parts[place + 1 :])
+        elif part is not None:
+            yield place, axis, part
+            axis += 1
 
 
 def _run(roots: np.ndarray) -> int:

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import SlicingError
+from ..graph.nodes import CONVOLUTIONS
+from ..graph.tracing import copy_sharing_weights, trace
 from ..utils.device import full_float32
-from .channels import ChannelGroup, Sliced, take_out
+from .channels import ChannelGroup, Sliced, narrow, take_out
 
 # Rounding moves outputs by about 1e-6 of their largest value, a wrong index by about 1. In between
 # lie weak dependencies between channels (local response normalisation), to be noticed as well.
@@ -143,6 +145,9 @@ def check_sliced(
     if len(X) == 0:
         raise ValueError("X is empty; the comparison needs images.")
     kept = sliced.outputs if keep_outputs is None else np.asarray(keep_outputs)
+    names = {*sliced.norm_support, *sliced.along}
+    if not names <= dict(dense.named_modules()).keys():  # those of functions are in the graph only
+        dense = trace(dense, X)
     comparison = Comparison(dense, sliced)
     X = precision(dense, X[:_MOST_IMAGES])
     try:
@@ -181,8 +186,15 @@ class Comparison:
             self._silence(self.masked.get_submodule(name), torch.from_numpy(removed))
         for name, kept in sliced.norm_support.items():
             norm = self.masked.get_submodule(name)
-            if isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):
-                self._restrict(norm, torch.from_numpy(kept))
+            if not isinstance(norm, (_NormBase, nn.PReLU)):  # which see each channel alone
+                small = copy_sharing_weights(norm)
+                narrow(small, kept, None)
+                self._restrict(norm, small, _channel_dim(norm), torch.from_numpy(kept))
+        for name, kept in sliced.along.items():
+            module = self.masked.get_submodule(name)
+            dim = -1 if isinstance(module, CONVOLUTIONS) else getattr(module, "dim", 1)
+            small = copy_sharing_weights(module)
+            self._restrict(module, small, dim, torch.from_numpy(kept))
 
     @staticmethod
     def _silence(layer: nn.Module, removed: Tensor) -> None:
@@ -194,21 +206,15 @@ class Comparison:
         layer.register_forward_hook(zero)
 
     @staticmethod
-    def _restrict(norm: nn.LayerNorm | nn.GroupNorm, kept: Tensor) -> None:
-        """Make a norm over channels look at those that are left."""
+    def _restrict(module: nn.Module, small: nn.Module, dim: int, kept: Tensor) -> None:
+        """Make what looks across channels look at those that are left, as `small` does."""
 
-        def restrict(norm: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def restrict(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             index = kept.to(output.device)
-            dim = _channel_dim(norm)
-            x = args[0].index_select(dim, index)
-            weight, bias = (t if t is None else t[index] for t in (norm.weight, norm.bias))
-            if isinstance(norm, nn.LayerNorm):
-                some = F.layer_norm(x, (len(index),), weight, bias, norm.eps)
-            else:
-                some = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+            some = small(args[0].index_select(dim, index))
             return torch.zeros_like(output).index_copy(dim, index, some)
 
-        norm.register_forward_hook(restrict)
+        module.register_forward_hook(restrict)
 
     @staticmethod
     def _zero(layer: nn.Module, removed: Tensor) -> None:
@@ -294,13 +300,9 @@ def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _channel_dim(module: nn.Module) -> int:
     """Which dimension of a module's input and output holds the channels."""
-    return (
-        -1
-        if isinstance(module, (nn.Linear, nn.LayerNorm))
-        else -3
-        if isinstance(module, nn.Conv2d)
-        else 1
-    )
+    if isinstance(module, CONVOLUTIONS):
+        return -1 - len(module.kernel_size)
+    return -1 if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm)) else 1
 
 
 def _relative(masked: Tensor, small: Tensor) -> float:

@@ -63,8 +63,9 @@ def test_pool_of_what_has_no_grid() -> None:
     sequence = rand(4, 7, 3)
     assert torch.equal(pool(sequence, 2), sequence.mean(1))
     assert pool(x.bfloat16(), 1).dtype == torch.float32
-    with pytest.raises(ValueError, match=r"\(2, 3, 4, 5, 6\) cannot be pooled"):
-        pool(rand(2, 3, 4, 5, 6), 1)
+    assert torch.equal(pool(sequence, 2, axis=1), sequence.mean(2))
+    volume = rand(2, 3, 4, 5, 6)
+    assert torch.equal(pool(volume, 2), volume.mean((2, 3, 4)))
     with pytest.raises(ValueError, match="must be positive, got 0"):
         pool(x, 0)
 

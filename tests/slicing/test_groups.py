@@ -463,8 +463,10 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "run through n",
     ),
     "functional norm": (lambda: between(lambda s, x: F.group_norm(x, 2)), "group_norm"),
-    "softmax": (lambda: between(lambda s, x: x.softmax(1)), "softmax"),
-    "local response": (lambda: between(lambda s, x: s.n(x), n=nn.LocalResponseNorm(3)), "Local"),
+    "softmax in double": (
+        lambda: between(lambda s, x: x.softmax(1, torch.float64).float()),
+        "soft",
+    ),
     "transposed": (
         lambda: between(lambda s, x: s.n(x), n=nn.ConvTranspose2d(8, 8, 1)),
         "Transpose",
@@ -505,6 +507,24 @@ SLICED: dict[str, Callable[[], nn.Module]] = {
     "one channel per group": lambda: between(lambda s, x: s.n(x), 16, n=conv(8, 16, groups=8)),
     "group norm": lambda: between(lambda s, x: s.n(x), n=nn.GroupNorm(2, 8)),
     "instance norm": lambda: between(lambda s, x: s.n(x), n=nn.InstanceNorm2d(8)),
+    "its weights": lambda: between(lambda s, x: s.n(x), n=nn.InstanceNorm2d(8, affine=True)),
+    "its statistics": lambda: between(
+        lambda s, x: s.n(x), n=nn.InstanceNorm2d(8, track_running_stats=True)
+    ),
+    "local response": lambda: between(lambda s, x: s.n(x), n=nn.LocalResponseNorm(3)),
+    "softmax": lambda: between(lambda s, x: x * x.softmax(1)),
+    "softmax of maps": lambda: between(lambda s, x: s.n(x), n=nn.Softmax2d()),
+    "gated half": lambda: between(lambda s, x: s.n(x), 4, n=nn.GLU(1)),
+    "half that gates": lambda: between(lambda s, x: F.glu(x, -3), 4),
+    "larger of two": lambda: between(lambda s, x: torch.max(x, s.n(x)), n=conv(8, 8)),
+    "channels in a row": lambda: between(
+        lambda s, x: x * s.n(x.mean((2, 3))[:, None]).sigmoid().transpose(1, 2)[..., None],
+        n=nn.Conv1d(1, 1, 3, padding=1, bias=False),
+    ),
+    "expanded like another": lambda: between(
+        lambda s, x: x * s.n(x.mean((2, 3), keepdim=True)).sigmoid().expand_as(x), n=conv(8, 8, 1)
+    ),
+    "shaped like another": lambda: between(lambda s, x: s.n(x.flatten(1).view_as(x)), n=conv(8, 8)),
     "parameter": lambda: between(lambda s, x: x * s.n, n=nn.Parameter(torch.ones(8, 1, 1))),
     "buffer": lambda: between(lambda s, x: s.n(x), n=torchvision.ops.FrozenBatchNorm2d(8)),
     "chunk": lambda: between(lambda s, x: torch.cat(x.chunk(2, 1)[::-1], 1)),
