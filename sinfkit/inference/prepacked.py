@@ -59,6 +59,8 @@ class PrepackedConv2d(nn.Module):
         self.activation = "relu" if relu else "none"
         assert not isinstance(conv.padding, str)
         self._geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        for name, child in conv.named_children():  # called by name: a padding of its own, say
+            self.add_module(name, child)
         # Not a buffer: it can neither be stored nor moved.
         self._packed: Tensor | None = None
 

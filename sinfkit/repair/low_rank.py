@@ -150,8 +150,8 @@ def _candidates(network: fx.GraphModule) -> list[str]:
 
 
 def _able(layer: nn.Module) -> bool:
-    # Weights that something computes anew for each call are left alone.
-    plain = "weight" in layer._parameters and not layer._forward_pre_hooks
+    # Weights that something computes anew for each call are left alone, and layers with parts.
+    plain = "weight" in layer._parameters and not (layer._forward_pre_hooks or layer._modules)
     return plain and (type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1))
 
 

@@ -85,6 +85,27 @@ def test_only_what_may_be_fused_is():
         same(again(x), module(x))
 
 
+class Padded(nn.Conv2d):
+    """A convolution with parts of its own, as PyPI's efficientnet-lite has it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x):
+        return functional.conv2d(self.pad(x), self.weight, self.bias)
+
+
+def test_parts_of_a_convolution_are_kept():
+    x = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    module = trace(nn.Sequential(Padded(3, 4, 2), nn.BatchNorm2d(4), nn.ReLU()).eval(), x)
+    for form in (module, fold_batch_norm(module)):
+        fast = prepacked(form)
+        assert type(fast.get_submodule("0")) is PrepackedConv2d
+        with torch.inference_mode():
+            same(fast(x), form(x))
+
+
 def test_traced_parts_of_other_modules_are_found():
     whole = nn.Sequential(nn.Identity(), trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))).eval()
     fast = prepacked(whole)
