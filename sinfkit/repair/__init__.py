@@ -1,7 +1,7 @@
 """REPAIR: closed-form corrections of a sliced network, without labels or gradients."""
 
 from ..errors import UnreachableShareError
-from .distillation import Distillation, distill
+from .distillation import Distillation
 from .low_rank import NARROW, WIDE, factorize, factorized, insert_factors
 from .moments import MAX_INPUTS, Moments, gather_moments
 from .ridge import fit_ridge
@@ -21,7 +21,6 @@ __all__ = [
     "UnreachableShareError",
     "WIDE",
     "affordable_images",
-    "distill",
     "factorize",
     "factorized",
     "fit_ridge",

@@ -6,6 +6,7 @@ an epoch's boundary repeats the uninterrupted one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -31,6 +32,7 @@ from ..utils.params import (
     shown,
 )
 from ..utils.progress import Progress
+from ..zoo.training import crop_flip
 
 __all__ = ["Distillation", "Lesson", "as_distillation", "distill"]
 
@@ -241,33 +243,10 @@ def _mixed(x: Tensor, generator: torch.Generator) -> Tensor:
     return own * x + (1 - own) * x[torch.randperm(len(x), generator=generator).to(x.device)]
 
 
-def _moved(x: Tensor, generator: torch.Generator, flip: bool = False) -> Tensor:
-    """Images shifted by up to an eighth of their size, reflected at the border."""
-    n, channels, height, width = x.shape
-    rows, columns = (_places(n, size, generator) for size in (height, width))
-    if flip:
-        turned = torch.rand(n, 1, generator=generator) < 0.5
-        columns = torch.where(turned, columns.flip(1), columns)
-    index = (
-        torch.arange(n)[:, None, None, None],
-        torch.arange(channels)[None, :, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    )
-    return x[tuple(part.to(x.device) for part in index)]
-
-
-def _places(n: int, size: int, generator: torch.Generator) -> Tensor:
-    """Source indices (n, size) of random shifts, reflected at both ends."""
-    reach = size // 8
-    index = torch.arange(size) + torch.randint(-reach, reach + 1, (n, 1), generator=generator)
-    return (size - 1) - ((size - 1) - index.abs()).abs()
-
-
 _AUGMENT: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "mix": _mixed,
-    "crop": _moved,
-    "crop_flip": lambda x, generator: _moved(x, generator, flip=True),
+    "crop": functools.partial(crop_flip, flip=False),
+    "crop_flip": crop_flip,
 }
 
 

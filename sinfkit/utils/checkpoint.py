@@ -42,7 +42,7 @@ class Checkpoint:
             found = {**state["settings"], "random_state": state["seed"]}
         except Exception as error:
             raise ValueError(
-                f"checkpoint {self.path} is not one of a training ({error}). {way_out}"
+                f"checkpoint {self.path} holds no training ({error}). {way_out}"
             ) from error
         expected = {**self.settings, "random_state": seed if given else state["seed"]}
         different = [key for key, value in expected.items() if found.get(key) != value]

@@ -427,19 +427,21 @@ def _lent_generators(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its size, reflected, and flip half of them."""
+def crop_flip(images: Tensor, generator: torch.Generator, flip: bool = True) -> Tensor:
+    """Shift each image by up to an eighth of its size, reflected, and turn half of them round."""
     n, channels, height, width = images.shape
     rows = _shifted(n, height, generator)
     columns = _shifted(n, width, generator)
-    flip = torch.rand(n, 1, generator=generator) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
-    return images[
+    if flip:
+        turned = torch.rand(n, 1, generator=generator) < 0.5
+        columns = torch.where(turned, columns.flip(1), columns)
+    index = (
         torch.arange(n)[:, None, None, None],
         torch.arange(channels)[None, :, None, None],
         rows[:, None, :, None],
         columns[:, None, None, :],
-    ]
+    )
+    return images[tuple(part.to(images.device) for part in index)]
 
 
 def _shifted(n: int, size: int, generator: torch.Generator) -> Tensor:

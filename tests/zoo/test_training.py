@@ -174,7 +174,7 @@ def test_damaged_checkpoint(digits, tmp_path):
     X, y = digits[0][:60], digits[1][:60]
     path = tmp_path / "run.ckpt"
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="run.ckpt is not one of a training"):
+    with pytest.raises(ValueError, match="run.ckpt holds no training"):
         train_network(Interruptible(), X, y, epochs=1, checkpoint=path)
     assert path.read_bytes() == b"not a checkpoint"
 
