@@ -43,7 +43,7 @@ from .graph.cuts import output_layer
 from .graph.recording import output_of
 from .graph.tracing import check_traced, trace, without_head
 from .utils.device import in_pieces, loaded_device, resolve_device
-from .utils.params import check_integer, check_jobs, check_verbose, naming, once_each
+from .utils.params import check_integer, check_jobs, check_verbose, naming, nested, once_each
 from .utils.pickling import pack, versions, warn_of_versions
 from .zoo.networks import default_network
 from .zoo.training import train_network
@@ -242,10 +242,12 @@ class TorchEstimator(BaseEstimator):
     def _check_shared(self) -> None:
         """Raise for values of the parameters that all estimators have, before anything costly."""
         check_integer("batch_size", self.batch_size)
-        check_jobs(self.n_jobs)
         check_verbose(self.verbose)
-        with naming("memory"):
-            check_memory(self.memory)
+        own = self.get_params(deep=False)
+        with nested("options", {"n_jobs", "memory"}.difference(own)):
+            check_jobs(self.n_jobs)
+            with naming("memory"):
+                check_memory(self.memory)
 
     def _check_base(self, logits: torch.Tensor, calibration: Calibration) -> None:
         """Refuse outputs that are not finite; warn where outputs and labels disagree.

@@ -98,8 +98,6 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     batch_size : int, default=256
     device : str or torch.device, default="auto"
         ``"auto"``: the first GPU where there is one.
-    n_jobs : int, optional
-        Threads that score and build subgraphs; inside ``joblib.parallel_config``, workers.
     random_state : int, RandomState or None, default=None
     verbose : int, default=0
         1: an estimate at the start, one bar over everything, and what came out.
@@ -174,7 +172,7 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
     distillation_losses_: list[float]
     classes_: np.ndarray
     class_clusters_: np.ndarray
-    memory = None  # that of `pruner`
+    memory = None  # that of `pruner.options`
 
     _default_components: ClassVar[Mapping[str, Callable[[], BaseEstimator]]] = {
         "clusterer": SemanticClusterer,
@@ -203,7 +201,6 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         model_classes: Any = None,
         batch_size: int = 256,
         device: str | torch.device = "auto",
-        n_jobs: int | None = None,
         random_state: Any = None,
         verbose: int = 0,
     ) -> None:
@@ -221,7 +218,6 @@ class SINFClassifier(TorchClassifierMixin, TorchEstimator):
         self.model_classes = model_classes
         self.batch_size = batch_size
         self.device = device
-        self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose
 
@@ -473,7 +469,6 @@ n_features)
                 confidence=self.confidence,
                 target_speedup=self.target_speedup,
                 distill=distillation,
-                n_jobs=self.n_jobs,
                 memory=pruner.memory,
                 **given,
             )
@@ -602,6 +597,12 @@ n_features)
         if "clusterer_" in self.__dict__:
             self.clusterer_.device_ = self.device_
         return self
+
+    @property
+    def n_jobs(self) -> int | None:  # type: ignore[override]
+        """Jobs that build subgraphs, see `RoutingOptions`."""
+        options: RoutingOptions = self._component("options")
+        return options.n_jobs
 
     def predict(self, X: Any) -> Any:
         """Predict the class of each sample.

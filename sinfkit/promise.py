@@ -45,6 +45,8 @@ STEP = 0.1
 NEGLIGIBLE = 1e-13
 # Above this many images the normal approximation says how many are needed.
 EXACT_UP_TO = 50_000
+# To ask for more images than this helps nobody.
+_MOST = 1_000_000
 
 
 class Discordant(NamedTuple):
@@ -85,7 +87,8 @@ class Certificate:
         Whether `bound` is within `limit`.
     images_needed : int or None
         About how many images would certify, were the shares of lost and gained images those seen
-        here. None: no number would, since the drop seen is not below the limit.
+        here. None: no number that one could have would, since the drop seen is not below the
+        limit, or hardly.
 
     See Also
     --------
@@ -352,6 +355,8 @@ def certify(lost: int, gained: int, n: int, limit: float, confidence: float = 0.
     bound = min(bound, limit) if certified else max(bound, math.nextafter(limit, 2))
     rates = (lost / n, gained / n) if n else (0.0, 0.0)
     needed = images_needed(limit, confidence, *rates)
+    if needed is not None and needed > _MOST:
+        needed = None
     return Certificate(limit, confidence, n, lost, gained, bound, certified, needed)
 
 

@@ -106,8 +106,6 @@ default="least_squares"
     batch_size : int, default=256
     device : str or torch.device, default="auto"
         ``"auto"``: the first GPU where there is one.
-    memory : str, joblib.Memory or None
-        Where to cache the activations' statistics and the filters' scores between fits.
     random_state : int, RandomState or None, default=None
     verbose : int, default=0
         1: an estimate at the start, one bar over everything, and what came out.
@@ -213,7 +211,6 @@ default="least_squares"
         model_classes: Sequence[Any] | None = None,
         batch_size: int = 256,
         device: str | torch.device = "auto",
-        memory: Any = None,
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
     ) -> None:
@@ -231,7 +228,6 @@ default="least_squares"
         self.model_classes = model_classes
         self.batch_size = batch_size
         self.device = device
-        self.memory = memory
         self.random_state = random_state
         self.verbose = verbose
 
@@ -619,6 +615,11 @@ n_features)
         """Workers that predict, see `PruningOptions`."""
         options: PruningOptions = self._component("options")
         return options.n_jobs
+
+    @property
+    def memory(self) -> Any:
+        """Where statistics and scores are cached, see `PruningOptions`."""
+        return self._component("options").memory
 
 
 def _of_its_own(model: fx.GraphModule) -> fx.GraphModule:

@@ -283,7 +283,7 @@ def test_same_seed_same_result_and_parallel_equals_serial(frozen, data):
     X, y, X_test, _ = data
     clf = SINFClassifier(frozen, pruner=DCSPruner(budget=0.6), random_state=5)
     a = clf.fit(X, y).predict_proba(X_test)
-    b = clone(clf).set_params(n_jobs=2).fit(X, y).predict_proba(X_test)
+    b = clone(clf).set_params(options__n_jobs=2).fit(X, y).predict_proba(X_test)
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -202,6 +202,13 @@ def test_images_needed_certify_at_the_expected_counts():
     assert images_needed(0.0001, 0.9, 0.05, 0.05) > 10**6
 
 
+def test_nobody_is_asked_for_millions_of_images():
+    nearly = certify(lost=10_001, gained=0, n=1_000_000, limit=0.01002)
+    assert not nearly.certified and nearly.images_needed is None
+    assert "no number would do" in str(nearly)
+    assert certify(lost=9_000, gained=0, n=1_000_000, limit=0.01).certified
+
+
 @pytest.mark.parametrize(
     ("lost", "gained", "n"), [(9, 3, 100), (0, 0, 100), (0, 5, 60), (5, 0, 5), (0, 5, 5), (1, 0, 8)]
 )

@@ -130,7 +130,11 @@ def test_pipeline_memory_hits(trained, tmp_path):
 def test_own_memory_caches_statistics_and_scores(trained, tmp_path):
     frozen, X, y = trained
     a = DCSPruner(
-        frozen, criterion="dcs", schedule="linear", random_state=0, memory=str(tmp_path)
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        random_state=0,
+        options=PruningOptions(memory=str(tmp_path)),
     ).fit(X, y)
     n = len(list(tmp_path.rglob("output.pkl")))
     assert n == 2  # statistics and scores
@@ -140,7 +144,7 @@ def test_own_memory_caches_statistics_and_scores(trained, tmp_path):
         schedule="linear",
         pruning_ratios=(0.1, 0.7),
         random_state=0,
-        memory=str(tmp_path),
+        options=PruningOptions(memory=str(tmp_path)),
     ).fit(X, y)
     assert len(list(tmp_path.rglob("output.pkl"))) == n  # the same ones serve
     plain = DCSPruner(
@@ -149,30 +153,37 @@ def test_own_memory_caches_statistics_and_scores(trained, tmp_path):
     for layer, kept in plain.support_.items():
         np.testing.assert_array_equal(kept, b.support_[layer])
     assert any(len(a.support_[k]) > len(b.support_[k]) for k in a.support_)
-    DCSPruner(frozen, schedule="linear", random_state=0, memory=str(tmp_path), criterion="fdr").fit(
-        X, y
-    )
     DCSPruner(
         frozen,
-        criterion="dcs",
         schedule="linear",
         random_state=0,
-        memory=str(tmp_path),
-        options=PruningOptions(penalty=0.1),
+        options=PruningOptions(memory=str(tmp_path)),
+        criterion="fdr",
     ).fit(X, y)
     DCSPruner(
         frozen,
         criterion="dcs",
         schedule="linear",
         random_state=0,
-        memory=str(tmp_path),
+        options=PruningOptions(memory=str(tmp_path), penalty=0.1),
+    ).fit(X, y)
+    DCSPruner(
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        random_state=0,
+        options=PruningOptions(memory=str(tmp_path)),
         classes=[0, 1],
     ).fit(X, y)
     assert len(list(tmp_path.rglob("output.pkl"))) == n + 3  # other scores of the same statistics
     other = np.random.default_rng(0).permutation(y)
     keywords = {"random_state": 0, "repair": "none"}
     cached = DCSPruner(
-        frozen, criterion="dcs", schedule="linear", memory=str(tmp_path), **keywords
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        options=PruningOptions(memory=str(tmp_path)),
+        **keywords,
     ).fit(X, other)
     fresh = DCSPruner(frozen, criterion="dcs", schedule="linear", **keywords).fit(X, other)
     for layer, score in fresh.scores_.items():

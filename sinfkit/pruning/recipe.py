@@ -52,6 +52,8 @@ class PruningOptions(BaseEstimator):
     n_jobs : int, optional
         Inside ``joblib.parallel_config`` with a backend of processes: workers that predict chunks
         of `X`.  ``fit`` is one job.
+    memory : str, joblib.Memory or None
+        Where to cache the activations' statistics and the filters' scores between fits.
     allow_unsliceable : bool, default=False
         Whether to go on where less than 5 % of the multiplications can be sliced.
 
@@ -74,6 +76,7 @@ class PruningOptions(BaseEstimator):
         repair_samples: int = 4000,
         validation_fraction: float = 0.2,
         n_jobs: int | None = None,
+        memory: Any = None,
         allow_unsliceable: bool = False,
     ) -> None:
         self.budget_unit = budget_unit
@@ -85,6 +88,7 @@ class PruningOptions(BaseEstimator):
         self.repair_samples = repair_samples
         self.validation_fraction = validation_fraction
         self.n_jobs = n_jobs
+        self.memory = memory
         self.allow_unsliceable = allow_unsliceable
 
 

@@ -64,6 +64,8 @@ class RoutingOptions(BaseEstimator):
         two with fewer outputs in between, see `sinfkit.repair.factorize`; on top of what slicing
         saves.  1 leaves the layers as they are.  ``"auto"``: a search tries a half, and keeps it
         where that serves its goal; without a search 1.
+    n_jobs : int, optional
+        Threads that score and build subgraphs; inside ``joblib.parallel_config``, workers.
 
     Examples
     --------
@@ -81,6 +83,7 @@ class RoutingOptions(BaseEstimator):
         router_weight: float | Literal["auto"] = "auto",
         validation_fraction: float = 0.2,
         prefix_low_rank: float | Literal["auto"] = "auto",
+        n_jobs: int | None = None,
     ) -> None:
         self.answers = answers
         self.exit_threshold = exit_threshold
@@ -88,6 +91,7 @@ class RoutingOptions(BaseEstimator):
         self.router_weight = router_weight
         self.validation_fraction = validation_fraction
         self.prefix_low_rank = prefix_low_rank
+        self.n_jobs = n_jobs
 
 
 @dataclass(frozen=True)

@@ -108,14 +108,14 @@ def sizes_too_large(caught: list[warnings.WarningMessage]) -> list[int]:
     ],
 )
 def test_out_of_memory_halves_the_batch_and_goes_on(fitted, data, name, method):
-    n = 24_000
+    n = 64_000
     X = np.tile(data[0], (n // len(data[0]), 1, 1, 1))
     estimator = fitted[name]
     expected = getattr(estimator, method)(data[0])
 
     def starve():
         estimator.set_params(batch_size=n // 2)
-        limit_memory(10 * 2**20)
+        limit_memory(32 * 2**20)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = getattr(estimator, method)(X)
@@ -230,7 +230,7 @@ def test_pieces_keep_their_order_and_other_errors_pass():
 @pytest.mark.parametrize("name", ["DCSPruner", "SINFClassifier"])
 def test_a_killed_fit_goes_on_from_the_last_finished_stage(fresh, data, name, tmp_path, capsys):
     X, y = data
-    where = "pruner__memory" if name == "SINFClassifier" else "memory"
+    where = "pruner__options__memory" if name == "SINFClassifier" else "options__memory"
 
     def killed():
         stored = []
@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_no_half_export_and_the_earlier_one(fitted, tmp_path)
 @needs_fork
 def test_a_full_disk_costs_the_cache_not_the_fit(fresh, data, tmp_path):
     X, y = data
-    estimator = clone(fresh["DCSPruner"]).set_params(memory=str(tmp_path))
+    estimator = clone(fresh["DCSPruner"]).set_params(options__memory=str(tmp_path))
 
     def fill():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY))

@@ -434,7 +434,7 @@ def test_cached_scores_know_the_weights(frozen, data, tmp_path):
         schedule="linear",
         repair="none",
         random_state=0,
-        memory=str(tmp_path),
+        options=PruningOptions(memory=str(tmp_path)),
     )
     first = pruner.fit(X, y).scores_
     second = pruner.fit(X, y, sample_weight=weight + 1).scores_

@@ -393,13 +393,20 @@ def test_a_fitted_estimator_among_the_parameters_is_stored_unfitted(data, frozen
 def test_a_cache_folder_is_not_restored(data, frozen, tmp_path):
     """A cache is a folder of pickles, which a later fit would read."""
     pruner = DCSPruner(
-        frozen, criterion="dcs", schedule="linear", memory=str(tmp_path / "cache"), random_state=0
+        frozen,
+        criterion="dcs",
+        schedule="linear",
+        options=PruningOptions(memory=str(tmp_path / "cache")),
+        random_state=0,
     ).fit(*data)
     path = saved(pruner, tmp_path)
     assert sinfkit.load(path, factory=small_cnn).memory is None
-    assert "memory" not in manifest_of(path)["parameters"]
-    forge(path, lambda stored: stored.manifest["parameters"].update(memory="/tmp/elsewhere"))
-    with pytest.raises(StorageError, match="parameters of DCSPruner"):
+    assert "memory" not in manifest_of(path)["parameters"]["options"]
+    forge(
+        path,
+        lambda stored: stored.manifest["parameters"]["options"].update(memory="/tmp/elsewhere"),
+    )
+    with pytest.raises(StorageError, match="parameters of PruningOptions"):
         sinfkit.load(path, factory=small_cnn)
 
 

@@ -22,7 +22,14 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, ShuffleSplit
 from workers import Marked, inside, noted_cnn, whose
 
-from sinfkit import DCSPruner, FrozenModel, SemanticClusterer, SINFClassifier, train_network
+from sinfkit import (
+    DCSPruner,
+    FrozenModel,
+    PruningOptions,
+    SemanticClusterer,
+    SINFClassifier,
+    train_network,
+)
 from sinfkit.utils import Rows, Shared, elsewhere, with_shared
 
 
@@ -180,7 +187,9 @@ def test_loky_workers_without_a_file(network, data, tmp_path):
     methods = [pruner.predict_proba, pruner.transform, clusterer.predict, clusterer.transform]
     expected = [method(X_test) for method in methods]
     with parallel_config("loky", n_jobs=2):
-        taylor = DCSPruner(schedule="linear", criterion="taylor", memory=str(tmp_path))
+        taylor = DCSPruner(
+            schedule="linear", criterion="taylor", options=PruningOptions(memory=str(tmp_path))
+        )
         remote = classifier(model, pruner=taylor).fit(X, y)
         for method, answer in zip(methods, expected, strict=True):
             for samples in (X_test, torch.from_numpy(X_test)):
