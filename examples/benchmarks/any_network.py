@@ -264,7 +264,7 @@ def compared(rows: Sequence[dict[str, str]]) -> dict[str, dict[str, dict[str, st
     found: dict[str, dict[str, dict[str, str]]] = {family: {} for family in FAMILIES}
     for name, (family, _) in networks().items():
         both = {row["contestant"]: row for row in rows if row["network"] == name}
-        if len(both) == 2:
+        if OURS in both:
             found[family][name] = both
     return {family: members for family, members in found.items() if members}
 
@@ -304,13 +304,16 @@ def page(rows: Sequence[dict[str, str]]) -> str:
     ours = [(_removed(one.get(OURS)), _removed(one.get(THEIRS))) for one in both]
     works = [share for share, _ in ours if share is not None]
     theirs = [share for _, share in ours if share is not None]
+    tried = sum(THEIRS in one for one in both)
     behind = [t - o for o, t in ours if o is not None and t is not None]
-    libraries = sorted({row["network"].partition(".")[0] for row in rows}, reverse=True)
+    *others, last = sorted({row["network"].partition(".")[0] for row in rows})
+    sources = " and ".join(filter(None, (", ".join(others), last)))
     title = "How much of any network can be removed?"
     answer = (
-        f"**Of {len(both)} networks of {' and '.join(libraries)}, {len(works)} come out "
-        f"smaller, half of every group of channels removed, with {statistics.median(works):.0%} of "
-        f"the multiplications gone in the median; torch-pruning's result works on {len(theirs)}.** "
+        f"**Of {len(both)} networks of {sources}, {len(works)} come out smaller, "
+        f"half of every group of channels removed, with {statistics.median(works):.0%} of "
+        f"the multiplications gone in the median; torch-pruning's result works on {len(theirs)}"
+        f"{f' of {tried} tried' if tried < len(both) else ''}.** "
         f"{sum(share >= 0.68 for share in works)} lose at least 68 %. Where both work, ours is "
         f"behind by more than 3 points on {sum(b > 0.03 for b in behind)}, and ahead by as much on "
         f"{sum(b < -0.03 for b in behind)}."
@@ -346,6 +349,8 @@ def _told(row: dict[str, str] | None) -> str:
     share = _removed(row)
     if share is not None:
         return f"{share:.1%}"
+    if row is None:
+        return "not tried"
     return "no answer" if row and row["error"].startswith("no answer") else "fails"
 
 

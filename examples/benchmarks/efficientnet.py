@@ -111,11 +111,12 @@ def page(rows: Sequence[dict[str, str]]) -> str:
             f"{100 * (float(best['base']) - float(best['accuracy'])):.1f} points"
         )
     )
-    answer = (
-        f"**Specialised to twenty classes, without retraining, {first}; "
+    rest = (
         f"{1 - float(smallest['cost']):.0%} cost "
-        f"{100 * (float(smallest['base']) - float(smallest['accuracy'])):.1f}.**"
+        f"{100 * (float(smallest['base']) - float(smallest['accuracy'])):.1f} points"
     )
+    both = first if smallest is best else f"{first}; {rest}"
+    answer = f"**Specialised to twenty classes, without retraining, {both}.**"
     header = ["classes", "multiplications left", "base, the same answers open", "accuracy"]
     header += ["lost, gained", "parameters left", "speed at batch 1", "at batch 32", "fit, CPU s"]
     lines = [header] + [
