@@ -318,3 +318,19 @@ def stored_again(pruner: DCSPruner, factory: Any, X: np.ndarray) -> None:
         save(pruner, Path(folder) / "pruner.sinf")
         again = load(Path(folder) / "pruner.sinf", factory=factory)
     np.testing.assert_allclose(again.predict_proba(X), pruner.predict_proba(X), atol=1e-6)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.sampled_from([*WAYS, *ATTENTION]), st.integers(0, 99))
+def test_what_is_sliced_along_is_repaired_and_stored(way: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    kind: Any = Transformer if way in ATTENTION else Channels
+    network = kind(way).eval().requires_grad_(False)
+    X = images(6 if kind is Transformer else 8, seed).repeat(12, 1, 1, 1)
+    X = X + 0.3 * torch.randn(X.shape)
+    network.head.bias -= network(X).mean(0)  # or one class would be all answers
+    pruner = DCSPruner(network, criterion="obs", schedule="uniform", pruning_ratios=(0.4, 0.4)).fit(
+        X
+    )
+    assert pruner.cost_ratio_ < 0.8
+    stored_again(pruner, lambda: kind(way), X.numpy())
