@@ -22,6 +22,7 @@ from .data.calibration import (
     Calibration,
     check_logits,
     check_order,
+    check_scale,
     match_classes,
     warn_if_mismatched,
     with_two_outputs,
@@ -50,6 +51,7 @@ from .zoo.training import train_network
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
 _FEW = 4  # samples on which a network is tried
+_MANY_WRONG = 0.1  # of the answers: then another scale of the samples is tried
 _TO_PREDICT = ("batch_size", "device", "n_jobs")  # parameters that prediction reads
 
 
@@ -206,7 +208,7 @@ class TorchEstimator(BaseEstimator):
         self.base_model_ = frozen
         with naming("model"):
             graph = trace(module, samples[:1])
-            check_traced(graph, module, samples)
+            check_traced(graph, module, samples, lambda: frozen.packed.unpack(device))
             graph = without_head(graph, samples)
             check_logits(graph, samples)
             output = output_layer(graph, n_outputs)
@@ -263,6 +265,8 @@ class TorchEstimator(BaseEstimator):
         columns = torch.as_tensor(calibration.table.outputs)
         answers = logits[torch.as_tensor(known)][:, columns].argmax(1).cpu().numpy()
         check_order(calibration.table, answers, calibration.y_encoded[known])
+        if (answers != calibration.y_encoded[known]).mean() > _MANY_WRONG:
+            check_scale(calibration)
         accuracy = mean(answers == calibration.y_encoded[known], calibration.weights(known))
         warn_if_mismatched(accuracy, len(calibration.table.classes), int(known.sum()))
 

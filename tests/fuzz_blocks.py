@@ -506,6 +506,23 @@ def _index_fill(x: Tensor, me: Any) -> Tensor:
     return x.index_fill_(1, torch.tensor([0]), 0.2)
 
 
+def _rare_view(x: Tensor, me: Any) -> Tensor:
+    """It shows where a value is far larger than usual, as do the next two."""
+    x[:, ::2].clamp_(max=3.0)
+    return x
+
+
+def _rare_data(x: Tensor, me: Any) -> Tensor:
+    x.data.clamp_(max=3.0)
+    return x
+
+
+def _rare_stale(x: Tensor, me: Any) -> Tensor:
+    before = x[:, :1]
+    x.clamp_(max=3.0)
+    return x + before
+
+
 def _chain(x: Tensor, me: Any) -> Tensor:
     return x.mul_(0.5).add_(1.0).clamp_(-1, 1)
 
@@ -549,6 +566,41 @@ def _counter(x: Tensor, me: Any) -> Tensor:
 def _buffer(x: Tensor, me: Any) -> Tensor:
     me.seen += x.mean()
     return x + me.seen
+
+
+def _rare_dropout(x: Tensor, me: Any) -> Tensor:
+    return F.dropout(x, 1e-4, training=True)
+
+
+def _rare_path(x: Tensor, me: Any) -> Tensor:
+    return x * (torch.rand(len(x), *[1] * (x.ndim - 1)) > 1e-4)
+
+
+def _rare_python_draw(x: Tensor, me: Any) -> Tensor:
+    return x if random.random() > 1e-4 else -x
+
+
+def _first_kept(x: Tensor, me: Any) -> Tensor:
+    if getattr(me, "kept", None) is None:
+        me.kept = x.mean().detach()
+    return x - 3 * me.kept
+
+
+def _batch_of_many(x: Tensor, me: Any) -> Tensor:
+    return x * (2.0 if x.shape[0] > 9 else -1.0)
+
+
+def _batch_of_eights(x: Tensor, me: Any) -> Tensor:
+    return x * (2.0 if len(x) % 8 == 0 else -1.0)
+
+
+def _caught(x: Tensor, me: Any) -> Tensor:
+    try:
+        if float(x.max()) > 3.0:
+            return -x
+    except Exception:
+        pass
+    return x
 
 
 def _batch_mean(x: Tensor, me: Any) -> Tensor:
@@ -652,7 +704,7 @@ def _train_for_ever(module: nn.Module) -> None:
 
 HOOK = "hook|forward|pickled"
 VIEW = "in place|view|hook|followed|cannot trace|look into"
-DRAW = "random|state|draw|batch|followed"
+DRAW = "random|state|draw|batch|followed|asked about first"
 BATCH = "cannot trace|batch|one sample alone|Train it with running|random|state"
 BRANCH = "batch|followed|branch|control flow|values of|trace"
 FAULTS = (
@@ -661,6 +713,7 @@ FAULTS = (
         for step in (
             *(_scale_view, _relu_view, _relu_chunk, _module_on_view, _out, _set_item, _add_to_view),
             *(_data, _transposed, _unbound, _copied, _filled, _index_fill, _stale),
+            *(_rare_view, _rare_data, _rare_stale),
         )
     ),
     Fault("chain in place", "", _chain),
@@ -668,14 +721,20 @@ FAULTS = (
         Fault(f"draw {step.__name__.strip('_')}", DRAW, step, answers=False)
         for step in (
             *(_noise, _noise_like_shape, _dropout, _bernoulli, _python_draw, _numpy_draw),
-            *(_counter, _buffer),
+            *(_counter, _buffer, _rare_dropout, _rare_path, _rare_python_draw, _first_kept),
         )
     ),
     *(
         Fault(f"batch {step.__name__.strip('_')}", BATCH, step, answers=False)
-        for step in (_batch_mean, _batch_max, _batch_size, _batch_norm, _shuffled)
+        for step in (
+            *(_batch_mean, _batch_max, _batch_size, _batch_norm, _shuffled),
+            *(_batch_of_many, _batch_of_eights),
+        )
     ),
-    *(Fault(f"branch {step.__name__.strip('_')}", BRANCH, step) for step in (_if_values, _if_any)),
+    *(
+        Fault(f"branch {step.__name__.strip('_')}", BRANCH, step)
+        for step in (_if_values, _if_any, _caught)
+    ),
     Fault("hook root output", HOOK, finish=Hook(_flip, "root")),
     Fault("hook root input", HOOK, finish=Hook(_double, "root", True)),
     Fault("hook first", HOOK, finish=Hook(_double, "first")),
@@ -837,7 +896,8 @@ def fitted(body: Network, x: Tensor, codes: np.ndarray, head: str) -> Network:
         coef = torch.linalg.solve(gram, centred.T @ target)
         body.fc.weight.copy_(coef.T)
         body.fc.bias.copy_(-h.mean(0) @ coef)
-        body.__dict__.pop("calls", None)
+        for kept in ("calls", "kept"):
+            body.__dict__.pop(kept, None)
     return body
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 import runpy
 from pathlib import Path
@@ -186,6 +187,41 @@ def test_walk_that_cannot_start_tells_why():
 
 
 @pytest.mark.parametrize("limit", [0.005, 0.01, 0.02])
+def _outcomes(n, kinds):
+    """All ways in which `n` images can be of `kinds` kinds."""
+    for bars in itertools.combinations(range(n + kinds - 1), kinds - 1):
+        yield np.diff([-1, *bars, n + kinds - 1]) - 1
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    kinds=st.lists(
+        st.tuples(*[st.sampled_from([-1, 0, 1])] * 4), min_size=2, max_size=3, unique=True
+    ),
+    seed=st.integers(0, 10_000),
+    limit=st.sampled_from([0.0, 0.1, 0.3]),
+    n=st.integers(4, 12),
+)
+def test_the_walk_errs_no_more_often_than_said_whatever_the_losses(kinds, seed, limit, n):
+    # An image is of one of some kinds: on it, each of four candidates loses (1), gains (-1) or
+    # neither. Their losses may rise, fall, or hang on each other in any way. No draws: the
+    # probability of every outcome in which too large a loss is certified is added up.
+    kinds = np.array(kinds)
+    shares = np.random.default_rng(seed).dirichlet(np.full(len(kinds), 0.7))
+    true = shares @ kinds
+    confidence, wrong = 0.8, 0.0
+    for numbers in _outcomes(n, len(kinds)):
+        walk = [
+            (int(numbers[kinds[:, j] > 0].sum()), int(numbers[kinds[:, j] < 0].sum()), n)
+            for j in range(kinds.shape[1])
+        ]
+        index, certificate = fixed_sequence(walk, limit, confidence)
+        if index is not None and true[index] >= limit:
+            assert certificate.certified
+            wrong += stats.multinomial.pmf(numbers, n, shares)
+    assert wrong <= 1 - confidence + 1e-9
+
+
 def test_images_needed_is_exact_without_disagreement(limit):
     n = images_needed(limit)
     assert drop_upper_bound(0, 0, n) <= limit < drop_upper_bound(0, 0, n - 1)

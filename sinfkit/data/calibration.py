@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..graph.nodes import CONVOLUTIONS
 from ..graph.recording import output_of
 from ..graph.tracing import close, trace, without_head
 from ..slicing.groups import ChannelGroup, find_groups
-from ..utils.device import host_tensor, loaded_device, settle_after_fork
+from ..utils.device import host_tensor, in_pieces, loaded_device, settle_after_fork
 from ..utils.params import naming, warn
 from ..utils.pickling import pack
 from .images import Images, LazyImages, spread
@@ -166,7 +166,11 @@ def check_order(table: ClassTable, answers: np.ndarray, y_encoded: np.ndarray) -
     best = linear_sum_assignment(confusion, maximize=True)[1]
     moved = np.flatnonzero(best != np.arange(n))
     share = confusion[np.arange(n), best].sum() / max(len(answers), 1)
-    if not len(moved) or share <= 0.5:
+    # Over classes: where most samples are of one, a network that always answers the same is no
+    # better in another order.
+    seen = confusion.sum(1)
+    shares = confusion[np.arange(n), best][seen > 0] / seen[seen > 0]
+    if not len(moved) or share <= 0.5 or shares.mean() <= 0.5:
         return
     now, then = confusion[moved, moved].sum(), confusion[moved, best[moved]].sum()
     ways = gammaln(n + 1) - gammaln(n - len(moved) + 1)
@@ -180,6 +184,83 @@ def check_order(table: ClassTable, answers: np.ndarray, y_encoded: np.ndarray) -
         f"correctly as it is, and {share:.1%} with model_classes={labels.tolist()!r}.",
         "model_classes",
     )
+
+
+_TRIED = 256  # samples that are asked about on other scales
+_GOOD = 0.7  # of accuracy: a network that was trained for it; below this it may be by chance
+_FAR = 0.1  # by so much of accuracy, averaged over classes, another scale must be better
+
+
+def check_scale(calibration: Calibration) -> None:
+    """Raise, or warn, where the network is far better at the same samples on another scale.
+
+    Samples that are normalised twice, bytes for a network that wants shares of 255 or the other
+    way round, and channels in reverse are told by the labels, with an exact test.
+    """
+    batcher, y = calibration.batcher, calibration.y_encoded
+    rows = np.flatnonzero(y >= 0)
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _TRIED)).astype(int)]
+    columns = torch.as_tensor(calibration.table.outputs)
+
+    def right(change: Callable[[Tensor], Tensor]) -> np.ndarray:
+        loaded = (batcher.load(calibration.X[part]) for part in _parts(rows, batcher.batch_size))
+        with torch.inference_mode():
+            answers = list(
+                in_pieces(lambda x: calibration.graph(change(x)).cpu()[:, columns], loaded)
+            )
+        found: np.ndarray = torch.cat(answers).argmax(1).numpy() == y[rows]
+        return found
+
+    now = right(batcher.normalise)
+    few = spread(calibration.X, min(_TRIED, batcher.batch_size))
+    others = _other_scales(calibration, batcher.load(few))
+    for what, change in others:
+        then = right(change)
+        better, worse = (then & ~now).sum(), (now & ~then).sum()
+        gained = _over_classes(then, y[rows]) - _over_classes(now, y[rows])
+        if gained < _FAR:
+            continue
+        if binom.sf(better - 1, better + worse, 0.5) * len(others) > _LEVEL:
+            continue
+        text = (
+            f"The model answers {now.mean():.1%} of {len(rows)} calibration samples correctly as "
+            f"they are, and {then.mean():.1%} {what}."
+        )
+        if then.mean() >= _GOOD:
+            raise ArgumentError(text, "X")
+        warn(text)
+
+
+def _other_scales(
+    calibration: Calibration, some: Tensor
+) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    """What else samples could have been meant to be, and how loaded ones become it."""
+    normalise, low, high = calibration.batcher.normalise, float(some.min()), float(some.max())
+    bytes_ = calibration.X.dtype in (np.uint8, torch.uint8)
+    found: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+    if calibration.frozen.mean is not None:
+        text = "where mean and std are not applied: they seem to be applied already, or wrong"
+        found.append((text, lambda x: x))
+    if low >= 0 and high > 8:
+        found.append(("divided by 255: pass uint8, or X / 255", lambda x: normalise(x / 255)))
+    elif low >= 0 and high <= 1.01:
+        how = "X.astype(numpy.float32)" if bytes_ else "X * 255"
+        found.append((f"as numbers from 0 to 255: pass {how}", lambda x: normalise(x * 255)))
+    if some.ndim == 4 and some.shape[1] == 3:
+        text = "with the channels in reverse order: pass X[:, ::-1]"
+        found.append((text, lambda x: normalise(x.flip(1))))
+    return found
+
+
+def _parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Rows in parts of a size."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _over_classes(right: np.ndarray, y: np.ndarray) -> float:
+    """Accuracy averaged over the classes that occur."""
+    return float(np.mean([right[y == k].mean() for k in np.unique(y)]))
 
 
 def encode(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -197,16 +278,41 @@ _ROUNDING = 5e-3  # of a sum of probabilities, in half precision
 
 
 def check_logits(graph: fx.GraphModule, samples: Tensor) -> None:
-    """Raise where a graph gives probabilities that it does not compute from logits at its end."""
+    """Raise where a graph gives probabilities that it does not compute from logits at its end.
+
+    They may be percentages, or logarithms to another base; of numbers that cannot be told from odd
+    logits a warning says what they may be.
+    """
     with torch.inference_mode():
         outputs = graph(samples).double()
-    sums = outputs.sum(1)
-    if outputs.shape[1] > 1 and bool((outputs >= 0).all() & ((sums - 1).abs() < _ROUNDING).all()):
+    if outputs.shape[1] < 2 or not bool(torch.isfinite(outputs).all()):
+        return
+    name = _made_of_probabilities(outputs)
+    if name is not None:
         raise ValueError(
-            "The model returns probabilities (the rows of its output sum to 1) and not logits, and "
-            "no softmax at its end that could be left out. Return the numbers in front of the "
-            "softmax; of a mean of several, its logarithm."
+            f"The model returns {name} and not logits, and no softmax at its end that could be "
+            "left out. Return the numbers in front of the softmax; of a mean of several, its "
+            "logarithm."
         )
+    if bool((outputs >= 0).all()) and float(outputs.max()) > 0:
+        warn(
+            "None of the model's outputs is below 0, which is rare among logits: their softmax is "
+            "taken. If they are probabilities or evidence already, return the logarithm instead."
+        )
+
+
+def _made_of_probabilities(outputs: Tensor) -> str | None:
+    """What numbers are that are made of probabilities; None for logits."""
+    sums = outputs.sum(1)
+    if bool((outputs >= 0).all() & ((sums / sums.mean() - 1).abs() < _ROUNDING).all()):
+        return f"probabilities (the rows of its output sum to {sums.mean():.4g})"
+    for base in (10, 2):
+        values = base**outputs
+        # Where a class is sure, the logarithms to all bases look the same.
+        unsure = bool((values.amax(1) < 0.9).any())
+        if unsure and bool(((values.sum(1) - 1).abs() < _ROUNDING).all()):
+            return f"logarithms of probabilities to base {base}"
+    return None
 
 
 def with_two_outputs(frozen: FrozenModel, samples: Tensor) -> FrozenModel:

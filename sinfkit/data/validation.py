@@ -52,6 +52,10 @@ def count_outputs(module: nn.Module, samples: Tensor, shape: Shape) -> int:
         raise ValueError(
             f"The model must return one row of class scores per sample (a 2-D tensor), got {got}."
         )
+    if logits.dtype == torch.bool or logits.is_complex():
+        raise ValueError(
+            f"The model must return class scores that are real numbers, got {logits.dtype}."
+        )
     return int(logits.shape[1])
 
 

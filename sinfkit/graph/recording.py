@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .nodes import is_layer, is_switched
+from .writes import Writes, tensors_in, version
 
 __all__ = ["EVAL", "NeedsDataError", "Recorder", "Replayer", "UntraceableError"]
 
@@ -123,7 +125,8 @@ class Recorder(Replayer):
         self.opaque = opaque
         self.batches = batches
         self.twin = twin
-        self.writers: set[str] = set()
+        self.writes = Writes()
+        self.swallowed: set[str] = set()
         self._computing = False
 
     def trace(
@@ -143,6 +146,7 @@ class Recorder(Replayer):
         x = self.create_proxy("placeholder", "x", (), {})
         if self.batches:
             x._held = tuple(self.batches)
+            self.writes.note(x.node, x._held[0], [], [], ())
         self.root.training = EVAL  # type: ignore[assignment]
         return lambda module, x: _logits(module._call_impl(x)), [self.root, x]
 
@@ -227,6 +231,7 @@ class Recorder(Replayer):
         if any(given._held is None for given in inputs):
             return proxy
         proxy._constant = kind == "get_attr" or bool(inputs) and all(p._constant for p in inputs)
+        versions = [[version(t) for t in tensors_in(given._held[0])] for given in inputs]
         self._computing = True
         try:
             proxy._held = tuple(
@@ -234,6 +239,7 @@ class Recorder(Replayer):
             )
         except Exception as error:
             if self.batches[0].is_meta:
+                self.refuse(str(error))
                 raise NeedsDataError(str(error)) from error
             raise
         finally:
@@ -249,7 +255,10 @@ class Recorder(Replayer):
             if given._held
         )
         value = proxy._held[0]
-        if type(value) is float and not proxy._from_data and len(set(proxy._held)) == 1:
+        proxy._of_count = self._by_count(proxy._held, inputs, kind, target, args, kwargs)
+        known = [(given.node, given._held[0]) for given in inputs]
+        self.writes.note(proxy.node, value, known, versions, tuple(self._callers()))
+        if type(value) is float and not proxy._from_data and proxy._is_steady():
             self.graph.erase_node(proxy.node)  # a factor, which is not to follow the channels
             return value
         if isinstance(value, Tensor):
@@ -276,7 +285,7 @@ class Recorder(Replayer):
         for one in (*given, *([like] if isinstance(like, fx.Proxy) else [])):
             if not isinstance(one, _Proxy) or one._held is None or one._from_data:
                 return None
-        if any(one._held[0] != one._held[1] for one in given):
+        if not all(one._is_steady() for one in given):
             return None
         rest, kwargs = _at(0, (rest, kwargs))
         where = next((t.device for t in self.root.parameters()), torch.device("cpu"))
@@ -292,21 +301,51 @@ class Recorder(Replayer):
             self._computing = False
 
     def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one node; note who writes into a tensor."""
+        """Run one node."""
         if kind == "get_attr":
             return operator.attrgetter(target)(self.twin)
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        versions = [t._version for t in tensors]
         if kind == "call_module":
-            value = self.twin.get_submodule(target)(*args, **kwargs)
-        elif kind == "call_method":
-            value = getattr(args[0], target)(*args[1:], **kwargs)
-        else:
-            value = target(*args, **kwargs)
-        if any(t._version != before for t, before in zip(tensors, versions, strict=True)):
-            names = [name for name, _ in self.module_stack.values()]
-            self.writers.add(names[-1] if names else "")
-        return value
+            return self.twin.get_submodule(target)(*args, **kwargs)
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
+
+    def _by_count(
+        self,
+        held: tuple[Any, ...],
+        inputs: list[_Proxy],
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Callable[[int], Any] | None:
+        """A node's number for any number of samples; None where it is the same, or no number."""
+        if not _is_number(held[0]):
+            return None
+        if any(isinstance(given._held[0], Tensor) for given in inputs if given._held):
+            if held[0] == held[1] or not _is_fact(kind, target, args):
+                return None
+            return functools.partial(_on_line, *held[:2])
+        if all(given._of_count is None for given in inputs):
+            return None
+
+        def at(n: int) -> Any:
+            return self._value(kind, target, *_mapped((args, kwargs), lambda a: _for_count(a, n)))
+
+        try:
+            steady = held[0] == held[1] and all(at(n) == held[0] for n in _COUNTS)
+        except ArithmeticError:
+            steady = False
+        return None if steady else at
+
+    def _callers(self) -> list[str]:
+        """Names of the modules that are running, outermost first."""
+        return [name for name, _ in self.module_stack.values()]
+
+    def refuse(self, why: str) -> fx.proxy.TraceError:
+        """An error for code that asks for what is not known; should it catch it, that is noted."""
+        self.swallowed.add((self._callers() or [""])[-1])
+        return fx.proxy.TraceError(why)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Let asserted conditions pass; others would be control flow, which is refused."""
@@ -340,9 +379,11 @@ class _Symbol(fx.Proxy):
 class _Proxy(_Symbol):
     """A proxy that passes for its value where the value's kind matters."""
 
+    tracer: Any
     _held: Any = None  # its values, one for each batch, if they are known
     _constant = False  # computed from parameters and buffers alone
     _from_data = False  # a number read out of the samples
+    _of_count: Callable[[int], Any] | None = None  # a number, for any number of samples
 
     @property
     def __class__(self) -> Any:
@@ -367,18 +408,30 @@ class _Proxy(_Symbol):
     def _told(self, kind: Callable[[Any], Any], *, of_tensors: bool = False) -> Any:
         """A fact about the value that is the same whatever the samples and their number."""
         if self._held is None or self._from_data:
-            raise fx.proxy.TraceError("its value depends on the samples")
+            raise self.tracer.refuse("its value depends on the samples")
         data = isinstance(self._held[0], Tensor) and not self._constant and not of_tensors
         first, *others = (None if data else kind(value) for value in self._held)
-        if data or any(other != first for other in others):
-            raise fx.proxy.TraceError("its value depends on the samples or on their number")
+        count = self._of_count
+        if (
+            data
+            or any(other != first for other in others)
+            or (count is not None and any(kind(count(n)) != first for n in _COUNTS))
+        ):
+            raise self.tracer.refuse("its value depends on the samples or on their number")
         return first
 
+    def _is_steady(self) -> bool:
+        """Whether a number is one and the same for any number of samples."""
+        return bool(self._held[0] == self._held[1]) and self._of_count is None
+
     def __bool__(self) -> bool:
+        before = set(self.tracer.swallowed)
         try:
             return bool(self._told(bool))
         except fx.proxy.TraceError:
-            return bool(self.tracer.to_bool(self))
+            passing = bool(self.tracer.to_bool(self))
+        self.tracer.swallowed = before
+        return passing
 
     def __int__(self) -> int:
         return int(self._told(int))
@@ -408,6 +461,31 @@ def _holds_numbers(value: Any) -> bool:
     return not isinstance(value, Tensor) and value is not None
 
 
+# Numbers of samples for which a number is to be the same; it is recorded for two and three.
+_COUNTS = (1, *range(4, 34), 64, 65, 100, 127, 128, 255, 256, 500, 512, 1000, 1024, 4096)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, or a tuple of some, as a shape is."""
+    if isinstance(value, tuple):
+        return all(isinstance(part, bool | int | float) for part in value)
+    return isinstance(value, bool | int | float)
+
+
+def _on_line(two: Any, three: Any, n: int) -> Any:
+    """What is so much for two samples, and so much for three, for `n`."""
+    if isinstance(two, tuple):
+        return torch.Size([_on_line(a, b, n) for a, b in zip(two, three, strict=True)])
+    return two + (n - 2) * (three - two)
+
+
+def _for_count(a: Any, n: int) -> Any:
+    """A proxy's number for `n` samples."""
+    if isinstance(a, _Proxy):
+        return a._held[0] if a._of_count is None else a._of_count(n)
+    return a
+
+
 def _noted(a: Any, into: list[Any]) -> Any:
     """Add a proxy to a list."""
     if isinstance(a, fx.Proxy):
@@ -432,7 +510,7 @@ def _written(a: Any) -> Any:
         return a
     if isinstance(a._held[0], tuple):  # a shape
         return tuple(_written(a[i]) for i in range(len(a._held[0])))  # type: ignore[index]
-    return a._held[0] if type(a._held[0]) is int and a._held[0] == a._held[1] else a
+    return a._held[0] if type(a._held[0]) is int and a._is_steady() else a
 
 
 def _mapped(a: Any, value: Callable[[Any], Any]) -> Any:

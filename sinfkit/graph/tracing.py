@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from typing import TypeVar
+import math
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import SlicingWarning
 from ..utils.device import full_float32, is_out_of_memory
@@ -17,6 +22,7 @@ from .attention import plain_attention
 from .nodes import called_module, holds_layers, is_identity, is_layer, is_shape_query, out_of_place
 from .plain import made_plain
 from .recording import NeedsDataError, Recorder, Replayer, UntraceableError, output_of
+from .writes import Writes
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -87,11 +93,13 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         raise TypeError("model is a scripted or traced module; give the module it was made from.")
     opaque: frozenset[str] = frozenset()
     while True:
-        gm, writers = _traced(model, example, opaque)
-        # What a module writes into a view is lost in the graph, unless it stays one node.
-        more = writers - opaque - {""}  # the model as a whole cannot be one node
-        if example is None or example.is_meta or not more or _agree(gm, model, example):
+        gm, lost = _traced(model, example, opaque)
+        if not lost:
             break
+        # What a module writes into a view is not lost where it stays one node.
+        more = {next((name for name in reversed(who) if name not in opaque), "") for who in lost}
+        if "" in more:  # the model as a whole cannot be one node
+            raise ValueError(f"The model could not be followed. {_WRITES}")
         opaque |= more
     found = opaque_modules(gm)
     if found:
@@ -105,11 +113,11 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
 
 def _traced(
     model: nn.Module, example: Tensor | None, opaque: frozenset[str]
-) -> tuple[fx.GraphModule, set[str]]:
-    """A model's graph, and which of its modules write into tensors."""
+) -> tuple[fx.GraphModule, list[tuple[str, ...]]]:
+    """A model's graph, and by which modules writes are made that are lost in it."""
     root = copy_sharing_weights(model).eval()
     plain_attention(root)
-    graph, writers = _record(root, example, opaque)
+    graph, writes = _record(root, example, opaque)
     result = graph.find_nodes(op="output")[0].args[0]
     if not isinstance(result, fx.Node):
         raise ValueError(
@@ -120,20 +128,9 @@ def _traced(
     made_plain(root, graph)
     gm = fx.GraphModule(root.eval(), graph)
     _make_functional(gm)
+    lost = writes.lost(gm.graph)
     gm.graph.eliminate_dead_code()
-    return fx.GraphModule(
-        gm, _renumbered(gm.graph), class_name=type(model).__name__
-    ).eval(), writers
-
-
-def _agree(gm: fx.GraphModule, model: nn.Module, example: Tensor) -> bool:
-    """Whether a graph computes what the model does, for one row of noise and one of the example."""
-    twin = copy_sharing_weights(model).eval()
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.rand(example[:1].shape, generator=generator).to(example)
-        x = torch.cat([example[:1], noise])
-        return close(gm(x.clone()), output_of(twin, x))
+    return fx.GraphModule(gm, _renumbered(gm.graph), class_name=type(model).__name__).eval(), lost
 
 
 def opaque_modules(gm: fx.GraphModule) -> list[str]:
@@ -149,10 +146,10 @@ def new_graph() -> fx.Graph:
 
 def _record(
     root: nn.Module, example: Tensor | None, opaque: frozenset[str]
-) -> tuple[fx.Graph, set[str]]:
+) -> tuple[fx.Graph, Writes]:
     """Record a module's graph; what cannot be traced becomes one node."""
     if isinstance(root, fx.GraphModule) and root.graph._tracer_cls is Replayer:
-        return Replayer().trace(root), set()
+        return Replayer().trace(root), Writes()
     # Without data first, in a moment whatever the size of the images.
     places = [torch.device("meta")] if example is not None else []
     if example is not None and not example.is_meta:
@@ -168,24 +165,36 @@ def _record(
         attributes = [(module, dict(vars(module))) for module in root.modules()]
         try:
             graph = recorder.trace(root)
+            if recorder.swallowed:
+                # It went on without what it had asked for, perhaps another way than with it.
+                raise _swallowed(recorder)
             _check_stateless(root)
-            return graph, recorder.writers
+            return graph, recorder.writes
         except UntraceableError as failure:
             opaque |= {failure.name}
         except Exception as error:
             if isinstance(error, NeedsDataError) and len(places) > 1:
                 places = places[1:]
                 continue
+            hooked = f"{_hooked(root)} " if _hooked(root) else ""
             raise ValueError(
-                f"torch.fx cannot trace {type(root).__name__}.forward ({error}). Give the network "
-                "as nn.Sequential(prefix, rest) of two halves; that can always be traced, and the "
-                "half that cannot be looked into stays whole."
+                f"torch.fx cannot trace {type(root).__name__}.forward ({error}). {hooked}Give the "
+                "network as nn.Sequential(prefix, rest) of two halves; that can always be traced, "
+                "and the half that cannot be looked into stays whole."
             ) from error
         finally:
             for module, kept in attributes:  # where forward notes what it has seen, it is a proxy
                 for key, value in list(vars(module).items()):
                     if isinstance(value, fx.Proxy):
                         vars(module)[key] = kept.get(key)
+
+
+def _swallowed(recorder: Recorder) -> Exception:
+    """What an error becomes that a module has caught."""
+    if recorder.batches and recorder.batches[0].is_meta:
+        return NeedsDataError("a value was asked for")
+    name = next(iter(recorder.swallowed))
+    return UntraceableError(name) if name else ValueError("its control flow depends on the samples")
 
 
 def _check_stateless(root: nn.Module) -> None:
@@ -215,9 +224,9 @@ def on_meta(root: nn.Module) -> nn.Module:
 
 def _make_functional(gm: fx.GraphModule) -> None:
     """Replace what overwrites its argument by what does not."""
-    overwriting = {
-        name for name, m in gm.named_modules(remove_duplicate=False) if getattr(m, "inplace", False)
-    }
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    # Not what lies inside of others that stay whole, which are to do what they did.
+    overwriting = {name for name in called if getattr(gm.get_submodule(name), "inplace", False)}
     for name in overwriting:
         gm.get_submodule(name).inplace = False  # type: ignore[assignment]
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -232,6 +241,7 @@ def _make_functional(gm: fx.GraphModule) -> None:
         overwrites = node.op == "call_module" and node.target in overwriting
         if node.op in ("call_function", "call_method"):
             overwrites = _switch_off(node)
+        node.meta["out_of_place"] = overwrites
         if overwrites and sources and sources[0] not in numbers:
             for old in same[sources[0]]:
                 for user in [user for user in old.users if order[user] > order[node]]:
@@ -285,13 +295,21 @@ _STATISTICS = (
 _TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-def check_traced(graph: fx.GraphModule, module: nn.Module, X: Tensor) -> None:
+def check_traced(
+    graph: fx.GraphModule,
+    module: nn.Module,
+    X: Tensor,
+    fresh: Callable[[], nn.Module] | None = None,
+) -> None:
     """Compare a graph with the module it was traced from, on a few real samples.
 
-    Raises ValueError, with what is likely to be the cause, if they differ, or if the answer for a
-    sample depends on the others of its batch. `X` is of shape (n, ...), normalised.
+    Raises ValueError, with what is likely to be the cause, if they differ, if the answer for a
+    sample depends on the others of its batch, or if that of a `fresh` copy of the module depends on
+    what it was asked first. `X` is of shape (n, ...), normalised.
     """
     X = X[:_N_SAMPLES]
+    if fresh is not None:
+        _check_first(fresh().eval(), module, X)
     try:
         _check(graph, module, X)
         return
@@ -306,6 +324,20 @@ def check_traced(graph: fx.GraphModule, module: nn.Module, X: Tensor) -> None:
     raise found
 
 
+def _check_first(fresh: nn.Module, module: nn.Module, X: Tensor) -> None:
+    """Raise where a module answers by what it was given in its first call."""
+    with torch.inference_mode(), full_float32():
+        wanted = output_of(module, X)
+        with contextlib.suppress(Exception):
+            output_of(fresh, -2 * X[:1])
+        found = output_of(fresh, X)
+    if not close(found, wanted) and not _drawing(module, X)[1]:
+        raise ValueError(
+            "The model keeps something of the samples that it is asked about first, and answers by "
+            "it later. Compute it from the sample, or set it once for all in a buffer."
+        )
+
+
 def _widened(graph: fx.GraphModule, module: nn.Module) -> tuple[fx.GraphModule, nn.Module] | None:
     """Copies in float64; None where there are none."""
     try:
@@ -317,25 +349,83 @@ def _widened(graph: fx.GraphModule, module: nn.Module) -> tuple[fx.GraphModule, 
 def _check(graph: fx.GraphModule, module: nn.Module, X: Tensor) -> None:
     """Raise ValueError where a graph is not its module, or samples depend on each other."""
     with torch.inference_mode(), full_float32():
-        first, again = output_of(module, X), output_of(module, X)
-        if not close(first, again):
+        first = output_of(module, X)
+        again, draws = _drawing(module, X)
+        if draws or not close(first, again):
             raise ValueError(
                 "The model gives another answer when it is asked again: its forward draws random "
                 "numbers, or keeps state from call to call, in eval mode. Seed the draw with the "
                 "input or take it out; switch Monte Carlo dropout off."
             )
         found = graph(X.clone())
+    _check_alone(module, X, first)
     if not close(found, first):
         raise ValueError(
             "The model could not be followed: the graph recorded from its forward gives other "
             f"answers than the model itself (off by {difference(found, first):.2g} of the "
             f"largest). {_cause(module)}"
         )
-    _check_alone(module, X, first)
+    if len(X) > 1:
+        with torch.inference_mode(), full_float32():
+            alone = torch.cat([graph(x) for x in X.clone().split(1)])
+        if not close(alone, first):
+            raise ValueError(
+                "The model could not be followed: what was recorded from its forward depends on "
+                f"the others of a batch, unlike the model itself. {_cause(module)}"
+            )
+
+
+def _drawing(module: nn.Module, X: Tensor) -> tuple[Tensor, bool]:
+    """Answers, and whether random numbers were drawn for them, however seldom they matter.
+
+    Others may draw at the same time, in threads of their own, but not three times in a row.
+    """
+    for _ in range(3):
+        with _Draws() as draws:
+            before = random.getstate(), _numpy_state()
+            answers = output_of(module, X)
+            moved = before != (random.getstate(), _numpy_state())
+        if draws.found:
+            return answers, True
+        if not moved:
+            return answers, False
+    return answers, True
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    """State of the generator behind ``np.random.rand`` and its like."""
+    state: Any = np.random.get_state()  # noqa: NPY002
+    return state[0], state[1].tobytes(), *state[2:]
+
+
+class _Draws(TorchDispatchMode):
+    """Notes whether an operation draws from torch's own generator, in this thread."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            self.found |= _draws(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation that may draw does so with its arguments."""
+    signature = func._schema.arguments
+    given = {a.name: a.default_value for a in signature if a.has_default_value()}
+    given |= {a.name: value for a, value in zip(signature, args, strict=False)} | kwargs
+    switches = [given[key] for key in ("train", "training") if key in given]
+    shares = [given[key] for key in ("p", "dropout", "dropout_p") if key in given]
+    return all(switches) and (not shares or bool(shares[0]))
+
+
+_LOUD = 8.0  # times as large as the samples: what mates of a sample may be
 
 
 def _check_alone(module: nn.Module, X: Tensor, together: Tensor) -> None:
-    """Raise where samples get other answers alone than `together`."""
+    """Raise where samples get other answers alone, or among loud ones, than `together`."""
     if len(X) < 2:
         return
     with torch.inference_mode(), full_float32():
@@ -345,11 +435,34 @@ def _check_alone(module: nn.Module, X: Tensor, together: Tensor) -> None:
             if is_out_of_memory(error):
                 raise
             raise ValueError(f"The model cannot take one sample alone. {_STATISTICS}") from error
-    if not close(alone, together):
-        raise ValueError(
-            "The model's answer for a sample depends on the others of its batch (by "
-            f"{difference(alone, together):.2g} of the largest). {_STATISTICS}"
-        )
+        among = _among_loud(module, X, together)
+    for others in (alone, among):
+        if not close(others, together):
+            raise ValueError(
+                "The model's answer for a sample depends on the others of its batch (by "
+                f"{difference(others, together):.2g} of the largest). {_STATISTICS}"
+            )
+
+
+def _among_loud(module: nn.Module, X: Tensor, together: Tensor) -> Tensor:
+    """Answers for samples behind mates that are far larger: a maximum over the batch shows there.
+
+    Where such mates are no input, what was `together`.
+    """
+    if any(isinstance(part, nn.Embedding) for part in module.modules()):
+        return together  # numbers out of its range, which no GPU forgives
+    for loud in (X * _LOUD, -X * _LOUD):
+        try:
+            found = output_of(module, torch.cat([loud, X]))[len(X) :]
+        except Exception as error:  # a network may raise what it likes
+            if is_out_of_memory(error):
+                raise
+            continue
+        if bool(torch.isfinite(found[torch.isfinite(together)]).all()) and not close(
+            found, together
+        ):
+            return found
+    return together
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
@@ -360,34 +473,62 @@ def close(found: Tensor, wanted: Tensor) -> bool:
     return bool(same.all()) and difference(found, wanted) <= _TOLERANCES.get(wanted.dtype, 1e-4)
 
 
+_MASKED = 1e4  # times below the best class: this says "never", and is no scale for the others
+
+
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference of two outputs, relative to the largest value."""
+    """Largest difference of two outputs, relative to the largest value.
+
+    Classes that are masked by a number such as -1e9 count neither as different nor as large, while
+    they stay so.
+    """
     if found.shape != wanted.shape:
         return float("inf")
-    finite = torch.isfinite(wanted)
-    if not bool(finite.any()):
+    found, wanted = found.double(), wanted.double()
+    usual = torch.isfinite(wanted)
+    if wanted.ndim == 2 and wanted.shape[1] > 1:
+        usual &= ~(_masked(found) & _masked(wanted))
+    if not bool(usual.any()):
         return 0.0
-    gap = (found.double() - wanted.double())[finite].abs().max()
-    largest = wanted[finite].double().abs().max().clamp_min(1e-12)
+    gap = (found - wanted)[usual].abs().max()
+    largest = wanted[usual].abs().max().clamp_min(1e-12)
     return float(gap / largest)
+
+
+def _masked(outputs: Tensor) -> Tensor:
+    """Which classes can never be the best: far below it, as seen from the second best."""
+    best = outputs.nan_to_num(nan=-math.inf).topk(2, 1)[0]
+    scale = best.abs().amax(1, keepdim=True).clamp_min(1.0)
+    return outputs < best[:, :1] - _MASKED * scale
 
 
 def _cause(module: nn.Module) -> str:
     """What is likely to have been lost."""
+    return _hooked(module) or f"{_WRITES} Or it uses something that is computed once outside of it."
+
+
+def _hooked(module: nn.Module) -> str:
+    """What to do about hooks and the like, if there are any."""
     hooked = [
         name or "the model itself"
         for name, part in module.named_modules()
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+        if part._forward_hooks
+        or part._forward_pre_hooks
+        or "forward" in vars(part)
+        or (not isinstance(part, fx.GraphModule) and type(part).__call__ is not nn.Module.__call__)
     ]
-    if hooked:
-        return (
-            f"It has hooks, or a forward set on the object, at {', '.join(hooked[:3])}: put what "
-            "they do into the module's class."
-        )
+    if not hooked:
+        return ""
     return (
-        "Its forward may write in place into a view (a slice, a chunk, out=), or use something "
-        "computed once outside of it: write y = f(x) instead of f_(x[...]), and concatenate."
+        f"It has hooks, a forward set on the object or a __call__ of its own at "
+        f"{', '.join(hooked[:3])}: put what they do into the forward of the module's class."
     )
+
+
+_WRITES = (
+    "Its forward seems to write in place into a view (a slice, a chunk, out=): write y = f(x) "
+    "instead of f_(x[...]), and concatenate."
+)
 
 
 _MODULES = {nn.Softmax: "softmax", nn.LogSoftmax: "log_softmax", nn.Sigmoid: "sigmoid"}

@@ -8,10 +8,11 @@ from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..graph.cost import fold_batch_norm
+from ..graph.nodes import is_switched
 from ..utils.params import check_choice
 from .network import SINFNetwork
 from .prepacked import can_prepack, fits, group_size, prepacked
@@ -132,6 +133,9 @@ def _checked(module: nn.Module, x: Tensor) -> nn.Module | None:
         return None
     if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
         return None
+    # Code that was not looked into may show, and write into, memory in the order of its axes.
+    if any(_is_opaque(m) for m in modules):
+        return None
     try:
         with torch.inference_mode():
             if isinstance(module, SINFNetwork):
@@ -141,6 +145,13 @@ def _checked(module: nn.Module, x: Tensor) -> nn.Module | None:
             return packed if _same(packed(x), module(x)) else None
     except (RuntimeError, ValueError):  # a view that only one layout allows, code without a trace
         return None
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """Whether a module's code is neither torch's nor ours."""
+    if isinstance(module, fx.GraphModule) or is_switched(module):
+        return False
+    return not type(module).forward.__module__.startswith(("torch.", "sinfkit."))
 
 
 def _same_parts(network: SINFNetwork, other: SINFNetwork, x: Tensor) -> bool:

@@ -167,3 +167,61 @@ def test_one_logit_is_that_of_the_second_class(head, pointwise, labels, seed):
 def test_one_output_that_cannot_be_made_two_is_refused():
     with pytest.raises(ValueError, match="two outputs"):
         fitted(Square("column", 1).eval(), images(0), np.arange(24) % 2)
+
+
+def _reduced(net, z):
+    """Some of the mass is that of a class that is left out."""
+    return torch.cat([z, z.mean(1, keepdim=True)], 1).softmax(1)[:, :-1]
+
+
+# Numbers that are made of probabilities, and no logits. `share` is any number.
+MADE = {
+    "times": lambda z, share: 100 * share * z.softmax(1),
+    "base 10": lambda z, share: (z / 20).softmax(1).log10(),  # where no class is sure
+    "base 2": lambda z, share: (z / 20).softmax(1).log2(),
+    "softmin": lambda z, share: F.softmin(z, 1),
+    "of two groups": lambda z, share: torch.cat(
+        [share * z[:, :2].softmax(1), (1 - share) * z[:, 2:].softmax(1)], 1
+    ),
+    "rounded": lambda z, share: (z.softmax(1) * 1000).round() / 1000,
+    "sparse": lambda z, share: F.normalize(F.relu(z - z.mean(1, keepdim=True)), p=1, dim=1),
+    "evidence over its sum": lambda z, share: F.normalize(F.softplus(z) + share, p=1, dim=1),
+    "smoothed": lambda z, share: (1 - share / 2) * z.softmax(1) + share / 2 / K,
+    "sharpened": lambda z, share: F.normalize(z.softmax(1) ** (1 + share), p=1, dim=1),
+}
+ODD = {
+    "mass left out": lambda z, share: _reduced(None, z),
+    "exponential": lambda z, share: (share * z).exp(),
+    "evidence": lambda z, share: F.softplus(z) + share,
+}
+
+
+def made(how, share):
+    return lambda net, z: (MADE | ODD)[how](z.flatten(1), share)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(how=st.sampled_from(sorted(MADE)), share=st.floats(0.1, 0.9), seed=st.integers(0, 20))
+def test_whatever_is_made_of_probabilities_is_refused(how, share, seed):
+    HEADS["made"] = made(how, share)
+    with pytest.raises(ValueError, match="probabilities"):
+        fitted(Network("made", seed=seed).eval(), images(seed))
+
+
+@pytest.mark.parametrize("how", sorted(ODD))
+def test_outputs_of_which_none_is_below_zero_are_warned_of(how):
+    HEADS["made"] = made(how, 0.5)
+    with pytest.warns(UserWarning, match="None of the model's outputs is below 0"):
+        DCSPruner(
+            Network("made").eval(), criterion="l1", budget=1.0, repair="none", device="cpu"
+        ).fit(images(0))
+
+
+@pytest.mark.parametrize(
+    "head", [lambda net, z: z.flatten(1) > 0, lambda net, z: torch.complex(*[z.flatten(1)] * 2)]
+)
+def test_outputs_that_are_no_real_numbers_are_refused(head):
+    HEADS["made"] = head
+    for y in (None, np.arange(24) % K):
+        with pytest.raises(ValueError, match="real numbers"):
+            fitted(Network("made").eval(), images(0), y)

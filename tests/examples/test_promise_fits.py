@@ -47,3 +47,18 @@ def test_the_base_itself_is_not_counted_as_kept(examples_on_path):
     assert "6 fits" in text and "1 of them kept the base" in text
     assert "certified: 4; 1 of them (25.0%" in text
     assert "median loss 0.50 of the limit, 0 lose more than asked, 1 without a warning" in text
+
+
+def test_what_is_given_up_is_told_from_pairs_on_the_same_images(examples_on_path):
+    from benchmarks.promise_fits import RAW, WAYS, summary
+
+    assert all(way.removeprefix("raw ") in WAYS for way in RAW)
+    row = {"network": "plain", "images": "800", "limit": "0.01", "seed": "0", "warned": ""}
+    row |= {"exceeds": "0", "drop": "0.0"}
+    pairs = [("search", "1", "1.6", "2.0"), ("sinf", "1", "2.7", "3.0"), ("sinf 2", "0", "2", "4")]
+    rows = [row | {"way": way, "certified": shown, "speedup": s} for way, shown, s, _ in pairs]
+    raw = {"certified": "1", "exceeds": "1"}
+    rows += [row | raw | {"way": f"raw {way}", "speedup": s} for way, _, _, s in pairs]
+    text = summary(rows)
+    assert "3 fits" in text and "0 of them (0.0%" in text  # what shows nothing is not counted
+    assert "2 pairs, median 15% of the speed-up given up" in text

@@ -179,6 +179,34 @@ def test_degenerate_results_are_told_in_words(changed, words):
     assert "nothing was gained" in str(pruned(macs=1000))
 
 
+@pytest.mark.parametrize(
+    ("threshold", "words"),
+    [
+        (0.0, "Of all samples 100.0% leave at the router.\nNearly all samples leave at layer"),
+        (None, "need no subgraph|run one subgraph"),
+    ],
+)
+def test_all_leave_or_none_does_and_a_fit_says_so(threshold, words):
+    X, y = blobs(per_class=20)
+    clf = SINFClassifier(
+        FrozenModel(small_cnn()),
+        clusterer=SemanticClusterer(
+            method="given", mapping=dict.fromkeys(range(5), "a") | {5: "b"}
+        ),
+        pruner=DCSPruner(criterion="l1", schedule="linear", repair="none"),
+        route_layer="3",
+        random_state=0,
+        device="cpu",
+        options=RoutingOptions(exit_threshold=threshold),
+    )
+    text = str(clf.fit(X, y).report(X, y, repeats=0))
+    assert re.search(words, text)
+    assert (threshold is None) == ("leave at the router" not in text)
+    for line in text.splitlines():
+        if line.startswith("Of all samples"):
+            assert " 0.0%" not in line
+
+
 def test_times_are_compared_in_pairs():
     report = pruned()
     assert report.speedup == 2.0 and report.time_saved == 0.5
