@@ -704,7 +704,7 @@ def _train_for_ever(module: nn.Module) -> None:
 
 HOOK = "hook|forward|pickled"
 VIEW = "in place|view|hook|followed|cannot trace|look into"
-DRAW = "random|state|draw|batch|followed|asked about first"
+DRAW = "random|state|draw|batch|followed|asked about first|cannot trace"
 BATCH = "cannot trace|batch|one sample alone|Train it with running|random|state"
 BRANCH = "batch|followed|branch|control flow|values of|trace"
 FAULTS = (
