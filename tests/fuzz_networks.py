@@ -159,6 +159,11 @@ def draw(seed: int) -> Case:
     tolerance = {"float32": 3e-4, "float64": 1e-6, "bfloat16": 0.1, "float16": 2e-2}[dtype]
     if layout == "half" and pixels != "bytes":
         tolerance = max(tolerance, 2e-2)
+    if wanted is not None and dtype == "bfloat16":
+        # The network's own rounding, which another order of sums may make anew.
+        with torch.inference_mode():
+            exact = blocks.probabilities(copy.deepcopy(reference).float()(x.float()), head)
+        tolerance = max(tolerance, 3 * float(np.abs(exact.double().numpy() - wanted).max()))
     return Case(
         drawn,
         module,
