@@ -275,7 +275,8 @@ def _program(gm: fx.GraphModule) -> list[Any]:
     def argument(node: fx.Node, value: Any) -> Any:
         if function_name(node) in _SIZED:
             value = fx.node.map_aggregate(value, lambda a: "n" if type(a) is int else a)
-        return repr(fx.map_arg(value, lambda node: f"%{place[node]}"))
+        # A size is a list here and a tuple there, which says the same.
+        return repr(_tuples(fx.map_arg(value, lambda node: f"%{place[node]}")))
 
     rows = []
     for node in gm.graph.nodes:
@@ -283,6 +284,13 @@ def _program(gm: fx.GraphModule) -> list[Any]:
         kind = type(gm.get_submodule(str(target))) if node.op == "call_module" else None
         rows.append((node.op, target, kind, argument(node, node.args), argument(node, node.kwargs)))
     return rows
+
+
+def _tuples(value: Any) -> Any:
+    """The same with tuples for lists."""
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(part) for part in value)
+    return value
 
 
 class PartReader:
