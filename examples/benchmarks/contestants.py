@@ -39,10 +39,13 @@ FOUND = "SINF, found clusters"
 GIVEN = "SINF, given clusters"
 SHIPPED = "torch-pruning"
 REPAIRED = "torch-pruning, our repair"
-EVERYBODY = (BASE, EXITS, ONE, ONE_EXITS, FOUND, GIVEN, SHIPPED, REPAIRED)
+_DISTILLED = ", distilled"
+DISTILLED = tuple(name + _DISTILLED for name in (ONE, ONE_EXITS, FOUND))
+EVERYBODY = (BASE, EXITS, ONE, ONE_EXITS, FOUND, GIVEN, SHIPPED, REPAIRED, *DISTILLED)
 KEYS = ("contestant", "size", "draw")
 MAX_DROP = 0.01  # that exits may cost on the choosing images
 N_CLUSTERS = 5
+EPOCHS = 5  # of training without labels, on the same images
 REPAIR_SAMPLES = 4000
 
 
@@ -96,15 +99,18 @@ def contestants(names: Sequence[str], sizes: Sequence[float], draws: int) -> Ite
 
 def estimator_of(study: Study, one: Contestant) -> Any:
     """The unfitted estimator of a contestant; None of those that have none."""
+    name, distilled = one.name.removesuffix(_DISTILLED), one.name.endswith(_DISTILLED)
+    epochs = EPOCHS if distilled else None
     own = pruner(
         criterion="dcs_obs", schedule="global", budget=one.size, repair_samples=REPAIR_SAMPLES
     )
-    if one.name == ONE:
+    if name == ONE:
         return pruner(
             study.model,
             criterion="dcs_obs",
             schedule="global",
             budget=one.size,
+            distill=epochs,
             repair_samples=2 * REPAIR_SAMPLES,
             random_state=one.draw,
         )
@@ -114,11 +120,12 @@ def estimator_of(study: Study, one: Contestant) -> Any:
         FOUND: SemanticClusterer(n_clusters=min(N_CLUSTERS, study.n_classes // 2)),
         GIVEN: SemanticClusterer(method="given", mapping=dict(study.clusters)),
     }
-    if one.name not in clusterers:
+    if name not in clusterers:
         return None
     return routed(
         study.model,
-        clusterer=clusterers[one.name],
+        clusterer=clusterers[name],
+        distill=epochs,
         pruner=own,
         route_layer=NETWORKS[study.network][1],
         max_accuracy_drop=MAX_DROP,
@@ -158,7 +165,7 @@ def _fit(study: Study, one: Contestant, X: np.ndarray, y: np.ndarray) -> Made:
                 repair_samples=2 * REPAIR_SAMPLES,
                 random_state=one.draw,
             )
-        if one.name in (ONE, REPAIRED):
+        if one.name in (ONE, ONE + _DISTILLED, REPAIRED):
             return _plain(study, one, estimator.fit(X, y).model_)
         estimator.fit(X, y, X_val=study.X_choose, y_val=study.y_choose)
         report = estimator.report(study.X_choose, study.y_choose, repeats=0)

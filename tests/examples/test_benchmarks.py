@@ -234,6 +234,16 @@ def test_every_form_computes_what_the_network_does(table, main_table, out, examp
             assert same >= (0.99 if form in ("torch", "onnx") else 0.85), (name, form)
 
 
+def test_distilled_contestants_are_trained_for_equally_many_epochs(examples_on_path, tmp_path):
+    from benchmarks.contestants import DISTILLED, EPOCHS, Contestant, estimator_of, make
+    from benchmarks.study import made_up_study
+
+    study = made_up_study("choose")
+    assert [estimator_of(study, Contestant(n, 0.6, 0)).distill for n in DISTILLED] == [EPOCHS] * 3
+    made = make(study, Contestant(DISTILLED[-1], 0.6, 0), 20, tmp_path)
+    assert len(made.classifier.distillation_losses_) == EPOCHS
+
+
 def test_what_torch_pruning_keeps_is_what_it_ships(examples_on_path):
     """Its choice, replayed by our slicing without a repair, is its own network."""
     from benchmarks import study
