@@ -159,7 +159,7 @@ def draw(seed: int) -> Case:
     tolerance = {"float32": 3e-4, "float64": 1e-6, "bfloat16": 0.1, "float16": 2e-2}[dtype]
     if layout == "half" and pixels != "bytes":
         tolerance = max(tolerance, 2e-2)
-    if wanted is not None and dtype == "bfloat16":
+    if wanted is not None and dtype in ("bfloat16", "float16"):
         # The network's own rounding, which another order of sums may make anew.
         with torch.inference_mode():
             exact = blocks.probabilities(copy.deepcopy(reference).float()(x.float()), head)
