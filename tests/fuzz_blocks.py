@@ -479,7 +479,7 @@ def _data(x: Tensor, me: Any) -> Tensor:
 
 
 def _transposed(x: Tensor, me: Any) -> Tensor:
-    x.transpose(0, 1)[1].fill_(0.3)
+    x.transpose(0, 1)[-1].fill_(0.3)
     return x
 
 
