@@ -304,7 +304,11 @@ def check_logits(graph: fx.GraphModule, samples: Tensor) -> None:
 def _made_of_probabilities(outputs: Tensor) -> str | None:
     """What numbers are that are made of probabilities; None for logits."""
     sums = outputs.sum(1)
-    if bool((outputs >= 0).all() & ((sums / sums.mean() - 1).abs() < _ROUNDING).all()):
+    # Rows that are all the same have the same sum, whatever they are made of.
+    vary = (outputs - outputs.mean(0)).abs().max() > 3 * (sums - sums.mean()).abs().max()
+    one = (sums.mean() - 1).abs() < _ROUNDING
+    even = ((sums / sums.mean() - 1).abs() < _ROUNDING).all()
+    if bool((outputs >= 0).all() & even & (vary | one)):
         return f"probabilities (the rows of its output sum to {sums.mean():.4g})"
     for base in (10, 2):
         values = base**outputs

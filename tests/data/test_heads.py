@@ -164,6 +164,16 @@ def test_one_logit_is_that_of_the_second_class(head, pointwise, labels, seed):
     np.testing.assert_array_equal(base, z > 0)
 
 
+def test_one_logit_that_is_the_same_on_all_samples_is_no_probability():
+    network, X = Network("column", 1, 0).eval(), images(0)
+    z = network.logits(torch.from_numpy(X)).detach().flatten()
+    best = int(z.argmax())
+    assert z[best] > 0
+    X = np.repeat(X[best : best + 1], len(X), axis=0)  # (0, z) has the same sum in each row
+    p = fitted(FrozenModel(network), X).predict_proba(X)
+    np.testing.assert_allclose(p[:, 1], float(torch.sigmoid(z[best])), atol=1e-4)
+
+
 def test_one_output_that_cannot_be_made_two_is_refused():
     with pytest.raises(ValueError, match="two outputs"):
         fitted(Square("column", 1).eval(), images(0), np.arange(24) % 2)
