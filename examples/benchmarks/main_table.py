@@ -43,6 +43,9 @@ def main(arguments: Sequence[str] | None = None, name: str = NAME) -> None:
     if not options.show:
         measure(options, name)
     for path in files(options.out, name):
+        if not any(row["contestant"] == BASE for row in read(path)):
+            print(f"{path}: measure the contestant {BASE!r} too, which the others stand beside")
+            continue
         draw(path)
         show(summary(path))
 
