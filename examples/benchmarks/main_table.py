@@ -196,16 +196,18 @@ def draw(path: Path) -> Path | None:
     names = list(dict.fromkeys(key[0] for key in found.right))
     for axis, batch in zip(axes, batches, strict=True):
         cost = found.speeds(batch) if batch else {k: 1 / m for k, m in found.macs.items()}
-        for name, colour in zip(names, COLOURS, strict=False):
+        for i, name in enumerate(names):
+            colour, marker = COLOURS[i % len(COLOURS)], "os^"[i // len(COLOURS) % 3]
             points = [
                 (s, 100 * float(found.lost(k).mean())) for k, s in cost.items() if k[0] == name
             ]
             if points:
                 x, y = np.transpose(sorted(points))
-                axis.plot(x, y, "o", color=colour, label=name)
+                axis.plot(x, y, marker, color=colour, label=name)
         axis.set(xscale="log", xlabel="times as fast as the base in float32")
+        axis.set_xticks([1, 1.5, 2, 3, 4, 6, 8], [], minor=True)
+        axis.set_xticks([1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"])
         axis.set_title(f"batch {batch}" if batch else "by multiplications")
-        axis.invert_yaxis()
     axes[0].set_ylabel("points lost")
-    axes[-1].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return save(figure, path.with_suffix(".png"))
