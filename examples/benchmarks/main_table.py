@@ -19,7 +19,17 @@ import torch
 from tqdm.auto import tqdm
 
 from . import study as base
-from .contestants import BASE, EVERYBODY, FOUND, GIVEN, KEYS, ONE_EXITS, contestants, make
+from .contestants import (
+    BASE,
+    DISTILLED,
+    EVERYBODY,
+    FOUND,
+    GIVEN,
+    KEYS,
+    ONE_EXITS,
+    contestants,
+    make,
+)
 from .figures import COLOURS, panels, save
 from .forms import FORMS, answers, forms_of, times
 from .paper import CLAIMS
@@ -48,6 +58,7 @@ def main(arguments: Sequence[str] | None = None, name: str = NAME) -> None:
             continue
         draw(path)
         show(summary(path))
+        show(by_size(path))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -170,6 +181,35 @@ def summary(path: Path) -> Summary | None:
         f"{NAME}_{network}_{split}", f"{QUESTION} {network}", answer, accuracy, header, cells,
         found.rows, path.with_suffix(".png"),
     )  # fmt: skip
+
+
+def by_size(path: Path) -> Summary:
+    """Points lost and speeds of every contestant and size, by form; SINF beside its control."""
+    found = Results(path)
+    forms = list(dict.fromkeys(key[2] for key in found.right))
+    batches = sorted({row["batch"] for row in found.times}, key=int)
+    speeds = {batch: found.speeds(batch) for batch in batches}
+    cells = []
+    for name, size in dict.fromkeys(key[:2] for key in found.right):
+        keys = [(name, size, form) for form in forms]
+        cells.append([name, f"{found.macs[keys[0]]:.2f}"])
+        for key in keys:
+            cells[-1].append(str(estimate(found.lost(key))) if key in found.right else "")
+            times_as_fast = (speeds[batch].get(key) for batch in batches)
+            cells[-1] += ["" if s is None else f"{s:.1f}x" for s in times_as_fast]
+    header = ["contestant", "cost"]
+    for form in forms:
+        header += [f"points lost, {form}", *(f"batch {batch}" for batch in batches)]
+    answer = []
+    for routed, control in ((FOUND, ONE_EXITS), tuple(DISTILLED[:0:-1])):
+        for size in dict.fromkeys(key[1] for key in found.right if key[0] == routed):
+            pair = (routed, size, forms[0]), (control, size, forms[0])
+            if pair[1] in found.right:
+                behind = (found.lost(pair[0]) - found.lost(pair[1])).mean(0)
+                answer.append(f"{routed} at {size} loses {estimate(behind)} more than {control}.")
+    network = found.rows[0]["network"]
+    return Summary(path.stem, f"{QUESTION} {network}, by size", " ".join(answer), "", header, cells,
+        found.rows)  # fmt: skip
 
 
 def _fastest(found: Results, names: Sequence[str], batch: str | None) -> str:

@@ -44,6 +44,19 @@ def test_main_measures_everybody_against_the_base(main_table, capsys):
     assert main_table.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_each_size_stands_with_its_loss_and_its_speed(main_table, examples_on_path):
+    from benchmarks.main_table import by_size
+
+    rows, timed = rows_of(main_table), rows_of(main_table.with_name("main_tiny_choose_times.csv"))
+    told = by_size(main_table)
+    assert len(told.cells) == len(rows) and {len(line) for line in told.cells} == {4}
+    right = [int(row["right"]) for row in rows]
+    for line, row, time, n in zip(told.cells, rows, timed, right, strict=True):
+        assert line[0] == row["contestant"]
+        assert line[2].startswith(f"{100 * (right[0] - n) / 96:+.2f}")
+        assert line[3] == f"{1 / float(time['ratio']):.1f}x"
+
+
 def test_a_finished_table_is_found_again_and_a_lost_row_is_measured(main_table, table, out):
     before = main_table.read_bytes()
     table("main", out, *FEW)
