@@ -39,7 +39,7 @@ from .data.validation import (
     validate_y,
     without_zeros,
 )
-from .frozen import FrozenModel, as_frozen, describe
+from .frozen import FrozenModel, as_frozen, baked, describe
 from .graph.cuts import output_layer
 from .graph.recording import output_of
 from .graph.tracing import check_traced, trace, without_head
@@ -350,7 +350,7 @@ class TorchEstimator(BaseEstimator):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
         state["_versions"] = versions()
-        modules = {k: v for k, v in state.items() if isinstance(v, nn.Module)}
+        modules = {k: baked(v) for k, v in state.items() if isinstance(v, nn.Module)}
         for name in modules:
             del state[name]
         if modules:

@@ -31,7 +31,8 @@ class FrozenModel:
     Estimators take any ``nn.Module``, but scikit-learn's ``clone`` deep-copies it: in a grid
     search every candidate would hold its own weights, and ``Pipeline(memory=...)`` would never
     find a cached result.  A `FrozenModel` takes one private copy when it is made.  ``clone`` and
-    ``copy.deepcopy`` give the same object back, and its pickle is the same bytes in every process.
+    ``copy.deepcopy`` give the same object back, and its pickle is the same bytes in every process,
+    where its classes can be imported.
 
     `FrozenModel.from_file` makes one whose pickle holds the name of a file instead of the weights.
 
@@ -53,7 +54,7 @@ class FrozenModel:
     mean, std : tuple of float or None
     input_shape : tuple of int or None
     digest : str
-        SHA-256 of architecture, weights and normalisation; equality and hash go by it.
+        SHA-256 of architecture, code, weights and normalisation; equality and hash go by it.
 
     Raises
     ------
@@ -189,6 +190,7 @@ class FrozenModel:
     def _finish(self) -> None:
         """Derive what is not pickled."""
         digest = hashlib.sha256(self.packed.structure)
+        digest.update(self.packed.code.encode())
         for array in self.packed.arrays:
             digest.update(str((array.dtype, array.shape)).encode())
             digest.update(np.ascontiguousarray(array).data)
@@ -237,6 +239,7 @@ class FrozenModel:
             "arrays": list(packed.arrays),
             "dtypes": list(packed.dtypes),
             **({"main": dict(packed.main)} if packed.main else {}),
+            **({"code": packed.code} if packed.code else {}),
             "mean": self.mean,
             "std": self.std,
             "input_shape": self.input_shape,
@@ -254,6 +257,7 @@ class FrozenModel:
             tuple(state["arrays"]),
             tuple(state["dtypes"]),
             state.get("main", {}),
+            state.get("code", ""),
         )
         self._finish()
 
@@ -347,6 +351,11 @@ def _original(module: nn.Module) -> nn.Module:
 def _check_weights(module: nn.Module) -> None:
     """Raise if a weight is not a finite number."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"The module's {name!r} is not initialised yet: call the module on a batch, and "
+                "train it, before it is frozen."
+            )
         if tensor.device.type == "meta":
             raise ValueError(f"The module's {name!r} has no values: it is on the meta device.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

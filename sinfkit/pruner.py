@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from .data.validation import validate_X, validate_y
 from .errors import PromiseWarning
 from .frozen import FrozenModel
 from .graph.cuts import find_layer, layer_names, observation_nodes, penultimate
+from .graph.tracing import of_torch_alone
 from .inference.forms import fast_form
 from .inference.measure import make_pruning_report
 from .inference.report import PruningReport, promise_of
@@ -395,7 +395,7 @@ n_features)
     def _adopt(self, judged: Judged, calibration: Calibration) -> None:
         """Make a network the fitted one, and write down what is known of it."""
         pruned, certificate = judged.pruned, judged.certificate
-        self.model_ = _of_its_own(pruned.model)
+        self.model_ = of_torch_alone(pruned.model)
         self.scores_, self.repair_error_ = pruned.scores, pruned.repair_error
         self.support_ = {k: v for k, v in pruned.support.items() if k != calibration.output}
         widths = {
@@ -620,15 +620,6 @@ n_features)
     def memory(self) -> Any:
         """Where statistics and scores are cached, see `PruningOptions`."""
         return self._component("options").memory
-
-
-def _of_its_own(model: fx.GraphModule) -> fx.GraphModule:
-    """A copy that shares no weights with the base, and loads where sinfkit is not installed."""
-    model = copy.deepcopy(model)
-    # How it was traced is of no use any more, and names a class of sinfkit.
-    model.__dict__.pop("_tracer_cls", None)
-    model.graph._tracer_cls = None
-    return model
 
 
 def recipe_of(pruner: DCSPruner) -> Recipe:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import os
 import pickle
 import subprocess
 import sys
+import threading
+import types
 import warnings
 import weakref
 
@@ -129,8 +132,10 @@ def test_non_finite_weights_and_wrong_types():
         FrozenModel(model)
     with pytest.raises(TypeError, match="not str"):
         FrozenModel("resnet50")
-    with pytest.raises(TypeError, match="top level"):
-        FrozenModel(type("Local", (nn.Module,), {})())
+    holding = type("Holding", (nn.Linear,), {"kept": None})(2, 2)
+    holding.kept = iter([1]), threading.Lock()
+    with pytest.raises(TypeError, match="locks"):
+        FrozenModel(holding)
 
 
 def test_packing_stores_shared_tensors_once_and_keeps_ties_and_types():
@@ -348,3 +353,95 @@ def test_files_and_factories_that_do_not_do(weights, tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises((ValueError, ImportError), match=f"{name} (cannot be|holds no|needs)"):
             FrozenModel.from_file(tmp_path / name, FACTORY)
+
+
+SOURCE = """
+from torch import nn
+SCALE = 2.0
+def act(x):
+    return x.relu()
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+    @property
+    def factor(self):
+        return SCALE
+    def forward(self, x, shift=0.0):
+        return act(self.layer(x)) * self.factor + shift
+"""
+CHANGES = [
+    ("x.relu()", "x.tanh()"),
+    ("SCALE = 2.0", "SCALE = 3.0"),
+    ("return SCALE", "return 1.5"),
+    ("shift=0.0", "shift=1.0"),
+    ("* self.factor", "- self.factor"),
+]
+
+
+@pytest.fixture
+def other_code(monkeypatch):
+    """A function that runs a module's code anew under the same name, as a reload does."""
+
+    def build(source):
+        module = types.ModuleType("other_code")
+        monkeypatch.setitem(sys.modules, "other_code", module)
+        exec(source, module.__dict__)
+        return module.Net
+
+    return build
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("how", ["module", "main", "local"])
+def test_other_code_under_the_same_name_is_another_network(change, how, other_code, monkeypatch):
+    def network(source):
+        kind = other_code(source)
+        if how == "main":
+            kind.__module__ = "__main__"
+            monkeypatch.setattr(sys.modules["__main__"], "Net", kind, raising=False)
+        elif how == "local":
+            kind.__qualname__ = "build.<locals>.Net"
+        torch.manual_seed(0)
+        return kind().eval()
+
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    first = network(SOURCE)
+    frozen, same = FrozenModel(first), FrozenModel(network(SOURCE))
+    assert torch.equal(frozen.module()(x), first(x))  # held while the others are made
+    assert same == frozen or how == "local"
+    second = network(SOURCE.replace(*change))
+    other = FrozenModel(second)
+    assert other != frozen
+    if how != "main":  # another process would find the one class that is there
+        assert joblib.hash(other) != joblib.hash(frozen)
+    assert torch.equal(other.module()(x), second(x))
+    assert not torch.equal(second(x), first(x))
+    if how == "module":
+        again = pickle.loads(pickle.dumps(other))
+        assert again == other and torch.equal(again.module()(x), second(x))
+
+
+def test_the_digest_of_code_is_the_same_in_every_process(tmp_path):
+    (tmp_path / "named.py").write_text(SOURCE + "    kinds = {'a', 'b', 'c'}\n")
+    code = (
+        "import torch; from named import Net; from sinfkit import FrozenModel\n"
+        "torch.manual_seed(0); print(FrozenModel(Net()).digest)"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+
+
+def test_layers_that_are_not_initialised_are_refused():
+    with pytest.raises(ValueError, match="not initialised yet"):
+        FrozenModel(torch.nn.Sequential(torch.nn.LazyLinear(3)))

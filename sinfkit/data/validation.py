@@ -51,12 +51,19 @@ def count_outputs(module: nn.Module, samples: Tensor, shape: Shape) -> int:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
             f"The model must return one row of class scores per sample (a 2-D tensor), got {got}."
+            + ("" if isinstance(logits, Tensor) else _PICK)
         )
     if logits.dtype == torch.bool or logits.is_complex():
         raise ValueError(
             f"The model must return class scores that are real numbers, got {logits.dtype}."
         )
     return int(logits.shape[1])
+
+
+_PICK = (
+    " Of several outputs it takes the one named 'logits'; wrap the model in a module whose forward "
+    "returns the scores: return self.model(x)[0], say."
+)
 
 
 def _accepts(module: nn.Module, samples: Tensor, shape: Shape) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from .nodes import function_name
 from .recording import EVAL
 
 __all__ = ["made_plain"]
@@ -60,7 +61,12 @@ _HOMES = (
     nn.LayerNorm,
     nn.GroupNorm,
 )
-_RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout")
+_RANDOM = frozenset(
+    "alpha_dropout bernoulli binomial cauchy dropout dropout1d dropout2d dropout3d exponential "
+    "feature_alpha_dropout feature_dropout geometric gumbel_softmax log_normal multinomial normal "
+    "poisson rand rand_like randint randint_like randn randn_like random randperm rrelu "
+    "uniform".split()
+)
 
 
 def made_plain(root: nn.Module, graph: fx.Graph) -> None:
@@ -115,7 +121,7 @@ class _Constants:
         self._values: dict[fx.Node, Any] = {}
         self._known: set[fx.Node] = set()
         for node in graph.nodes:
-            name = str(getattr(node.target, "__name__", node.target))
+            name = function_name(node)
             inputs = node.all_input_nodes
             computed = node.op == "call_module" or (
                 node.op in ("call_function", "call_method") and inputs
@@ -124,7 +130,7 @@ class _Constants:
                 self._known.add(node)
                 self._values[node] = node.meta["told"]
             elif node.op == "get_attr" or (
-                computed and self._known.issuperset(inputs) and not name.startswith(_RANDOM)
+                computed and self._known.issuperset(inputs) and name not in _RANDOM
             ):
                 self._known.add(node)
 

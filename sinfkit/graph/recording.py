@@ -25,7 +25,8 @@ import torch.fx._symbolic_trace
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .nodes import is_layer, is_switched
+from .autograd import without_autograd
+from .nodes import function_name, is_layer, is_switched
 from .writes import Writes, tensors_in, version
 
 __all__ = ["EVAL", "NeedsDataError", "Recorder", "Replayer", "UntraceableError"]
@@ -101,6 +102,9 @@ class Replayer(fx.Tracer):
         """Every module is."""
         return True
 
+    # Or they would be computed with at once, which numbers that are not known yet do not allow.
+    proxy_buffer_attributes = True
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Use our own."""
         return _Symbol(node, self)
@@ -118,8 +122,6 @@ class Replayer(fx.Tracer):
 class Recorder(Replayer):
     """A tracer for anybody's modules."""
 
-    proxy_buffer_attributes = True
-
     def __init__(self, opaque: frozenset[str], batches: list[Tensor], twin: nn.Module) -> None:
         super().__init__()
         self.opaque = opaque
@@ -133,7 +135,9 @@ class Recorder(Replayer):
         self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
     ) -> fx.Graph:
         """Record the graph."""
-        with torch.no_grad(), _proxies_accepted(self), _nothing_hidden(bool(self.batches)):
+        hidden = _nothing_hidden(bool(self.batches))
+        plain = without_autograd(root) if isinstance(root, nn.Module) else contextlib.nullcontext()
+        with torch.no_grad(), plain, _proxies_accepted(self), hidden:
             return fx.Tracer.trace(self, root, concrete_args)
 
     def create_args_for_root(
@@ -176,7 +180,10 @@ class Recorder(Replayer):
         """Look into a module, or record its call; say where it failed."""
         if self._computing:
             return forward(*args, **kwargs)
-        name = self.path_of_module(m)
+        try:
+            name = self.path_of_module(m)
+        except NameError:  # made on the spot, of nothing or of installed ones
+            return forward(*args, **kwargs)
         if not self.is_leaf_module(m, name):
             m.training = EVAL  # type: ignore[assignment]
         try:
@@ -254,7 +261,7 @@ class Recorder(Replayer):
             for given in inputs
             if given._held
         )
-        value = proxy._held[0]
+        value, called = proxy._held[0], function_name(proxy.node)
         proxy._of_count = self._by_count(proxy._held, inputs, kind, target, args, kwargs)
         known = [(given.node, given._held[0]) for given in inputs]
         self.writes.note(proxy.node, value, known, versions, tuple(self._callers()))
@@ -263,11 +270,9 @@ class Recorder(Replayer):
             return value
         if isinstance(value, Tensor):
             proxy.node.meta["n_axes"] = value.ndim
-            if getattr(target, "__name__", target) == "mean" and hasattr(
-                inputs[0]._held[0], "ndim"
-            ):
+            if called == "mean" and hasattr(inputs[0]._held[0], "ndim"):
                 proxy.node.meta["shape"] = inputs[0]._held[0].shape
-        elif getattr(target, "__name__", target) in ("chunk", "split", "tensor_split"):
+        elif called in ("chunk", "split", "tensor_split"):
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             sizes = [[part.shape[dim] for part in parts] for parts in proxy._held]
             if sizes[0] == sizes[1]:
@@ -436,6 +441,14 @@ class _Proxy(_Symbol):
     def __int__(self) -> int:
         return int(self._told(int))
 
+    def __str__(self) -> str:
+        number = self._held is not None and _is_number(self._held[0])
+        return str(self._told(str)) if number else repr(self)
+
+    def __format__(self, format_spec: str) -> str:
+        number = self._held is not None and _is_number(self._held[0])
+        return format(self._told(_itself), format_spec) if number else repr(self)
+
     def __index__(self) -> int:
         return int(self._told(operator.index))
 
@@ -450,6 +463,10 @@ class _Proxy(_Symbol):
 
     def __contains__(self, item: Any) -> bool:
         return any(item is one or bool(item == one) for one in self)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _holds_numbers(value: Any) -> bool:
@@ -624,6 +641,6 @@ def logits_of(output: Any) -> Any:
     found = getattr(output, "logits", None)
     if found is None and isinstance(output, dict):
         found = output.get("logits")
-    if found is None and isinstance(output, tuple | list) and len(output) == 1:
-        found = output[0]
+    if found is None and isinstance(output, dict | tuple | list) and len(output) == 1:
+        found = next(iter(output.values() if isinstance(output, dict) else output))
     return output if found is None else found

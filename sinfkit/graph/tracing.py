@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import math
+import operator
 import random
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -131,6 +132,52 @@ def _traced(
     lost = writes.lost(gm.graph)
     gm.graph.eliminate_dead_code()
     return fx.GraphModule(gm, _renumbered(gm.graph), class_name=type(model).__name__).eval(), lost
+
+
+def of_torch_alone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that shares no weights, and that torch loads where sinfkit is not installed.
+
+    While it loads, torch computes with buffers at once, and numbers that hang on the samples (how
+    many there are) are not known: buffers that meet such numbers get a zero that is not either.
+    """
+    gm = copy.deepcopy(gm)
+    # How it was traced is of no use any more, and names a class of sinfkit.
+    gm.__dict__.pop("_tracer_cls", None)
+    gm.graph._tracer_cls = None
+    samples = gm.graph.find_nodes(op="placeholder")[0]
+    buffers = dict(gm.named_buffers())
+    numbers: set[fx.Node] = set()
+    made_of: dict[fx.Node, set[fx.Node]] = {}
+    for node in list(gm.graph.nodes):
+        sources = node.all_input_nodes
+        constant = [source for source in sources if source in made_of]
+        if is_shape_query(node) or (sources and numbers.issuperset(sources)):
+            numbers.add(node)
+        elif node.op == "get_attr" and str(node.target) in buffers:
+            made_of[node] = {node}
+        elif constant and node.op != "call_module":
+            if numbers.isdisjoint(sources):
+                if len(constant) == len(sources):
+                    made_of[node] = set().union(*(made_of[source] for source in constant))
+                continue
+            for buffer in set().union(*(made_of[source] for source in constant)):
+                _hang_on(gm.graph, buffer, samples, buffers[str(buffer.target)].dtype)
+    gm.recompile()
+    return gm
+
+
+def _hang_on(graph: fx.Graph, buffer: fx.Node, samples: fx.Node, dtype: torch.dtype) -> None:
+    """Add a zero, made from the samples, to a buffer, once."""
+    if any(user.meta.get("hangs") for user in buffer.users):
+        return
+    with graph.inserting_after(buffer):
+        zero = graph.call_method("new_zeros", (samples, ()), {"dtype": dtype})
+    with graph.inserting_after(zero):
+        added = graph.call_function(
+            operator.or_ if dtype == torch.bool else operator.add, (buffer, zero)
+        )
+    added.meta["hangs"] = True
+    buffer.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
 
 
 def opaque_modules(gm: fx.GraphModule) -> list[str]:

@@ -29,6 +29,7 @@ from ..graph.cost import fold_batch_norm
 from ..graph.cuts import find_cut, output_layer, split
 from ..graph.nodes import LAYERS
 from ..graph.recording import logits_of
+from ..graph.tracing import of_torch_alone
 from ..inference.network import FALLBACKS, Normalise, RoutePredictor, SINFNetwork
 from ..pruner import DCSPruner, recipe_of
 from ..pruning.recipe import PruningOptions
@@ -397,7 +398,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _describe_pruner(pruner: DCSPruner, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    base = traced(pruner.base_model_.module(), pruner.input_shape_)
+    base = of_torch_alone(traced(pruner.base_model_.module(), pruner.input_shape_))
     return {"model": describe_part("model", base, pruner.model_, tensors)}
 
 
@@ -621,7 +622,7 @@ class _Reader:
         logits = self._output("smaller network", model, x)
         if tuple(logits.shape) != (len(x), len(pruner.classes_)):
             raise StorageError("The smaller network has not one output for each class.")
-        pruner.model_ = copy.deepcopy(model).eval().requires_grad_(False)
+        pruner.model_ = of_torch_alone(model).eval().requires_grad_(False)
         pruner._output = output_layer(base, _n_outputs(base))
         _check_outputs(torch.as_tensor(pruner.outputs_), len(pruner.classes_), base)
 

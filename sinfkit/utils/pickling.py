@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import sklearn
 import torch
+from cloudpickle import CloudPickler
 from torch import nn
 
 from ..version import __version__
+from .code import code_of
 from .params import warn
 
 __all__ = ["pack"]
@@ -64,12 +66,13 @@ _MAIN = "sinfkit.main"
 
 @dataclass(frozen=True)
 class Packed:
-    """A picklable object whose tensors have been taken out."""
+    """A picklable object whose tensors have been taken out; `code` tells what its classes do."""
 
     structure: bytes
     arrays: tuple[np.ndarray, ...]
     dtypes: tuple[str, ...]
     main: Mapping[str, Any] = field(default_factory=dict)
+    code: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -95,27 +98,32 @@ def pack(obj: Any) -> Packed:
     pickler = _Pickler(buffer)
     try:
         pickler.dump(obj)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
         raise TypeError(
-            f"The model cannot be pickled ({error}). Define its classes and functions at the top "
-            "level of an importable module instead of inside a function or as a lambda."
+            f"The model cannot be copied ({error}). Keep what cannot be pickled, such as open "
+            "files, locks and generators, out of its attributes and hooks."
         ) from error
-    return Packed(buffer.getvalue(), tuple(pickler.arrays), tuple(pickler.dtypes), pickler.main)
+    code = code_of(pickler.classes_and_functions)
+    arrays, dtypes = tuple(pickler.arrays), tuple(pickler.dtypes)
+    return Packed(buffer.getvalue(), arrays, dtypes, pickler.main, code)
 
 
-class _Pickler(pickle.Pickler):
-    """Pickler that stores tensors beside the stream."""
+class _Pickler(CloudPickler):
+    """Pickler that stores tensors beside the stream, and by value what no name leads to."""
 
     def __init__(self, file: io.BytesIO) -> None:
         # A fixed protocol: the default may change with Python, and with it the bytes.
         super().__init__(file, protocol=4)
         self.main: dict[str, Any] = {}
+        self.classes_and_functions: list[Any] = []
         self.arrays: list[np.ndarray] = []
         self.dtypes: list[str] = []
         self._index: dict[tuple[Any, ...], int] = {}
         self._alive: list[torch.Tensor] = []
 
     def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, (type, types.FunctionType)):
+            self.classes_and_functions.append(obj)
         if _is_of_main(obj):
             # By name, so that the bytes do not depend on the process.
             self.main[obj.__qualname__] = obj

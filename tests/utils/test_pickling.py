@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -47,7 +48,25 @@ def test_unpacked_modules_do_not_write_into_the_arrays():
 
 
 def test_what_cannot_be_pickled_says_how_to_mend_it():
-    network = nn.Sequential(nn.Linear(2, 2))
-    network.hook = lambda x: x
-    with pytest.raises(TypeError, match="at the top level of an importable module"):
-        pack(network)
+    for what in (threading.Lock(), (i for i in range(2)), torch.jit.CompilationUnit()):
+        network = nn.Sequential(nn.Linear(2, 2))
+        network.kept = what
+        with pytest.raises(TypeError, match="out of its attributes and hooks"):
+            pack(network)
+
+
+def test_what_no_name_leads_to_is_copied_with_what_it_uses():
+    scale = nn.Parameter(torch.tensor(2.0))
+
+    class Local(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * scale
+
+    network = Local(2, 2)
+    network.register_forward_hook(lambda module, args, output: output + scale)
+    x = torch.ones(3, 2)
+    expected = network(x)
+    packed = pickle.loads(pickle.dumps(pack(network)))
+    with torch.no_grad():
+        scale.fill_(5.0)
+    assert torch.equal(packed.unpack()(x), expected)

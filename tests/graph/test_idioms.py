@@ -1,0 +1,172 @@
+"""What people write in a forward that torch.fx alone would stumble over."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sinfkit.graph import check_traced, layer_names, opaque_modules, trace
+from sinfkit.graph.tracing import of_torch_alone
+
+
+class Net(nn.Module):
+    """Two convolutions and a head; `between` is what happens between the first two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def between(self, h: Tensor) -> Tensor:
+        return h.relu()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.b(self.between(self.a(x))).mean((2, 3)))
+
+
+def followed(network: nn.Module) -> Any:
+    """Trace, compare on samples, and see that no layer is out of sight."""
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    graph = trace(network.eval(), x[:1])
+    check_traced(graph, network, x)
+    assert not opaque_modules(graph) and set(layer_names(graph)) >= {"a", "b", "head"}
+    return graph
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mean", "sum", "softmax", "split", "chunk", "normalize", "rand", "dropout", "view", "shape"],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_attribute_may_be_named_as_a_function_is(name: str, inside: bool) -> None:
+    class Named(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            home = self.part if inside else self
+            return super().forward((x - getattr(home, name)) / 2)
+
+    network = Named()
+    network.part = nn.Module()
+    (network.part if inside else network).register_buffer(name, torch.rand(1, 3, 1, 1))
+    followed(network)
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x) if ctx.needs_input_grad[0] else x.mul(torch.sigmoid(x))
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.kept = output.sum()
+
+
+def half(h: Tensor) -> Tensor:
+    return h.relu() / 2
+
+
+WAYS = {
+    "function of one's own": lambda self, h: Swish.apply(h),
+    "function with a set-up": lambda self, h: Sign.apply(h),
+    "checkpoint": lambda self, h: checkpoint(half, h, use_reentrant=False),
+    "checkpoint of a layer": lambda self, h: checkpoint(self.b, h, use_reentrant=False),
+    "reentrant checkpoint": lambda self, h: checkpoint(self.b, h, use_reentrant=True),
+    "module on the spot": lambda self, h: nn.LeakyReLU(0.2)(h),
+    "sequence on the spot": lambda self, h: nn.Sequential(nn.ReLU(), self.b, nn.Tanh())(h),
+    "size as text": lambda self, h: h * {"8": 2.0, "4": 3.0}[str(h.shape[1])],
+    "size in text": lambda self, h: getattr(h, f"re{'lu' if f'{h.size(1):02d}' == '08' else ''}")(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_stands_between_layers_is_followed(way: str) -> None:
+    followed(type("Way", (Net,), {"between": WAYS[way]})())
+
+
+class Holding(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = Swish.apply
+
+    def between(self, h: Tensor) -> Tensor:
+        return self.act(swish(h))
+
+
+swish = Swish.apply
+
+
+def test_an_apply_that_was_looked_up_before_does_not_end_the_process() -> None:
+    network = Holding()
+    graph = followed(network)
+    assert network.act is vars(network)["act"] and "partial" not in repr((network.act, swish))
+    assert "sigmoid" in graph.code
+    x = torch.ones(1, requires_grad=True)
+    assert swish(x).grad_fn is not None
+
+
+@pytest.mark.parametrize("kind", [dict, tuple, list, types.SimpleNamespace])
+def test_the_only_output_is_taken(kind: Any) -> None:
+    class Packed(Net):
+        def forward(self, x: Tensor) -> Any:
+            scores = super().forward(x)
+            if kind is dict:
+                return {"out": scores}
+            return kind(logits=scores) if kind is types.SimpleNamespace else kind([scores])
+
+    followed(Packed())
+
+
+class Placed(Net):
+    """Constants, and buffers of each type, meet the number of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.linspace(-1, 1, 6))
+        self.register_buffer("mask", torch.arange(6) % 2 == 0)
+        self.register_buffer("index", torch.arange(6), persistent=False)
+
+    def between(self, h: Tensor) -> Tensor:
+        n, _, height, width = h.shape
+        rows = torch.linspace(0, 1, height, device=h.device).view(1, 1, height, 1)
+        h = h + rows.expand(n, 1, height, width) + self.grid.repeat(n, 1)[:, None, None]
+        h = h.masked_fill(self.mask.expand(n, 1, 1, width), 0.5)
+        return h.gather(3, self.index.view(1, 1, 1, -1).expand(n, 8, height, -1))
+
+
+LOAD = """
+import sys
+sys.modules["sinfkit"] = None  # whoever imports it fails
+import torch
+x, wanted = torch.load("numbers.pt")
+torch.testing.assert_close(torch.load("model.pt", weights_only=False)(x), wanted)
+"""
+
+
+def test_what_meets_the_number_of_samples_is_loaded_by_torch_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Placed().eval()
+    graph = followed(network)
+    x = torch.randn(5, 3, 8, 8)
+    torch.save(of_torch_alone(graph), tmp_path / "model.pt")
+    torch.save((x, network(x).detach()), tmp_path / "numbers.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert not {p.data_ptr() for p in again.parameters()} & {
+        p.data_ptr() for p in network.parameters()
+    }
