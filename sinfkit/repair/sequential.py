@@ -49,6 +49,7 @@ ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 _HELD_OUT = 0.2  # of the images
 _MIN_ROWS = 20_000
+_FEWEST = 16  # images that take part, however large they are
 _RATIOS = (1 / 3, 3.0)  # to which "match" clips what it multiplies a channel with
 _CONSTANT = 1e-12  # a variance below this much of the mean square is rounding
 
@@ -62,13 +63,18 @@ class RepairSettings:
     alphas: Sequence[float] = ALPHAS
     batch_size: int = 256
     seed: int = 0
+    max_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         if self.method not in REPAIRS:
             raise ValueError(f"method must be one of {', '.join(REPAIRS)}; got {self.method!r}.")
         if not self.alphas or min(self.alphas) <= 0:
             raise ValueError(f"alphas must be positive numbers, at least one; got {self.alphas!r}.")
-        for name, value in (("max_rows", self.max_rows), ("batch_size", self.batch_size)):
+        for name, value in (
+            ("max_rows", self.max_rows),
+            ("batch_size", self.batch_size),
+            ("max_bytes", self.max_bytes),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value!r}.")
 
@@ -100,7 +106,9 @@ def repair(
         to. It may be half of a network, if `dense` is that half.
     X : Tensor of shape (n_images, ...)
         Calibration input of `dense`, normalised and on its device. Labels are not needed.
-        Activations of all images are held for one or two layers at a time, in both networks.
+        Activations are held for one or two layers at a time, in both networks, within
+        ``settings.max_bytes`` where 16 images need no more: an early layer, whose maps are large,
+        may see fewer images than a late one.
     settings : RepairSettings
     X_sliced : Tensor of shape (n_images, ...), default=None
         Input of the sliced network where it differs from `X`, for the same images (a sliced prefix
@@ -166,8 +174,10 @@ def repair(
     weight = torch.as_tensor(np.ones(len(X)) if sample_weight is None else sample_weight)
     if settings.method == "static_least_squares":
         return _from_moments(dense, sliced, X, settings, weight)
-    walk = Lockstep(dense, graph_of(sliced), X, X_sliced, settings.batch_size)
-    rows = _Rows(len(X), settings.rows_of(len(X)), settings.seed, weight)
+    walk = Lockstep(dense, graph_of(sliced), X, X_sliced, settings.batch_size, 0)
+    affordable = _affordable(dense, walk.sliced, X, X_sliced, settings.max_bytes)
+    walk.join(min(affordable.values()))
+    rows = _Rows(walk.n_images, settings, weight)
     errors: dict[str, float] = {}
     skipped: list[str] = []
     for node in walk.nodes:
@@ -176,6 +186,9 @@ def repair(
         if layer is None or name in sliced.along:  # along: other positions than the dense one
             walk.run(node)
             continue
+        if affordable[node.name] > walk.n_images:
+            walk.join(affordable[node.name])
+            rows = _Rows(walk.n_images, settings, weight)
         site = find_site(walk, node, layer, sliced.support.get(name))
         if walk.inputs_agree(node) and (site.other is None or walk.agree(site.other)):
             walk.run(node)
@@ -234,6 +247,25 @@ def _corrected(site: Site, settings: RepairSettings, rows: _Rows, weight: Tensor
     return error
 
 
+def _affordable(
+    dense: fx.GraphModule, sliced: fx.GraphModule, X: Tensor, X_sliced: Tensor, max_bytes: int
+) -> dict[str, int]:
+    """How many images may take part at each node, by its name: never fewer than before."""
+    sizes = [_Sizes(dense), _Sizes(sliced)]
+    with torch.inference_mode():
+        sizes[0].run(X[:1])
+        sizes[1].run(X_sliced[:1])
+    nodes = list(sliced.graph.nodes)
+    last_use = {source: i for i, node in enumerate(nodes) for source in node.all_input_nodes}
+    n_bytes = [sum(side.of.get(node.name, 0) for side in sizes) for node in nodes]
+    held = np.zeros(len(nodes))
+    for i, node in enumerate(nodes):
+        held[i : last_use.get(node, i) + 1] += n_bytes[i]
+    most = np.clip(max_bytes // np.maximum(held, 1), min(_FEWEST, len(X)), len(X)).astype(int)
+    most = np.minimum.accumulate(most[::-1])[::-1]  # what is let in stays
+    return {node.name: int(n) for node, n in zip(nodes, most, strict=True)}
+
+
 def affordable_images(
     graph: fx.GraphModule, example: Tensor, wanted: int, max_bytes: int = 2 * 2**30
 ) -> int:
@@ -244,18 +276,20 @@ def affordable_images(
     values = _Sizes(graph)
     with torch.inference_mode():
         values.run(example)
-    return min(wanted, max(64, max_bytes // max(values.largest, 1)))
+    return min(wanted, max(64, max_bytes // max(*values.of.values(), 1)))
 
 
 class _Sizes(fx.Interpreter):
-    """Runs a network and notes the size of its largest value, in bytes."""
+    """Runs a network and notes the sizes of its values, in bytes, by name of the node."""
 
-    largest = 0
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.of: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.largest = max(self.largest, value.numel() * value.element_size())
+        if isinstance(value, Tensor) and n.op != "get_attr":
+            self.of[n.name] = value.numel() * value.element_size()
         return value
 
 
@@ -353,13 +387,13 @@ def _gather(site: Site, rows: _Rows) -> tuple[Tensor, Tensor]:
 class _Rows:
     """Which positions of which images enter a regression, and which images are held out."""
 
-    def __init__(self, n_images: int, max_rows: int, seed: int, weight: Tensor) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._per_image = max(1, max_rows // n_images)
+    def __init__(self, n_images: int, settings: RepairSettings, weight: Tensor) -> None:
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._per_image = max(1, settings.rows_of(n_images) // n_images)
         # Place of each image in the regression; the last ones are held out.
         self.place = torch.randperm(n_images, generator=self._generator)
         self.n_train = n_images - round(_HELD_OUT * n_images)
-        self._weight = weight
+        self._weight = weight[:n_images]
 
     def counts(self, n_rows: int) -> Tensor:
         """How many times each row of the regression counts."""

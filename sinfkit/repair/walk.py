@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ class Lockstep:
 
     Each node of `nodes`, those of the sliced network without its output, is to be passed in order:
     by `run`, or by `advance` for the dense network and then for the sliced one. Values are held in
-    chunks of images (`images`).
+    chunks of images (`images`), which are the first `n_images` of X; others may `join` later.
     """
 
     def __init__(
@@ -55,23 +55,61 @@ class Lockstep:
         X: Tensor,
         X_sliced: Tensor,
         batch_size: int,
+        n_images: int | None = None,
     ) -> None:
         self.sliced = sliced
+        self._X, self._batch_size = {"dense": X, "sliced": X_sliced}, batch_size
         self._networks = {"dense": dense, "sliced": sliced}
         self._interpreters = {side: fx.Interpreter(gm) for side, gm in self._networks.items()}
         self._twins = twins(dense, sliced)
         self.nodes = [node for node in sliced.graph.nodes if node.op != "output"]
-        self.images = [slice(i, i + batch_size) for i in range(0, len(X), batch_size)]
-        self._inputs = _Value([X[part] for part in self.images])
-        self._inputs.sliced = (
-            self._inputs.dense if X_sliced is X else [X_sliced[part] for part in self.images]
-        )
+        self.images: list[slice] = []
+        self._inputs = _Value()
+        if X_sliced is X:
+            self._inputs.sliced = self._inputs.dense
         self._values: dict[fx.Node, _Value] = {}
+        self._passed: list[fx.Node] = []
+        self._same: set[fx.Node] = set()  # of these, where both networks had the same value
         self._calls = Counter(node.target for node in self.nodes if node.op == "call_module")
         last_use = {source: node for node in self.nodes for source in node.all_input_nodes}
         self._finished_by: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for source, node in last_use.items():
             self._finished_by[node].append(source)
+        self.join(len(X) if n_images is None else n_images)
+
+    @property
+    def n_images(self) -> int:
+        """How many images take part."""
+        return self.images[-1].stop if self.images else 0
+
+    def join(self, n_images: int) -> None:
+        """Let more images take part, `n_images` in all: they pass what the others have passed.
+
+        Where values are large, few can; a repair that takes them up later still sees them all.
+        """
+        while (start := self.n_images) < n_images:
+            self.images.append(slice(start, min(start + self._batch_size, n_images)))
+            inputs = {side: X[self.images[-1]] for side, X in self._X.items()}
+            self._inputs.dense.append(inputs["dense"])
+            if self._inputs.sliced is not self._inputs.dense:
+                self._inputs.sliced.append(inputs["sliced"])
+            held: dict[Side, dict[fx.Node, Any]] = {"dense": {}, "sliced": {}}
+            for node in self._passed:
+                for side, values in held.items():
+                    if node.op == "placeholder":
+                        values[node] = inputs[side]
+                    elif side == "sliced" and node in self._same:
+                        values[node] = held["dense"][node]
+                    else:
+                        values[node] = self._compute(node, side, values)
+                for source in self._finished_by[node]:
+                    for values in held.values():
+                        del values[source]
+            for node, value in self._values.items():
+                if value is not self._inputs:
+                    value.dense.append(held["dense"][node])
+                    if value.sliced is not value.dense:
+                        value.sliced.append(held["sliced"][node])
 
     def layer(self, node: fx.Node) -> Layer | None:
         """The sliced network's layer that a node calls, if it calls one."""
@@ -109,10 +147,14 @@ class Lockstep:
         """Compute a node in both networks."""
         if node.op == "placeholder":
             self._values[node] = self._inputs
+            self._passed.append(node)
+            if self.agree(node):
+                self._same.add(node)
         elif self.inputs_agree(node) and self._same_operation(node):
             for _ in self.advance(node, "sliced"):
                 pass
             self._values[node].dense = self._values[node].sliced
+            self._same.add(node)
         else:
             for _ in zip(self.advance(node, "dense"), self.advance(node, "sliced"), strict=True):
                 pass
@@ -123,8 +165,6 @@ class Lockstep:
         Inputs that are not used again are dropped chunk by chunk, those of `side` only.
         """
         chunks = getattr(self._values.setdefault(node, _Value()), side)
-        own = self._own(node, side)
-        compute = getattr(self._interpreters[side], own.op)
         finished = [
             source
             for source in self._finished_by[node]
@@ -132,23 +172,29 @@ class Lockstep:
         ]
         for i in range(len(self.images)):
             inputs = {source: self.value(source, side, i) for source in node.all_input_nodes}
-            if side == "dense":
-                inputs = {self._twins[source]: value for source, value in inputs.items()}
-            args, kwargs = fx.map_arg((own.args, own.kwargs), inputs.__getitem__)
-            chunks.append(compute(own.target, args, kwargs))
-            del inputs, args, kwargs
+            chunks.append(self._compute(node, side, inputs))
+            del inputs
             for source in finished:
                 getattr(self._values[source], side)[i] = None
             yield i, chunks[i]
         if side == "sliced":
             for source in finished:
                 del self._values[source]
+            self._passed.append(node)
 
     def amend(self, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
         """Change the value that the sliced network has at a node."""
         chunks = self._values[node].sliced
         for i, value in enumerate(chunks):
             chunks[i] = change(value)
+
+    def _compute(self, node: fx.Node, side: Side, inputs: Mapping[fx.Node, Any]) -> Any:
+        """A node's value in one of the networks, from those of the nodes that it reads."""
+        own = self._own(node, side)
+        if side == "dense":
+            inputs = {self._twins[source]: inputs[source] for source in node.all_input_nodes}
+        args, kwargs = fx.map_arg((own.args, own.kwargs), inputs.__getitem__)
+        return getattr(self._interpreters[side], own.op)(own.target, args, kwargs)
 
     def _own(self, node: fx.Node, side: Side) -> fx.Node:
         """A node's counterpart in one of the networks."""

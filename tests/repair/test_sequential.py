@@ -715,10 +715,12 @@ def test_equal_parts_are_computed_once():
     for side, gm in (("dense", dense), ("sliced", sliced)):
         for name in "012":
             gm.get_submodule(name).register_forward_hook(
-                lambda *_, key=side + name: calls.append(key)
+                # One image is run through both, to see how large the values are.
+                lambda *values, key=side + name: calls.append((key, len(values[2])))
             )
     repair(dense, sliced, support, X)
-    assert sorted(calls) == ["dense1", "dense2", "sliced0", "sliced1", "sliced2"]
+    once = [key for key, n_images in sorted(calls) if n_images == len(X)]
+    assert once == ["dense1", "dense2", "sliced0", "sliced1", "sliced2"]
 
 
 class Twice(nn.Module):
@@ -796,6 +798,54 @@ def test_lockstep_gives_both_networks_outputs():
     for side, gm in (("dense", dense), ("sliced", sliced)):
         out = torch.cat([walk.value(walk.nodes[-1], side, i) for i in range(3)])
         torch.testing.assert_close(out, gm(X))
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "densenet", "bottleneck"])
+def test_images_that_join_later_have_the_same_values(kind):
+    model, keep = redundant(kind)
+    X = images()
+    dense, sliced, _ = halves(model, keep, X)
+    whole = Lockstep(dense, sliced, X, X, batch_size=10)
+    for late in range(0, len(whole.nodes), 3):
+        walk = Lockstep(dense, sliced, X, X, batch_size=10, n_images=7)
+        for i, node in enumerate(walk.nodes):
+            if i == late:
+                walk.join(len(X))
+            walk.run(node)
+        assert walk.n_images == len(X)
+        for side, gm in (("dense", dense), ("sliced", sliced)):
+            out = torch.cat([walk.value(node, side, i) for i in range(len(walk.images))])
+            torch.testing.assert_close(out, gm(X))
+
+
+def test_early_layers_see_as_many_images_as_memory_holds():
+    """Maps shrink, so that ever more images take part; the result is nearly that of all of them."""
+    model = randomised(
+        nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+            *(nn.Flatten(), nn.Linear(8, 5)),
+        )
+    )
+    X = images(300, 3, 16)
+    calls: list[tuple[str, int]] = []
+    left = {}
+    for n_bytes in (2**40, 3_000_000):
+        dense, sliced, support = halves(model, {"0": [0, 2, 3, 5, 6, 7], "2": [0, 1, 2, 4, 6]}, X)
+        for name in ("2", "4", "6"):
+            dense.get_submodule(name).register_forward_hook(
+                lambda *values, name=name: calls.append((name, len(values[2])))
+            )
+        calls.clear()
+        repair(dense, sliced, support, X, max_bytes=n_bytes, batch_size=50)
+        fewer = n_bytes < 2**40
+        del calls[:3]  # one image, to see how large the values are
+        passed = [name for name, _ in calls].index("4")
+        early = sum(n for name, n in calls[:passed] if name == "2")
+        assert 16 <= early < len(X) if fewer else early == len(X)
+        assert sum(n for name, n in calls if name == "6") == len(X)
+        left[fewer] = relative_error(dense(X), sliced(X))
+    assert left[True] < 1.2 * left[False]
 
 
 def test_groups_of_a_real_search():
