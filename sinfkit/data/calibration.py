@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -481,3 +481,18 @@ class Batcher:
     def at(self, X: Any, rows: Any) -> torch.Tensor:
         """One normalised batch: these rows of `X`."""
         return self.normalise(self.load(X[rows]))
+
+    def stacked(self, X: Any, index: np.ndarray) -> torch.Tensor:
+        """The rows `index` of `X` as one normalised batch."""
+        return stack(self(X, index), len(index))
+
+
+def stack(batches: Iterable[torch.Tensor], n: int) -> torch.Tensor:
+    """Batches of `n` samples in all as one, never held twice as `torch.cat` would."""
+    start, whole = 0, torch.empty(0)
+    for batch in batches:
+        if start == 0:
+            whole = batch.new_empty((n, *batch.shape[1:]))
+        whole[start : start + len(batch)] = batch
+        start += len(batch)
+    return whole

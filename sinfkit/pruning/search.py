@@ -141,7 +141,7 @@ class Builder:
     ) -> Pruned:
         """The network with these channels, by name of their group, repaired."""
         graph, drawn = self.calibration.graph, self.drawn(self.recipe.repair_samples)
-        samples = torch.cat(list(self.batches(drawn)))
+        samples = self.calibration.batcher.stacked(self.calibration.X, drawn)
         outputs = self.calibration.table.outputs.tolist()
         sliced = extract(
             graph, self.calibration.groups, {**keep, **self.others}, samples[:64], outputs

@@ -43,7 +43,7 @@ def prune_in_rounds(
     calibration, recipe = builder.calibration, builder.recipe
     choosing = Witness(builder, split.choose)
     drawn = builder.drawn(recipe.repair_samples)
-    images = torch.cat(list(builder.batches(drawn)))
+    images = calibration.batcher.stacked(calibration.X, drawn)
     now = builder.whole()
     scores: dict[str, np.ndarray] = {}
     found: list[Pruned] = []

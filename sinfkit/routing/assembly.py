@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..criteria.activations import pool
-from ..data.calibration import Calibration
+from ..data.calibration import Calibration, stack
 from ..graph.cost import fold_batch_norm
 from ..graph.cuts import CutPoint, layer_names, sides, split
 from ..inference.network import Normalise, RouteFit, SINFNetwork, cluster_posterior, own_classes
@@ -29,6 +29,7 @@ from .study import Size, Study
 
 Classes = Sequence[np.ndarray]  # of each cluster, as positions
 
+_CROSSING_BYTES = 2**29  # of all that a subgraph's repair is given, on either side
 _FEW_ROUTED = 64  # samples, too few to repair a subgraph with
 
 
@@ -107,7 +108,7 @@ def build_prefix(study: Study, cut: CutPoint, size: Size, n_clusters: int) -> Pr
             return Prefix(dense, {}, widths)
     keep = choose_channels(groups, scored.groups, recipe, widths or None)
     sample = _repair_sample(study, dense)
-    samples = torch.cat(list(calibration.batcher(calibration.X, sample)))
+    samples = calibration.batcher.stacked(calibration.X, sample)
     small = extract(calibration.graph, calibration.groups, keep, samples[:64])
     module = split(graph_of(small), cut)[0]
     repair(
@@ -127,7 +128,7 @@ def lower_rank(study: Study, prefix: Prefix, cut: CutPoint, share: float) -> Pre
     module = factorize(
         prefix.module,
         share,
-        torch.cat(list(calibration.batcher(calibration.X, sample))),
+        calibration.batcher.stacked(calibration.X, sample),
         weight=calibration.weights(sample),
         batch_size=calibration.batcher.batch_size,
         seed=calibration.seed,
@@ -183,7 +184,7 @@ def build_subgraphs(
     groups, (dense, tail) = study.groups(cut)[1], study.halves(cut)
     with torch.inference_mode():
         h = dense(calibration.example)
-    n_images = affordable_images(tail, h, config.subgraphs.repair_samples)
+    n_images = affordable_images(tail, h, config.subgraphs.repair_samples, _CROSSING_BYTES)
     several = [c for c, classes in enumerate(clusters) if len(classes) > 1]
     widths = prefix.widths or None
     if widths is None and config.subgraphs.schedule == "global":
@@ -253,22 +254,21 @@ def build_subgraph(
     samples that are needed, `rows` holds them.
     """
     graph, batcher = calibration.graph, calibration.batcher
-    check = torch.cat(list(batcher(rows, sample[:64])))
+    check = batcher.stacked(rows, sample[:64])
     small = extract(graph, calibration.groups, keep, check, outputs.tolist())
     (dense, dense_tail), tail = split(graph, cut), split(graph_of(small), cut)[1]
     sliced = None if prefix is None else prefix.on(batcher.device)
-    h_dense, h_sliced = [], []
-    with torch.inference_mode():
-        for x in batcher(rows, sample):
-            h_dense.append(dense(x))
-            if sliced is not None:
-                h_sliced.append(sliced(x))
+
+    def crossing(prefix: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return stack(map(prefix, batcher(rows, sample)), len(sample))
+
     error = repair(
         dense_tail,
         replace(small, model=tail),
-        torch.cat(h_dense),
+        crossing(dense),
         _repair_settings(calibration, method),
-        X_sliced=torch.cat(h_sliced) if h_sliced else None,
+        X_sliced=None if sliced is None else crossing(sliced),
         sample_weight=calibration.weights(sample),
     )
     behind = set(layer_names(tail))
