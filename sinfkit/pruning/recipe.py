@@ -44,7 +44,8 @@ class PruningOptions(BaseEstimator):
         Activations are averaged to ``pool_size x pool_size`` before they are scored.
     repair_samples : int, default=4000
         At most so many of the samples are used for the repair (drawn with `random_state`); every
-        sample is scored.  Fewer where the activations of one layer would exceed 2 GiB.
+        sample is scored.  Fewer where one layer's activations of all would exceed 2 GiB, and in
+        early layers where those of base and smaller network would exceed 1 GiB.
     validation_fraction : float, default=0.2
         Share of the samples of each class, in [0, 1), that is held out to see what accuracy is
         lost.  0: none, then nothing is said about it; with a search or ``schedule="iterative"`` an
