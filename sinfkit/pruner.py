@@ -21,7 +21,7 @@ from .data.images import with_labels
 from .data.validation import validate_X, validate_y
 from .errors import PromiseWarning
 from .frozen import FrozenModel
-from .graph.cuts import find_layer, layer_names, observation_nodes, penultimate
+from .graph.cuts import find_layer, layer_names, observation_nodes, one_row_each, penultimate
 from .graph.tracing import of_torch_alone
 from .inference.forms import fast_form
 from .inference.measure import make_pruning_report
@@ -525,8 +525,10 @@ n_features)
         check_is_fitted(self)
         X = validate_X(self, X, reset=False)
         features = penultimate(self.model_, self._output)
-        batches = self._batcher(self.model_)(X)
-        answers = self._run(lambda x: pool(features(x), 1), batches, X)
+        batcher = self._batcher(self.model_)
+        with torch.inference_mode():
+            rows = one_row_each(features, batcher.at(X, slice(0, 1)))
+        answers = self._run(lambda x: pool(rows(features(x)), 1), batcher(X), X)
         return self._as_wanted(answers, X, X.dtype in (np.float64, torch.float64))
 
     def report(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from ..graph.cuts import channel_axis, with_capture
+from ..graph.cuts import channel_axis, samples_first, with_capture
 from ..graph.tracing import copy_sharing_weights
 from ..utils.device import in_pieces
 
@@ -64,12 +64,13 @@ def collect(
     first_key = {place: key for key, place in reversed(list(places.items()))}
     wanted = {key: node for (node, _), key in first_key.items()}
     axes = {key: channel_axis(gm, node) for key, node in wanted.items()}
+    rows = {key: samples_first(gm, node) for key, node in wanted.items()}
     parts: dict[str, list[Tensor]] = {key: [] for key in wanted}
     logits: list[Tensor] = []
     seen: dict[str, Tensor] = {}
 
     def keep(key: str, value: Tensor) -> None:
-        seen[key] = _to_cpu(pool(value, sizes[key], axes[key]))
+        seen[key] = _to_cpu(pool(rows[key](value), sizes[key], axes[key]))
 
     watched = with_capture(gm, wanted, keep)
     with torch.inference_mode():
@@ -100,6 +101,7 @@ def taylor_scores(
     first_key = {node: key for key, node in reversed(list(nodes.items()))}
     wanted = {key: node for node, key in first_key.items()}
     axes = {key: channel_axis(gm, node) for key, node in wanted.items()}
+    rows = {key: samples_first(gm, node) for key, node in wanted.items()}
     totals: dict[str, Tensor] = {}
     weights = None if sample_weight is None else _Slices(sample_weight.double())
 
@@ -110,7 +112,7 @@ def taylor_scores(
         numbers = value.detach()
 
         def add(gradient: Tensor) -> None:
-            change = _over_positions(numbers * gradient, axes[key]).abs().double()
+            change = _over_positions(rows[key](numbers * gradient), axes[key]).abs().double()
             if weights is not None:
                 change = change * weights.here.to(change)[:, None]
             score = change.sum(0)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import torch
 from torch import Tensor, fx
 
-from ..graph.cuts import channel_axis, with_capture
+from ..graph.cuts import channel_axis, samples_first, with_capture
 from ..repair.ridge import double
 
 __all__ = [
@@ -94,12 +94,13 @@ def map_statistics(
     first_key = {node: key for key, node in reversed(list(nodes.items()))}
     wanted = {key: node for node, key in first_key.items()}
     axes = {key: channel_axis(gm, node) for key, node in wanted.items()}
+    rows = {key: samples_first(gm, node) for key, node in wanted.items()}
     totals: dict[str, dict[str, Tensor]] = {key: {} for key in wanted}
     limits: dict[str, tuple[Tensor, Tensor]] = {}
     weights: list[Tensor] = []
 
     def add(key: str, value: Tensor) -> None:
-        maps = _as_maps(value, axes[key])
+        maps = _as_maps(rows[key](value), axes[key])
         low, high = maps.amin((0, 2, 3)), maps.amax((0, 2, 3))
         if key in limits:
             low, high = torch.minimum(low, limits[key][0]), torch.maximum(high, limits[key][1])

@@ -12,6 +12,7 @@ from .cuts import (
     observation_nodes,
     output_layer,
     penultimate,
+    samples_first,
     split,
     with_capture,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "output_layer",
     "paired_latency",
     "penultimate",
+    "samples_first",
     "split",
     "trace",
     "with_capture",

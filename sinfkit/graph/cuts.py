@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .nodes import (
+    ALONG_ROWS,
     Layer,
     called_layer,
     called_module,
@@ -29,6 +30,8 @@ from .nodes import (
     is_shape_query,
     is_station,
     n_channels,
+    samples_in,
+    samples_of,
     unpacks,
 )
 from .tracing import new_graph
@@ -296,7 +299,8 @@ def _single_live(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         if node not in free and last_use[node] > i:
             live.add(node)
         live = {n for n in live if last_use[n] > i}
-        if live == {node} and not any(unpacks(user) for user in node.users):
+        whole = samples_of(node) == ALONG_ROWS
+        if live == {node} and whole and not any(unpacks(user) for user in node.users):
             found.append(node)
     return found
 
@@ -371,6 +375,34 @@ def observation_nodes(gm: fx.GraphModule, layers: Iterable[str]) -> dict[str, st
 def channel_axis(gm: fx.GraphModule, node: str) -> int:
     """Axis of a node's value that holds the channels."""
     return -1 if isinstance(_source_layer(gm, _named(gm, node)), nn.Linear) else 1
+
+
+def samples_first(gm: fx.GraphModule, node: str) -> Callable[[Tensor], Tensor]:
+    """What turns a node's value into one row for each sample; parts of one become positions."""
+    (axis, parts), channels = samples_of(_named(gm, node)), channel_axis(gm, node)
+
+    def change(value: Tensor) -> Tensor:
+        value = value.movedim(axis, 0)
+        if parts > 1:
+            value = value.unflatten(0, (-1, parts))
+            if channels == 1:
+                value = value.movedim(1, 2)
+                value = value.flatten(2, 3) if value.ndim > 3 else value
+        return value
+
+    return change
+
+
+def one_row_each(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What turns a module's value into one row for each sample, from one sample, (1, ...)."""
+    two, three = (module(x.expand(n, *x.shape[1:])).shape for n in (2, 3))
+    axis, parts = samples_in(two, three) or ALONG_ROWS
+
+    def change(value: Tensor) -> Tensor:
+        value = value.movedim(axis, 0)
+        return value if parts == 1 else value.unflatten(0, (-1, parts)).mean(1)
+
+    return change
 
 
 def with_capture(

@@ -13,6 +13,8 @@ LAYERS = (*CONVOLUTIONS, nn.Linear)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = Convolution | nn.Linear
 
+ALONG_ROWS = (0, 1)  # where samples usually lie: along the first axis, each in one part
+
 _ACTIVATIONS = frozenset(
     "celu clamp clamp_min elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid "
     "mish prelu relu relu6 rrelu selu sigmoid silu softplus softshrink softsign tanh tanhshrink "
@@ -72,6 +74,24 @@ def _returns_its_argument(module: nn.Module) -> bool:
             return module(x) is x
     except Exception:
         return False
+
+
+def samples_of(node: fx.Node) -> tuple[int, int]:
+    """Along which axis of a node's value samples lie, and in how many parts each.
+
+    As far as its graph was recorded with samples; parts of one sample lie side by side.
+    """
+    axis, parts = node.meta.get("samples", ALONG_ROWS)
+    return axis, parts
+
+
+def samples_in(two: torch.Size, three: torch.Size) -> tuple[int, int] | None:
+    """Along which axis samples lie, and in how many parts each, from shapes for two and three."""
+    axes = [axis for axis, (a, b) in enumerate(zip(two, three, strict=False)) if a != b]
+    if len(two) != len(three) or len(axes) != 1:
+        return None
+    parts, rest = divmod(two[axes[0]], 2)
+    return None if rest or three[axes[0]] != 3 * parts else (axes[0], parts)
 
 
 def holds_layers(module: nn.Module) -> bool:

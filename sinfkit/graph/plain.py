@@ -284,6 +284,8 @@ def _sum_for_mean(graph: fx.Graph, node: fx.Node) -> None:
         with graph.inserting_before(node):
             total = graph.call_function(torch.sum, (node.all_input_nodes[0], dim, True))
             mean = graph.call_function(operator.mul, (total, 1 / node.meta["shape"][dim]))
+        for new in (total, mean):
+            new.meta |= {key: node.meta[key] for key in ("samples",) if key in node.meta}
         node.replace_all_uses_with(mean)
         graph.erase_node(node)
 

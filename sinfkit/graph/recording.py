@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .autograd import without_autograd
-from .nodes import function_name, is_layer, is_switched
+from .nodes import ALONG_ROWS, function_name, is_layer, is_switched, samples_in
 from .writes import Writes, tensors_in, version
 
 __all__ = ["EVAL", "NeedsDataError", "Recorder", "Replayer", "UntraceableError"]
@@ -270,6 +270,9 @@ class Recorder(Replayer):
             return value
         if isinstance(value, Tensor):
             proxy.node.meta["n_axes"] = value.ndim
+            place = samples_in(value.shape, proxy._held[1].shape)
+            if place not in (None, ALONG_ROWS):
+                proxy.node.meta["samples"] = place
             if called == "mean" and hasattr(inputs[0]._held[0], "ndim"):
                 proxy.node.meta["shape"] = inputs[0]._held[0].shape
         elif called in ("chunk", "split", "tensor_split"):

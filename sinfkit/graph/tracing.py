@@ -20,7 +20,16 @@ from ..errors import SlicingWarning
 from ..utils.device import full_float32, is_out_of_memory
 from ..utils.params import warn
 from .attention import plain_attention
-from .nodes import called_module, holds_layers, is_identity, is_layer, is_shape_query, out_of_place
+from .nodes import (
+    called_layer,
+    called_module,
+    holds_layers,
+    is_identity,
+    is_layer,
+    is_shape_query,
+    out_of_place,
+    samples_of,
+)
 from .plain import made_plain
 from .recording import NeedsDataError, Recorder, Replayer, UntraceableError, output_of
 from .writes import Writes
@@ -196,7 +205,10 @@ def _record(
 ) -> tuple[fx.Graph, Writes]:
     """Record a module's graph; what cannot be traced becomes one node."""
     if isinstance(root, fx.GraphModule) and root.graph._tracer_cls is Replayer:
-        return Replayer().trace(root), Writes()
+        graph = Replayer().trace(root)
+        for new, old in zip(graph.nodes, root.graph.nodes, strict=True):
+            _keep_place(new, old)
+        return graph, Writes()
     # Without data first, in a moment whatever the size of the images.
     places = [torch.device("meta")] if example is not None else []
     if example is not None and not example.is_meta:
@@ -330,7 +342,14 @@ def _renumbered(graph: fx.Graph) -> fx.Graph:
         args = fx.map_arg(node.args, env.__getitem__)
         kwargs = fx.map_arg(node.kwargs, env.__getitem__)
         env[node] = new.create_node(node.op, node.target, args, kwargs)
+        _keep_place(env[node], node)
     return new
+
+
+def _keep_place(new: fx.Node, old: fx.Node) -> None:
+    """Note where samples lie in a value that is the same."""
+    if "samples" in old.meta:
+        new.meta["samples"] = old.meta["samples"]
 
 
 _N_SAMPLES = 4
@@ -355,6 +374,7 @@ def check_traced(
     what it was asked first. `X` is of shape (n, ...), normalised.
     """
     X = X[:_N_SAMPLES]
+    _check_parts(graph, X)
     if fresh is not None:
         _check_first(fresh().eval(), module, X)
     try:
@@ -369,6 +389,43 @@ def check_traced(
             _check(*wide, X.double())
             return
     raise found
+
+
+def _check_parts(graph: fx.GraphModule, X: Tensor) -> None:
+    """Raise where layers see samples in several parts that do not lie side by side."""
+    wanted = [
+        node
+        for node in graph.graph.nodes
+        if samples_of(node)[1] > 1
+        and any(called_layer(graph, other) is not None for other in (node, *node.users))
+    ]
+    if not wanted or len(X) < 2:
+        return
+    with torch.inference_mode(), full_float32():
+        alone, together = (_values(graph, x.clone(), wanted) for x in (X[:1], X))
+    for node in wanted:
+        axis, parts = samples_of(node)
+        if not close(together[node].movedim(axis, 0)[:parts], alone[node].movedim(axis, 0)):
+            raise ValueError(
+                "The model puts several forms of its samples into one batch, all samples in the "
+                "first form and then all in the next, as torch.cat([x, x.flip(-1)]) does. Give "
+                "the network inside, and average its answers outside."
+            )
+
+
+def _values(graph: fx.GraphModule, x: Tensor, wanted: list[fx.Node]) -> dict[fx.Node, Tensor]:
+    """Values of some nodes."""
+    found: dict[fx.Node, Tensor] = {}
+
+    class Watched(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in wanted:
+                found[n] = value
+            return value
+
+    Watched(graph).run(x)
+    return found
 
 
 def _check_first(fresh: nn.Module, module: nn.Module, X: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.cuts import with_capture
-from ..graph.nodes import CONVOLUTIONS, Layer, called_layer
+from ..graph.nodes import CONVOLUTIONS, Layer, called_layer, samples_of
 from .ridge import double
 from .walk import output_size, sample_patches
 
@@ -63,16 +63,19 @@ def gather_moments(
     wanted: dict[str, list[str]] = {}
     for name in names:
         wanted.setdefault(calls[name].all_input_nodes[0].name, []).append(name)
+    places = {n.name: samples_of(n) for n in graph.graph.nodes}
     sums = {name: _Sums() for name in names}
     generator = torch.Generator().manual_seed(seed)
     per_image = max(1, max_rows // max(n_images, 1))
     here: Tensor | None = None
 
     def add(source: str, value: Tensor) -> None:
+        axis, parts = places[source]
+        value = value.movedim(axis, 0)
         for name in wanted[source]:
             layer = modules[name]
-            n_positions = _n_positions(layer, value)
-            order = torch.rand((len(value), n_positions), generator=generator)
+            n_positions = _n_positions(layer, value) * parts
+            order = torch.rand((len(value) // parts, n_positions), generator=generator)
             where = order.topk(min(per_image, n_positions), dim=1).indices.to(value.device)
             rows = sample_patches(value, layer, where).flatten(0, 1)
             weight = None if here is None else here.to(rows).repeat_interleave(where.shape[1])

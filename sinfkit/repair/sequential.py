@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import SlicingWarning
-from ..graph.nodes import CONVOLUTIONS
+from ..graph.nodes import CONVOLUTIONS, samples_of
 from ..slicing.channels import Sliced
 from ..utils.params import warn
 from .moments import gather_moments
@@ -304,9 +304,12 @@ def _match_moments(site: Site, method: str, weight: Tensor) -> float:
         axes = [axis for axis in range(now.ndim) if axis != site.axis % now.ndim]
         products = (own, own * own, now, now * now, target, target * target, target * now)
         counts = weight[walk.images[chunk]]
-        along = counts.to(now).reshape(-1, *[1] * (now.ndim - 1))
+        samples, parts = samples_of(site.node)
+        shape = [1] * now.ndim
+        shape[samples] = -1
+        along = counts.to(now).repeat_interleave(parts).reshape(shape)
         sums += torch.stack([_total(product * along, axes) for product in products])
-        n += now[0].numel() // len(site.kept) * float(counts.sum())
+        n += now.numel() // (len(counts) * len(site.kept)) * float(counts.sum())
     own, own2, now, now2, target, target2, cross = sums / n
 
     ratio, shift = torch.ones_like(own), torch.zeros_like(own)
@@ -371,7 +374,9 @@ def _gather(site: Site, rows: _Rows) -> tuple[Tensor, Tensor]:
     where, gathered = torch.empty(0), []
     for chunk, dense in walk.advance(site.node, "dense"):
         _, target = site.targets(dense, chunk)
-        inputs = walk.value(site.node.all_input_nodes[0], "sliced", chunk)
+        source = site.node.all_input_nodes[0]
+        inputs = walk.value(source, "sliced", chunk).movedim(samples_of(source)[0], 0)
+        target = target.movedim(samples_of(site.node)[0], 0)
         place = rows.place[walk.images[chunk]]
         if chunk == 0:
             where = rows.draw(target.numel() // (len(place) * len(site.kept))).to(target.device)

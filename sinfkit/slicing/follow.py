@@ -278,6 +278,9 @@ class Follower:
             else:
                 self.pin(axes[axis], f"its channels are positions for {name!r}")
                 rest[axis] = None
+        if isinstance(layer, nn.Linear):
+            for axis in range(channels):  # channels that mix tokens, each for itself
+                self._along(name, axes, axis, "along")
         rest[channels] = self.produced[name]
         return rest
 

@@ -192,6 +192,8 @@ class Comparison:
                 self._restrict(norm, small, _channel_dim(norm), torch.from_numpy(kept))
         for name, kept in sliced.along.items():
             module = self.masked.get_submodule(name)
+            if isinstance(module, nn.Linear):  # each of the channels for itself
+                continue
             dim = -1 if isinstance(module, CONVOLUTIONS) else getattr(module, "dim", 1)
             small = copy_sharing_weights(module)
             self._restrict(module, small, dim, torch.from_numpy(kept))
