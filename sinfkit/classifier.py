@@ -35,6 +35,7 @@ from .repair.distillation import Distillation, as_distillation
 from .routing.builder import Builder, Built
 from .routing.search import Kept, Search, announce, groupings_to_try, plan_networks
 from .routing.study import RoutingConfig, RoutingOptions, Samples, Study
+from .utils.device import channels_last
 from .utils.jobs import over_chunks
 from .utils.params import check_integer, check_number, naming, nested, warn
 from .utils.progress import Progress
@@ -578,7 +579,7 @@ n_features)
         if "network_" in self.__dict__:
             if len(self.input_shape_) == 3:
                 # As in fit: NumPy's arrays, which pickles hold, know no memory formats.
-                self.network_.to(memory_format=torch.channels_last)
+                channels_last(self.network_)
             if "clusterer_" in self.__dict__:  # a twin that only predicts has none
                 self._link()
 

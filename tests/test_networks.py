@@ -15,7 +15,14 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import sinfkit
-from sinfkit import DCSPruner, FrozenModel, PruningOptions
+from sinfkit import (
+    DCSPruner,
+    FrozenModel,
+    PruningOptions,
+    SINFClassifier,
+    SlicingWarning,
+)
+from sinfkit.errors import UnsliceableError
 from sinfkit.graph import count_macs
 
 
@@ -250,3 +257,62 @@ def test_fit_and_load_leave_torchs_generator_alone(data, tmp_path):
     sinfkit.save(pruner, tmp_path / "p.sinf")
     sinfkit.load(tmp_path / "p.sinf", factory=lambda: small_cnn(4, 4)).predict(X)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class OddlyShaped(nn.Module):
+    """Parameters that no layout of images suits."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.b, self.head = (
+            nn.Conv2d(1, 6, 3, padding=1),
+            nn.Conv2d(6, 6, 1),
+            nn.Linear(6, 4),
+        )
+        shape = {"complex": (6, 8, 5, 2), "volume": (6, 1, 1, 3, 3), "table": (6, 6, 1, 1)}[kind]
+        self.kind, self.weight = kind, nn.Parameter(torch.randn(shape) / 3)
+        self.c = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x):
+        h = self.b(self.a(x).relu()).relu()
+        if self.kind == "complex":
+            f = torch.fft.rfft2(h) * torch.view_as_complex(self.weight)
+            h = h + torch.fft.irfft2(f, s=h.shape[-2:])
+            h = self.c(h).relu()
+        elif self.kind == "volume":
+            h = (
+                h
+                + nn.functional.conv3d(h[:, :, None], self.weight, padding=(0, 1, 1), groups=6)[
+                    :, :, 0
+                ]
+            )
+        else:
+            h = h + torch.einsum("nchw,cd->ndhw", h, self.weight.view(6, 6))
+        return self.head((h if self.kind == "complex" else self.c(h)).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["complex", "volume", "table"])
+def test_parameters_keep_their_order_in_memory(kind, data, tmp_path):
+    X, y = data
+    torch.manual_seed(0)
+    network = OddlyShaped(kind).eval()
+    sinf = SINFClassifier(network, max_accuracy_drop=0.5, fallback="base", random_state=0).fit(X, y)
+    expected = sinf.predict_proba(X)
+    sinf.report(X, y, repeats=1)
+    sinfkit.save(sinf, tmp_path / "a.sinf")
+    again = sinfkit.load(tmp_path / "a.sinf", factory=lambda: OddlyShaped(kind))
+    np.testing.assert_allclose(again.predict_proba(X), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        pickle.loads(pickle.dumps(sinf)).predict_proba(X), expected, atol=1e-5
+    )
+
+
+def test_a_search_speaks_of_no_budget_that_nobody_asked_for(data):
+    class Closed(OddlyShaped):
+        def forward(self, x):
+            h = torch.fft.rfft2(self.b(torch.fft.rfft2(self.a(x)).abs())).abs()
+            return self.head(h.mean((2, 3)))
+
+    with pytest.warns(SlicingWarning), pytest.raises(UnsliceableError, match="stays whole.*cut"):
+        SINFClassifier(Closed("table"), random_state=0).fit(*data)

@@ -22,11 +22,13 @@ from torch.utils.data import (
 
 from ..errors import ArgumentError, ArgumentTypeError
 from ..frozen import FrozenModel
+from ..utils.params import warn
 
 Images = Any  # an array, a tensor, or LazyImages: rows can be asked for
 Range = tuple[str, float, float]  # type, smallest and largest value
 
 LOOKED_AT = 256  # samples, spread over all, that tell the scale of the others
+_DARK = 64  # times below the largest value of `fit`: no image of the same kind, on any night
 _TIMES = 8  # as large as the largest value of `fit`: no brightness, another scale
 
 
@@ -47,6 +49,8 @@ def match_range(X: Images, seen: Range, *, whole: bool, look: bool = True) -> Im
     unit = kind == "uint8" or (low >= -0.1 and high <= 1.1)
     if X.dtype in (np.uint8, torch.uint8):
         if unit:
+            if look:
+                _warn_of_black(_range(X)[1] / 255, 1.0 if kind == "uint8" else high)
             return X
         raise _error(
             "X holds uint8, which is divided by 255, but in fit its values went from "
@@ -59,6 +63,7 @@ def match_range(X: Images, seen: Range, *, whole: bool, look: bool = True) -> Im
         bytes_ = _as_bytes(X) if whole or kind == "uint8" else None
         if bytes_ is not None:
             return bytes_
+    _warn_of_black(max(abs(first), abs(last)), 1.0 if kind == "uint8" else max(abs(low), abs(high)))
     if kind == "uint8":
         if first < -0.1 or last > 1.1:
             raise _error(
@@ -81,6 +86,16 @@ def match_range(X: Images, seen: Range, *, whole: bool, look: bool = True) -> Im
             "the same scale."
         )
     return X
+
+
+def _warn_of_black(now: float, before: float) -> None:
+    """Warn where the largest value is next to nothing beside that of ``fit``."""
+    if 0 < now < before / _DARK:
+        warn(
+            f"X is next to black: its values reach {now:.2g}, but in fit they reached "
+            f"{before:.3g}. "
+            "Was it divided by 255 twice, or cast to integers when it went from 0 to 1?"
+        )
 
 
 def check_normalisation(frozen: FrozenModel, X: Images) -> None:

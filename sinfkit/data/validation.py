@@ -151,8 +151,19 @@ def validate_X(
         with naming("X"):
             X = np.asarray(X)
     shape = tuple(getattr(X, "shape", ()))
-    if expected is not None and len(expected) > 1 and not _flattened(shape, expected):
-        check_shape(shape, tuple(expected))
+    if expected is not None and len(expected) > 1:
+        if not _flattened(shape, expected):
+            check_shape(shape, tuple(expected))
+            if not reset and estimator.n_features_in_ != shape[1]:  # which saw them flattened
+                X = X.reshape(shape[0], -1)
+                shape = tuple(X.shape)
+        elif not reset and estimator.n_features_in_ != shape[1]:
+            sizes = ", ".join(map(str, expected))
+            raise ArgumentError(
+                f"X has shape {shape}, but in fit its samples had shape {tuple(expected)}. Pass "
+                f"X.reshape(-1, {sizes}).",
+                "X",
+            )
     dtype = getattr(X, "dtype", None)
     whole = dtype not in (np.uint8, torch.uint8) and _is_integral(dtype)
     if isinstance(X, torch.Tensor):

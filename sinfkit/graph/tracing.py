@@ -139,6 +139,9 @@ def _traced(
     gm = fx.GraphModule(root.eval(), graph)
     _make_functional(gm)
     lost = writes.lost(gm.graph)
+    for node in gm.graph.find_nodes(op="call_method", target="view"):
+        if not node.kwargs and not any(isinstance(a, torch.dtype) for a in node.args):
+            node.target = "reshape"  # which does not mind in what order axes lie in memory
     gm.graph.eliminate_dead_code()
     return fx.GraphModule(gm, _renumbered(gm.graph), class_name=type(model).__name__).eval(), lost
 

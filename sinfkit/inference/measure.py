@@ -14,9 +14,10 @@ from ..data.calibration import Batcher
 from ..data.images import Images
 from ..data.validation import check_answers
 from ..graph.cost import Latency, count_macs, count_parameters, fold_batch_norm, paired_latency
+from ..graph.recording import output_of
 from ..graph.tracing import trace
 from ..promise import count_discordant
-from ..utils.device import in_pieces
+from ..utils.device import channels_last, in_pieces
 from .forms import fast_form
 from .network import SINFNetwork
 from .report import ClusterRow, Promise, PruningReport, SINFReport
@@ -125,7 +126,8 @@ def make_pruning_report(
     columns = torch.as_tensor(outputs)
 
     def look(x: Tensor) -> tuple[Tensor, Tensor]:
-        return base(x)[:, columns.to(x.device)].argmax(1).cpu(), model(x).argmax(1).cpu()
+        answers = output_of(base, x)[:, columns.to(x.device)]
+        return answers.argmax(1).cpu(), model(x).argmax(1).cpu()
 
     with torch.inference_mode():
         pieces = list(in_pieces(look, batcher(X)))
@@ -136,9 +138,10 @@ def make_pruning_report(
     latency = None
     if repeats:
         x = batcher.normalise(batcher.load(X[:latency_batch]))
-        fast_base, fast = (fast_form(m, lambda: x) for m in (base, model))
+        own = x.clone()  # the base may write into what it is given
+        fast_base, fast = fast_form(base, own.clone), fast_form(model, lambda: x)
         latency = paired_latency(
-            {"base": lambda: fast_base(x), "result": lambda: fast(x)}, repeats=repeats
+            {"base": lambda: fast_base(own), "result": lambda: fast(x)}, repeats=repeats
         )
     return PruningReport(
         base_accuracy=_mean(base_right),
@@ -182,7 +185,7 @@ def base_for_timing(network: SINFNetwork, base: nn.Module, sample: Tensor) -> nn
     # A copy: folding shares what it need not fold, and the layout is about to change.
     folded = copy.deepcopy(fold_batch_norm(trace(base, network.normalise(sample[:1]))))
     if sample.ndim == 4:
-        folded = folded.to(memory_format=torch.channels_last)
+        folded = channels_last(folded)
     fast = fast_form(folded.eval(), lambda: network.normalise(sample))
     return nn.Sequential(network.normalise, fast).eval()
 
@@ -239,7 +242,7 @@ def _observe(
         leaves = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         leaves[rows[branch == network.n_clusters + 1]] = True
         seen = (
-            base(x)[:, network.outputs],
+            output_of(base, x)[:, network.outputs],
             network.process(h, route),
             network.process(h, oracle),
             network.branch_logits(h, own),

@@ -118,10 +118,6 @@ def _graph_prepacked(module: fx.GraphModule) -> fx.GraphModule:
         if fused:
             relus[0].replace_all_uses_with(node)
             twin.graph.erase_node(relus[0])
-    for node in twin.graph.nodes:  # a view of the order in which the network's own axes lie
-        sizes = node.op == "call_method" and node.target == "view" and not node.kwargs
-        if sizes and not any(isinstance(a, torch.dtype) for a in node.args):
-            node.target = "reshape"
     twin.recompile()
     return twin.eval()
 

@@ -35,7 +35,7 @@ from ..pruner import DCSPruner, recipe_of
 from ..pruning.recipe import PruningOptions
 from ..repair.distillation import Distillation
 from ..routing.study import RoutingOptions
-from ..utils.device import loaded_device, resolve_device
+from ..utils.device import channels_last, loaded_device, resolve_device
 from ..utils.params import check_integer, check_path, is_integer
 from ..utils.pickling import versions
 from . import fields as fields
@@ -639,7 +639,7 @@ class _Reader:
         network = nn.Sequential(copy.deepcopy(prefix), router)
         clusterer.network_ = network.eval().requires_grad_(False)
         if entry["folded"] and len(clusterer.input_shape_) == 3:
-            clusterer.network_.to(memory_format=torch.channels_last)
+            channels_last(clusterer.network_)
 
     def _classifier(self, classifier: SINFClassifier, base: fx.GraphModule, x: Tensor) -> None:
         numbers = ("router_weight", "threshold")
@@ -712,7 +712,7 @@ class _Reader:
         )
         network = copy.deepcopy(network).eval().requires_grad_(False)
         if x.ndim == 4:
-            network = network.to(memory_format=torch.channels_last)
+            network = channels_last(network)
         classifier.network_ = network
         classifier.temperatures_ = network.temperatures.numpy().copy()
         self._nest(classifier, entry["clusterer"], entry["pruner"])

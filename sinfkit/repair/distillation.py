@@ -22,6 +22,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 
 from ..utils.checkpoint import Checkpoint
+from ..utils.device import channels_last
 from ..utils.params import (
     check_choice,
     check_integer,
@@ -207,7 +208,7 @@ def _trainable(lesson: Lesson, first: Tensor) -> Iterator[None]:
     if dtype in (torch.float16, torch.bfloat16):
         lesson.student.float()
     if first.ndim == 4:
-        lesson.student.to(memory_format=torch.channels_last)
+        channels_last(lesson.student)
     for parameter in lesson.parameters:
         parameter.requires_grad_(True)
     yield

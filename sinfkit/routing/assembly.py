@@ -22,7 +22,7 @@ from ..pruning.scoring import Scored
 from ..repair.low_rank import factorize
 from ..repair.sequential import RepairSettings, affordable_images, repair
 from ..repair.walk import graph_of
-from ..utils.device import in_pieces
+from ..utils.device import channels_last, in_pieces
 from ..utils.jobs import Rows, run_with
 from ..utils.pickling import Packed, pack
 from .study import Size, Study
@@ -315,5 +315,5 @@ def assemble(
     network = copy.deepcopy(network).eval().requires_grad_(False)
     network = network.to(calibration.batcher.device)
     if calibration.example.ndim == 4:
-        network = network.to(memory_format=torch.channels_last)
+        network = channels_last(network)
     return network

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from ..criteria.activations import collect
-from ..errors import OutOfReachError, UnreachableShareError
+from ..errors import OutOfReachError, UnreachableShareError, UnsliceableError
 from ..graph.cost import count_macs
-from ..graph.cuts import CutPoint, cut_points, find_cut, sides
+from ..graph.cuts import CutPoint, cut_points, find_cut, layer_names, sides
 from ..inference.network import cluster_posterior, fit_route_predictor, fuse
-from ..pruning.recipe import Recipe, choose_channels
+from ..pruning.costs import sliceable_share, what_stays_whole
+from ..pruning.recipe import Recipe, choose_channels, sliceable
 from ..slicing.groups import ChannelGroup, slice_channels
 from ..utils.params import naming, warn
 from ..utils.progress import about
@@ -360,8 +361,21 @@ class Search:
                 plan = None
         if self.best is None:
             assert self.missed is not None
-            raise self.missed
+            raise self._nothing_sliced(self.missed)
         return self.best
+
+    def _nothing_sliced(self, missed: Exception) -> Exception:
+        """What to say where no size could be built; not of budgets that nobody has asked for."""
+        if not isinstance(missed, OutOfReachError):
+            return missed
+        calibration = self.builder.study.calibration
+        share = sliceable_share(calibration, sliceable(calibration.groups))
+        text = what_stays_whole(calibration, layer_names(calibration.graph), share)
+        return UnsliceableError(
+            f"{text} Behind the places where the network can be cut, that is too little for any of "
+            "the sizes that a search tries. pruner=DCSPruner(budget=0.95), or so, takes what is "
+            "there."
+        )
 
     def _proposals(self, plans: Sequence[Plan]) -> Generator[Plan, Outcome, None]:
         """What to build next, given what was built.

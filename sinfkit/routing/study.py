@@ -25,7 +25,7 @@ from ..pruning.recipe import Recipe, removal_ratios, sliceable
 from ..pruning.scoring import Scored, gather, score, selected
 from ..repair.distillation import Distillation
 from ..slicing.groups import ChannelGroup
-from ..utils.device import in_pieces
+from ..utils.device import channels_last, in_pieces
 from ..utils.jobs import Rows, run_with
 from ..utils.params import check_choice, check_number, naming
 from ..utils.progress import Progress
@@ -385,5 +385,4 @@ class Study:
 def _folded(graph: fx.GraphModule) -> fx.GraphModule:
     """A network in the form in which routed networks run."""
     twin = copy.deepcopy(fold_batch_norm(graph)).eval()
-    rows = any(p.ndim == 4 for p in twin.parameters())
-    return twin.to(memory_format=torch.channels_last) if rows else twin
+    return channels_last(twin)

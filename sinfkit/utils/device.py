@@ -12,13 +12,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .params import warn
 
-__all__ = ["full_float32", "host_tensor", "in_pieces", "loaded_device", "resolve_device"]
+__all__ = [
+    "channels_last",
+    "full_float32",
+    "host_tensor",
+    "in_pieces",
+    "loaded_device",
+    "resolve_device",
+]
 
 T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def in_pieces(function: Callable[..., T], batches: Iterable[Tensor], *rows: Tensor) -> Iterator[T]:
@@ -89,6 +97,17 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if resolved.type == "cuda" and resolved.index is None:
         resolved = torch.device("cuda", torch.cuda.current_device())
     return resolved
+
+
+def channels_last(module: Module) -> Module:
+    """Lay the weights of 2-D convolutions out as their kernels want them, in place.
+
+    Not other parameters, as torch's own ``to`` does: code may rely on how these lie in memory.
+    """
+    for part in module.modules():
+        if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)) and part.weight.ndim == 4:
+            part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def loaded_device(stored: str) -> torch.device:

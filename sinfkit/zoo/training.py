@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..utils.checkpoint import Checkpoint
-from ..utils.device import host_tensor, is_out_of_memory, resolve_device
+from ..utils.device import channels_last, host_tensor, is_out_of_memory, resolve_device
 from ..utils.params import check_integer, check_number, check_path, check_verbose, naming
 
 __all__ = ["train_network"]
@@ -144,7 +144,7 @@ def train_network(
     target = resolve_device(device)
     network = copy.deepcopy(model).requires_grad_(True).to(target)
     if images.ndim == 4:
-        network = network.to(memory_format=torch.channels_last)
+        network = channels_last(network)
     engine = _Engine(
         network,
         _Preparation(images, mean, std, _dtype_of(network), target),

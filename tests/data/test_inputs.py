@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from helpers import small_cnn
+from helpers import blobs, small_cnn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -221,3 +222,38 @@ def test_running_statistics_are_no_batch_statistics():
     network = small_cnn()
     X = np.random.default_rng(0).normal(size=(12, 1, 8, 8)).astype(np.float32)
     fitted(network, X)
+
+
+@pytest.mark.parametrize("fitted", ["bytes_pruner", "unit_pruner"])
+@pytest.mark.parametrize("form", ["float", "bytes", "tensor"])
+def test_samples_that_are_next_to_black_are_warned_of(request, fitted, form):
+    pruner = request.getfixturevalue(fitted)
+    shape = (5, *pruner.input_shape_)
+    X = np.random.default_rng(0).uniform(0, 1, shape).astype(np.float32)
+    twice = {
+        "float": X / 255,
+        "tensor": torch.as_tensor(X / 255),
+        "bytes": np.ones(shape, np.uint8),
+    }
+    with pytest.warns(UserWarning, match="next to black.*divided by 255 twice"):
+        pruner.predict(twice[form])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.predict(X)
+        pruner.predict(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_flattened_samples_and_images_are_told_apart_at_prediction(as_tensor):
+    X, y = blobs(n_classes=4, per_class=8)
+    flat = X.reshape(len(X), -1)
+    model = FrozenModel(small_cnn(n_classes=4), input_shape=X.shape[1:])
+    as_given = torch.as_tensor if as_tensor else np.asarray
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        of_flat = DCSPruner(model, budget=0.8, random_state=0).fit(as_given(flat), y)
+        of_images = DCSPruner(model, budget=0.8, random_state=0).fit(as_given(X), y)
+    expected = of_flat.predict(as_given(flat))
+    np.testing.assert_array_equal(of_flat.predict(as_given(X)), expected)
+    with pytest.raises(ValueError, match=re.escape("X.reshape(-1, 1, 8, 8)")):
+        of_images.predict(as_given(flat))

@@ -170,3 +170,23 @@ def test_what_meets_the_number_of_samples_is_loaded_by_torch_alone(tmp_path: Pat
     assert not {p.data_ptr() for p in again.parameters()} & {
         p.data_ptr() for p in network.parameters()
     }
+
+
+@pytest.mark.parametrize("how", ["size", "minus one", "shape"])
+def test_views_of_flattened_maps_do_not_mind_the_order_in_memory(how: str) -> None:
+    class Flat(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8 * 36, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.b(self.between(self.a(x)))
+            if how == "size":
+                return self.head(h.view(h.size(0), -1))
+            return self.head(h.view(-1, 288) if how == "minus one" else h.view(h.shape[0], 288))
+
+    graph = followed(Flat())
+    x = torch.randn(4, 3, 8, 8)
+    expected = graph(x)
+    found = graph(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, expected)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import blobs, small_cnn
+from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel, RoutingOptions, SemanticClusterer, SINFClassifier
 from sinfkit.graph import Latency, count_macs, count_parameters
@@ -227,3 +228,46 @@ def test_it_is_shown_in_a_notebook_and_as_one_picture(latency):
     assert "accuracy" in labels and "size" in labels
     assert ("time" in labels) == (latency is not None)
     plt.close(figure)
+
+
+class Writing(nn.Module):
+    """A network that writes into its samples, and wraps what it returns."""
+
+    def __init__(self, way, wrap):
+        super().__init__()
+        self.way, self.wrap = way, wrap
+        self.a, self.b, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+        self.act = nn.LeakyReLU(0.3, inplace=True)
+
+    def forward(self, x):
+        if self.way == "sub":
+            x.sub_(0.3).div_(0.5)
+        elif self.way == "minus":
+            x -= 0.3
+        elif self.way == "module":
+            x = self.act(x)
+        scores = self.head(self.b(self.a(x).relu()).relu().mean((2, 3)))
+        return {"dict": {"logits": scores, "x": x}, "list": [scores]}.get(self.wrap, scores)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["sub", "minus", "module"])
+@pytest.mark.parametrize("wrap", ["dict", "list", "none"])
+@pytest.mark.parametrize("kind", ["pruner", "classifier"])
+def test_a_base_that_writes_into_samples_or_wraps_its_answers_is_reported(way, wrap, kind):
+    torch.manual_seed(0)
+    network = Writing(way, wrap).eval()
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(64, 1, 6, 6)).astype(np.float32)
+    before = X.copy()
+    scores = network(torch.as_tensor(X.copy()))
+    scores = scores["logits"] if wrap == "dict" else scores[0] if wrap == "list" else scores
+    y = (scores - scores.mean(0)).argmax(1).numpy()
+    if kind == "pruner":
+        fitted = DCSPruner(network, budget=1.0, random_state=0)
+    else:
+        fitted = SINFClassifier(network, max_accuracy_drop=0.3, random_state=0)
+    report = fitted.fit(X, y).report(X, y, repeats=1)
+    assert report.base_accuracy == pytest.approx((scores.argmax(1).numpy() == y).mean())
+    assert report.accuracy == pytest.approx((fitted.predict(X) == y).mean())
+    np.testing.assert_array_equal(X, before)
