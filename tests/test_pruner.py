@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 import warnings
 
 import numpy as np
@@ -484,3 +486,35 @@ def test_a_report_has_base_and_result_side_by_side(trained):
     assert report.base_accuracy == pytest.approx(base.mean())
     assert report.macs / report.base_macs == pytest.approx(pruner.cost_ratio_)
     assert "asked: at most 1.0" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fits_in_threads_give_what_they_give_alone_and_leave_torch_as_it_is():
+    X, y = blobs(per_class=12)
+    network = small_cnn()
+    x = torch.as_tensor(X)
+    before = nn.Module.__call__, nn.Module.__getattr__
+    new = functools.partial(DCSPruner, network, budget=0.6, random_state=0)
+    expected = new().fit(X, y).predict_proba(X)
+    other = new().fit(X, y)
+    answers = network(x)
+    found, done = [], threading.Event()
+
+    def fit():
+        found.extend(new().fit(X, y).predict_proba(X) for _ in range(3))
+
+    def watch():
+        while not done.is_set():
+            right = np.array_equal(other.predict_proba(X), expected)
+            found.append(expected if right and torch.equal(network(x), answers) else None)
+
+    threads = [threading.Thread(target=fit) for _ in range(4)]
+    watcher = threading.Thread(target=watch)
+    for thread in (*threads, watcher):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    watcher.join()
+    assert len(found) > 12 and all(np.array_equal(one, expected) for one in found)
+    assert (nn.Module.__call__, nn.Module.__getattr__) == before

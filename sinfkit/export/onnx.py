@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..data.images import Images
 from ..graph.cost import fold_batch_norm
-from ..graph.tracing import trace
+from ..graph.tracing import difference, trace
 from ..inference.network import Route, SINFNetwork, cluster_posterior
 from ..utils.device import settle_after_fork
 from ..utils.params import check_choice, check_flag, check_integer, check_kind, check_path
@@ -30,6 +31,7 @@ SCHEMA = 1
 OPSET = 18  # what torch's exporter writes without converting; onnxruntime 1.14 reads it
 MANIFEST, LOADER = "manifest.json", "sinf_onnx.py"
 _CALIBRATION_SAMPLES = 256
+_ONNX_TOLERANCE = 1e-2  # of the largest value: far above rounding, far below another operation
 _DTYPES = ("float32", "int8")
 _KINDS = {"U": "str", "b": "bool"}
 
@@ -256,17 +258,53 @@ def _export(name: str, module: nn.Module, example: Tensor) -> ExportedProgram:
 
 
 def _save(program: ExportedProgram, path: Path, is_router: bool, opset: int) -> None:
-    """Write one part as ONNX."""
-    converted = torch.onnx.export(
-        program,
-        input_names=["x" if is_router else "h"],
-        output_names=["h", "log_posterior"] if is_router else ["logits"],
-        opset_version=opset,
-        dynamo=True,
-        verbose=False,
-    )
+    """Write one part as ONNX, and see that it is read."""
+    try:
+        converted = torch.onnx.export(
+            program,
+            input_names=["x" if is_router else "h"],
+            output_names=["h", "log_posterior"] if is_router else ["logits"],
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # torch raises many kinds here
+        text = re.sub(r"\x1b\[\d+m", "", str(error)).strip().splitlines()
+        raise ValueError(
+            f"{path.stem!r} cannot be written as ONNX: {text[0] if text else type(error).__name__}"
+        ) from error
     assert converted is not None
     converted.save(str(path))
+    _check_read(program, path)
+
+
+def _check_read(program: ExportedProgram, path: Path) -> None:
+    """Raise where onnxruntime, if it is installed, cannot run a file, or answers otherwise."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return
+    import onnxruntime
+
+    (example,) = program.example_inputs[0]
+    x = torch.randn(3, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        found = session.run(None, {session.get_inputs()[0].name: x.to(example.dtype).numpy()})
+    except Exception as error:  # onnxruntime's own kinds, some of them private
+        raise ValueError(
+            f"{path.stem!r} was written as ONNX, but onnxruntime cannot run it: {error}"
+        ) from error
+    with torch.no_grad():
+        wanted = program.module()(x.to(example.dtype))
+    for ours, theirs in zip(found, wanted if len(found) > 1 else [wanted], strict=True):
+        if difference(torch.as_tensor(ours), theirs) > _ONNX_TOLERANCE:
+            raise ValueError(
+                f"{path.stem!r} was written as ONNX, but onnxruntime gives other answers: an "
+                "operation has another meaning there. Write it with more common ones."
+            )
 
 
 def _describe(

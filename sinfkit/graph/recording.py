@@ -16,6 +16,7 @@ import dis
 import functools
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ import torch.fx._symbolic_trace
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ..utils.pickling import RECORDING
 from .autograd import without_autograd
 from .nodes import ALONG_ROWS, function_name, is_layer, is_switched, samples_in
 from .writes import Writes, tensors_in, version
@@ -95,8 +97,27 @@ class Replayer(fx.Tracer):
         kind: Any = type(root)
         called = tuple(filter(inspect.isfunction, kind.forward.__globals__.values()))
         fx.Tracer.__init__(self, autowrap_functions=called)
-        with _proxies_accepted(self):
+        with RECORDING, _proxies_accepted(self):
+            self.thread = threading.get_ident()
             return super().trace(root, concrete_args)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Record the call of a module, but for those of other threads."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Record that a parameter is read, but by other threads."""
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every module is."""
@@ -104,6 +125,7 @@ class Replayer(fx.Tracer):
 
     # Or they would be computed with at once, which numbers that are not known yet do not allow.
     proxy_buffer_attributes = True
+    thread = 0  # which records; torch.fx shows a tracer what all of them do
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Use our own."""
@@ -137,7 +159,8 @@ class Recorder(Replayer):
         """Record the graph."""
         hidden = _nothing_hidden(bool(self.batches))
         plain = without_autograd(root) if isinstance(root, nn.Module) else contextlib.nullcontext()
-        with torch.no_grad(), plain, _proxies_accepted(self), hidden:
+        with RECORDING, torch.no_grad(), plain, _proxies_accepted(self), hidden:
+            self.thread = threading.get_ident()
             return fx.Tracer.trace(self, root, concrete_args)
 
     def create_args_for_root(
@@ -178,7 +201,7 @@ class Recorder(Replayer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Look into a module, or record its call; say where it failed."""
-        if self._computing:
+        if self._computing or threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         try:
             name = self.path_of_module(m)

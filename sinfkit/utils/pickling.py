@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,10 @@ def warn_of_versions(kind: str, stored: Mapping[str, str]) -> None:
         )
 
 
+# torch.fx changes nn.Module itself while it records a network, or loads a recorded one: two threads
+# that did so at once would leave it changed.
+RECORDING = threading.RLock()
+
 _TAG = "sinfkit.tensor"
 _MAIN = "sinfkit.main"
 
@@ -86,7 +91,8 @@ class Packed:
             torch.from_numpy(np.array(a)).view(getattr(torch, dtype)).to(device)
             for a, dtype in zip(self.arrays, self.dtypes, strict=True)
         ]
-        return _Unpickler(io.BytesIO(self.structure), tensors, self.main).load()
+        with RECORDING:
+            return _Unpickler(io.BytesIO(self.structure), tensors, self.main).load()
 
 
 def pack(obj: Any) -> Packed:

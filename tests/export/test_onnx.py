@@ -422,3 +422,32 @@ def test_branches_that_no_calibration_sample_takes(digits, tmp_path):
     p = load(tmp_path / "model").predict_proba(X[1000:])
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
     assert (p.argmax(1) == clf.predict(X[1000:])).mean() > 0.5
+
+
+class Odd(nn.Module):
+    """A part that ONNX cannot hold, or onnxruntime cannot run."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.a, self.b = way, nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3)
+        self.head = nn.Linear(6, 6)
+        if way == "types":
+            self.head.double()
+
+    def forward(self, x):
+        h = self.b(self.a(x).relu()).relu()
+        if self.way == "types":
+            return self.head(h.mean((2, 3)).double()).float()
+        h = torch.special.bessel_j0(h) if self.way == "operation" else h
+        return self.head(h.mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["types", "operation"])
+def test_what_onnxruntime_cannot_run_is_not_left_behind(way, tmp_path):
+    X, y = blobs(per_class=12)
+    torch.manual_seed(0)
+    sinf = SINFClassifier(Odd(way), max_accuracy_drop=0.5, random_state=0).fit(X, y)
+    with pytest.raises(ValueError, match="ONNX"):
+        sinf.to_onnx(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
