@@ -772,6 +772,11 @@ def _check_supplied(name: str, pruner: Any) -> None:
             raise ValueError(f"{name}.{parameter} must be None: SINFClassifier supplies it.")
     if not isinstance(pruner, DCSPruner):
         return
+    if parameters["options__drop_blocks"]:
+        raise ValueError(
+            f"{name}.options.drop_blocks has no effect inside SINFClassifier. Fit a DCSPruner with "
+            "it first, and give its model_ to SINFClassifier."
+        )
     for parameter, default in DCSPruner().get_params().items():
         if parameter in _OWN and parameters[parameter] != default:
             raise ValueError(

@@ -376,6 +376,8 @@ n_features)
             calibration, builder.chosen, builder.statistics, split.fit, classes, recipe, self.memory
         )
         if not recipe.searches:
+            if recipe.drop_blocks and recipe.budget is not None:
+                builder.find_depth(recipe.budget, split.fit)
             builder.progress.doing("builds the network")
             pruned = builder.distilled(builder.build(recipe.budget))
             return judge(builder, pruned, split.certify, goal)
@@ -648,6 +650,7 @@ def _recipe(pruner: DCSPruner, options: PruningOptions) -> Recipe:
         budget_unit=options.budget_unit,
         max_ratio=(0.95 if searches else 0.9) if options.max_ratio is None else options.max_ratio,
         round_to=options.round_to,
+        drop_blocks=options.drop_blocks,
         penalty=options.penalty,
         pool_size=options.pool_size,
         repair=pruner.repair,
@@ -670,6 +673,7 @@ def _check_effects(pruner: DCSPruner, options: PruningOptions, recipe: Recipe) -
         ("pruning_ratios", tuple(pruner.pruning_ratios) != (0.1, 0.5), by_depth),
         ("options.budget_unit", options.budget_unit != "macs", budgeted),
         ("options.max_ratio", options.max_ratio is not None, budgeted),
+        ("options.drop_blocks", options.drop_blocks, budgeted),
     ):
         if is_set and not has_effect:
             raise ValueError(f"{name} has no effect with schedule={recipe.schedule!r}.")

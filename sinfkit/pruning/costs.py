@@ -22,6 +22,7 @@ from ..data.calibration import Calibration
 from ..errors import OutOfReachError, SlicingWarning, UnsliceableError
 from ..graph.cost import count_macs, paired_latency
 from ..graph.nodes import LAYERS
+from ..slicing.blocks import Block, leave_out
 from ..slicing.channels import NARROWABLE, is_depthwise, multiplies, width
 from ..slicing.groups import ChannelGroup, slice_channels
 from ..utils.params import warn
@@ -81,14 +82,15 @@ def network_cost(
     times: Mapping[str, LayerTime] | None = None,
     calls: Mapping[str, int] | None = None,
     macs: Mapping[str, int] | None = None,
+    left_out: Collection[str] = (),
 ) -> CostModel:
     """Build the cost model of a network whose `chosen` groups may be narrowed.
 
     `groups` are all of its groups, `kept` the channels that stay in others, by name.  A latency
     needs the layers' `times` (see `fit_layer_times`) and as many samples in `example` as go through
     at once; `calls` says how often a layer is called for them, default once, and `macs` what each
-    multiplies, where that is known.  ``"macs"`` and ``"params"`` are exact: `CostModel.total` is
-    what the sliced network has.
+    multiplies, where that is known; modules that are `left_out` cost nothing.  ``"macs"`` and
+    ``"params"`` are exact: `CostModel.total` is what the sliced network has.
     """
     overhead, base = 0.0, None
     if unit == "macs":
@@ -99,12 +101,17 @@ def network_cost(
     elif unit == "latency" and times is not None:
         found, n = [], len(example)
         for name, time in times.items():
+            if name in left_out:
+                continue
             n_calls = 1 if calls is None else calls.get(name, 1)
             found.append((name, time.seconds(n, n_calls=n_calls) - n_calls * time.call, True))
             overhead += n_calls * time.call
         base = sum(time.seconds(n) for time in times.values())
     else:
         raise ValueError(f"budget_unit must be one of {UNITS}, got {unit!r}.")
+    everything = overhead + sum(amount for _, amount, _ in found)
+    base = everything if base is None else base
+    found = [(name, amount, joint) for name, amount, joint in found if name not in left_out]
     everything = overhead + sum(amount for _, amount, _ in found)
     modules = dict(graph.named_modules())
     sides = _Sides(modules, groups, chosen, kept or {})
@@ -126,7 +133,7 @@ def network_cost(
         np.array(coefficients),
         np.array(outputs).reshape(-1, n_columns),
         np.array(inputs).reshape(-1, n_columns),
-        everything if base is None else base,
+        base,
     )
 
 
@@ -251,16 +258,21 @@ def budgeted_widths(
     others: Mapping[str, np.ndarray],
     budget: float,
     macs: Mapping[str, int] | None = None,
+    blocks: Sequence[Block] = (),
 ) -> Budgeted:
     """Find the widths of one network under a budget; OutOfReachError where there are none.
 
     `groups` are all of the network's, `chosen` those that may be narrowed, `others` the channels
-    kept of other groups, by name.  A latency is measured on the whole of `batch` (n, ...) at once.
+    kept of other groups, by name; `blocks` are left out.  A latency is measured on the whole of
+    `batch` (n, ...) at once.
     """
     unit = recipe.budget_unit
     times = fit_layer_times(graph, groups, chosen, batch) if unit == "latency" else None
     kept = {name: len(channels) for name, channels in others.items()}
-    cost = network_cost(graph, groups, chosen, batch, unit, kept=kept, times=times, macs=macs)
+    gone = {name for block in blocks for name in block.modules}
+    cost = network_cost(
+        graph, groups, chosen, batch, unit, kept=kept, times=times, macs=macs, left_out=gone
+    )
     if unit != "latency":
         widths = shared_widths(chosen, [scored], cost, recipe, budget)
         return Budgeted(widths, cost.total(list(widths.values())) / cost.base)
@@ -268,7 +280,7 @@ def budgeted_widths(
     def measure(modelled: float) -> float:
         widths = shared_widths(chosen, [scored], cost, recipe, modelled)
         keep = choose_channels(chosen, scored.groups, recipe, widths) | dict(others)
-        small = slice_channels(graph, batch[:1], keep, groups=groups).model
+        small = leave_out(slice_channels(graph, batch[:1], keep, groups=groups), blocks).model
         functions: dict[str, Callable[[], Any]] = {
             "base": lambda: graph(batch),
             "small": lambda: small(batch),

@@ -18,7 +18,7 @@ from ..errors import OutOfReachError
 from ..repair.distillation import Distillation
 from ..repair.sequential import REPAIRS
 from ..slicing.groups import ChannelGroup, Sliced, check_sliced, slice_channels
-from ..utils.params import check_choice, check_integer, check_number
+from ..utils.params import check_choice, check_flag, check_integer, check_number
 
 
 class PruningOptions(BaseEstimator):
@@ -35,6 +35,9 @@ class PruningOptions(BaseEstimator):
         left as they come; ``schedule="iterative"`` does not round.
     first_layer : str, optional
         Layers before it stay whole.
+    drop_blocks : bool, default=False
+        With ``schedule="global"``, whether whole residual branches may be left out as well, as many
+        of them as lose least: networks become less deep, and faster for a single sample.
     max_ratio : float, optional
         With ``schedule="global"``, the largest share of its filters that any layer may lose, in
         [0, 1).  Default: 0.9, and 0.95 where the budget is searched.
@@ -71,6 +74,7 @@ class PruningOptions(BaseEstimator):
         budget_unit: Literal["macs", "params", "latency"] = "macs",
         round_to: int = 1,
         first_layer: str | None = None,
+        drop_blocks: bool = False,
         max_ratio: float | None = None,
         penalty: float = 3.0,
         pool_size: int = 1,
@@ -83,6 +87,7 @@ class PruningOptions(BaseEstimator):
         self.budget_unit = budget_unit
         self.round_to = round_to
         self.first_layer = first_layer
+        self.drop_blocks = drop_blocks
         self.max_ratio = max_ratio
         self.penalty = penalty
         self.pool_size = pool_size
@@ -325,6 +330,7 @@ class Recipe:
     budget_unit: Literal["macs", "params", "latency"] = "macs"
     max_ratio: float = 0.9  # a budget, not this, shall say how much goes
     round_to: int = 1
+    drop_blocks: bool = False
     penalty: float = 3.0
     pool_size: int = 1
     repair: str = "least_squares"
@@ -352,6 +358,7 @@ class Recipe:
         check_integer("round_to", self.round_to)
         if self.round_to > 1 and self.schedule == "iterative":
             raise ValueError("round_to has no effect with schedule='iterative'.")
+        check_flag("drop_blocks", self.drop_blocks)
         check_number("penalty", self.penalty, "(0, inf)")
         check_integer("pool_size", self.pool_size, high=MAX_POOL_SIZE)
         check_choice("repair", self.repair, REPAIRS)

@@ -7,6 +7,7 @@ careful to bold, and tested in that order on samples that have chosen nothing.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from ..criteria.activations import Statistics
 from ..data.calibration import Calibration
@@ -29,14 +31,19 @@ from ..repair.moments import Moments, gather_moments
 from ..repair.sequential import RepairSettings, affordable_images, repair
 from ..repair.static import static_least_squares
 from ..repair.walk import graph_of
+from ..slicing.blocks import Block, find_blocks, leave_out, silence
 from ..slicing.channels import Sliced
 from ..slicing.groups import ChannelGroup
 from ..utils.device import in_pieces
 from ..utils.progress import Progress
-from .costs import Budgeted, budgeted_widths
+from .costs import Budgeted, budgeted_widths, network_cost
+from .depth import Depth, rank_blocks
+from .layer_times import LayerTime, fit_layer_times
 from .recipe import Recipe, choose_channels, extract
 from .scoring import Scored
 
+# Samples that tell how many blocks to leave out: that order them, repair, and compare.
+_RANKED, _ROUGH, _COMPARED = 256, 600, 1_000
 _MOMENT_IMAGES = 2_000  # of which a search takes second moments: many positions in each
 
 
@@ -91,7 +98,8 @@ class Builder:
     statistics: Statistics
     rows: np.ndarray
     progress: Progress = field(default_factory=lambda: Progress(""))
-    _widths: dict[float, Budgeted] = field(default_factory=dict)
+    depth: Depth = field(default_factory=Depth)
+    _widths: dict[tuple[float, Depth], Budgeted] = field(default_factory=dict)
 
     @functools.cached_property
     def others(self) -> dict[str, np.ndarray]:
@@ -105,10 +113,11 @@ class Builder:
 
     def budgeted(self, budget: float) -> Budgeted:
         """Widths under a budget; OutOfReachError where there are none."""
-        if budget not in self._widths:
+        key = budget, self.depth
+        if key not in self._widths:
             calibration = self.calibration
             batch = next(iter(self.batches(self.rows)))
-            self._widths[budget] = budgeted_widths(
+            self._widths[key] = budgeted_widths(
                 calibration.graph,
                 calibration.groups,
                 self.chosen,
@@ -118,8 +127,9 @@ class Builder:
                 self.others,
                 budget,
                 calibration.macs[1],
+                self.depth.at(budget),
             )
-        return self._widths[budget]
+        return self._widths[key]
 
     def build(self, budget: float | None = None) -> Pruned:
         """The network under a budget (None: that the recipe's schedule gives), repaired."""
@@ -130,23 +140,29 @@ class Builder:
         keep = choose_channels(self.chosen, self.scored.groups, self.recipe, widths)
         if self.recipe.budget_unit == "macs" and any(g.has_parts for g in self.chosen):
             cost = None  # which of them a channel is taken from, the cost model does not know
-        return self.of_channels(keep, self.recipe.repair, cost)
+        return self.of_channels(keep, self.recipe.repair, cost, self.depth.at(budget))
 
     def whole(self) -> Pruned:
         """The base itself, with the outputs that stay."""
         return self.of_channels({}, "none")
 
     def of_channels(
-        self, keep: Mapping[str, np.ndarray], method: str, cost_ratio: float | None = None
+        self,
+        keep: Mapping[str, np.ndarray],
+        method: str,
+        cost_ratio: float | None = None,
+        blocks: Sequence[Block] = (),
     ) -> Pruned:
-        """The network with these channels, by name of their group, repaired."""
+        """The network with these channels, by name of their group, without blocks, repaired."""
         graph, drawn = self.calibration.graph, self.drawn(self.recipe.repair_samples)
         samples = self.calibration.batcher.stacked(self.calibration.X, drawn)
         outputs = self.calibration.table.outputs.tolist()
         sliced = extract(
             graph, self.calibration.groups, {**keep, **self.others}, samples[:64], outputs
         )
+        sliced = silenced(sliced, blocks)
         errors = mend(self.calibration, sliced, drawn, samples, method)
+        sliced = leave_out(sliced, blocks)
         cost_ratio = self.macs_ratio(graph_of(sliced)) if cost_ratio is None else cost_ratio
         return Pruned(sliced, self.scored.layers, errors, cost_ratio)
 
@@ -187,9 +203,11 @@ class Builder:
         )
         groups, outputs = self.calibration.groups, self.calibration.table.outputs.tolist()
         sliced = extract(graph, groups, {**keep, **self.others}, example, outputs)
+        blocks = self.depth.at(budget)
+        sliced = silenced(sliced, blocks)
         if self.recipe.repair != "none":
             static_least_squares(graph, sliced, self._moments)
-        return graph_of(sliced)
+        return graph_of(leave_out(sliced, blocks))
 
     @functools.cached_property
     def _moments(self) -> dict[str, Moments]:
@@ -205,6 +223,68 @@ class Builder:
             sample_weight=torch.as_tensor(self.calibration.weights(rows)),
         )
 
+    def find_depth(self, budget: float, rows: np.ndarray) -> None:
+        """Choose which blocks are left out, and how much of what goes is theirs, at a budget.
+
+        Networks that are repaired on few samples are compared on other `rows`, at most a thousand.
+        """
+        calibration = self.calibration
+        rows = np.random.default_rng(calibration.seed + 1).permutation(rows)[:_COMPARED]
+        found = find_blocks(calibration.graph, calibration.example)
+        within = {name for group in self.chosen for name in (*group.layers, *group.consumers)}
+        layers = set(calibration.macs[1])
+        blocks = [b for b in found if within.issuperset(layers.intersection(b.modules))]
+        depth = rank_blocks(
+            calibration.graph,
+            blocks,
+            self._cost_of,
+            calibration.batcher.stacked(calibration.X, self.drawn(_RANKED)),
+            1 - budget,
+        )
+        total = np.cumsum(depth.costs)
+        most = int((total <= 1 - budget).sum())
+        few = replace(self, recipe=replace(self.recipe, repair_samples=_ROUGH))
+        lost: dict[Depth, float] = {}
+        for n in sorted({round(most * part / 4) for part in range(5)}):
+            share = float(total[n - 1]) / (1 - budget) if n else 0.0
+            few.depth = replace(depth, share=min(share, 1.0))
+            self.progress.doing(f"builds budget {budget:.2f} without {n} blocks")
+            with contextlib.suppress(OutOfReachError):
+                lost[few.depth] = self.divergence(few.build(budget).model, rows)
+        self.depth = min(lost, key=lost.__getitem__, default=Depth())
+
+    def _cost_of(self, blocks: Sequence[Block]) -> float:
+        """Share of the base's cost that is saved without some blocks, all else being as it is."""
+        graph, unit = self.calibration.graph, self.recipe.budget_unit
+        gone = {name for block in blocks for name in block.modules}
+        cost = network_cost(
+            graph,
+            self.calibration.groups,
+            self.chosen,
+            next(iter(self.batches(self.rows))),
+            unit,
+            times=self._times if unit == "latency" else None,
+            macs=self.calibration.macs[1],
+            left_out=gone,
+        )
+        return 1 - cost.total(cost.widths) / cost.base
+
+    @functools.cached_property
+    def _times(self) -> dict[str, LayerTime]:
+        """What each layer of the base takes, on a batch."""
+        batch = next(iter(self.batches(self.rows)))
+        return fit_layer_times(self.calibration.graph, self.calibration.groups, self.chosen, batch)
+
+    def divergence(self, model: fx.GraphModule, rows: np.ndarray) -> float:
+        """Of the base's answers, from a network's: mean of Kullback and Leibler's, in nats."""
+        columns = torch.as_tensor(self.calibration.table.outputs)
+        wanted = self.statistics.logits[torch.as_tensor(rows)][:, columns].float().log_softmax(1)
+        with torch.inference_mode():
+            found = in_pieces(lambda x: model(x).float().log_softmax(1).cpu(), self.batches(rows))
+            return float(
+                F.kl_div(torch.cat(list(found)), wanted, reduction="batchmean", log_target=True)
+            )
+
     def base_right(self, rows: np.ndarray) -> np.ndarray:
         """Whether the base, among the outputs that stay, is right on these samples."""
         columns = torch.as_tensor(self.calibration.table.outputs)
@@ -218,6 +298,12 @@ class Builder:
         with torch.inference_mode():
             answers = list(in_pieces(lambda x: model(x).argmax(1).cpu(), self.batches(rows)))
         return torch.cat(answers).numpy() == self.calibration.y_encoded[rows]
+
+
+def silenced(sliced: Sliced, blocks: Sequence[Block]) -> Sliced:
+    """The same network, in which the branches of some blocks give zero and are not repaired."""
+    silence(sliced.model, blocks)
+    return replace(sliced, left_out=frozenset(m for block in blocks for m in block.modules))
 
 
 def mend(
@@ -377,6 +463,8 @@ def search(builder: Builder, split: Split, goal: Goal) -> Judged:
         return pruned
 
     best, steps = boldest(within, len(SIZES)), finalists(builder.recipe)
+    if builder.recipe.drop_blocks:
+        builder.find_depth(SIZES[max(best, 0)], split.choose)
     around = sorted({min(max(best + step, 0), len(SIZES) - 1) for step in steps})
     sizes = [size for size in around if _reached(builder, size) is not None]
     start = sum(size <= max(best, 0) for size in sizes) - 1

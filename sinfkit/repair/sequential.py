@@ -183,7 +183,8 @@ def repair(
     for node in walk.nodes:
         name = str(node.target)
         layer = walk.layer(node)
-        if layer is None or name in sliced.along:  # along: other positions than the dense one
+        # Along channels: other positions than the dense one.
+        if layer is None or name in sliced.along or name in sliced.left_out:
             walk.run(node)
             continue
         if affordable[node.name] > walk.n_images:

@@ -58,7 +58,7 @@ def static_least_squares(
     for node in graph.graph.nodes:
         layer, old = called_layer(graph, node), called_layer(dense, node)
         name = str(node.target)
-        if layer is None or old is None:
+        if layer is None or old is None or name in sliced.left_out:
             continue
         kept = checked_support(name, support.get(name), old, layer)
         if layer.weight[0].numel() == old.weight[0].numel():

@@ -79,6 +79,7 @@ class Sliced:
     outputs: np.ndarray | None = None
     zeroed: dict[str, np.ndarray] = field(default_factory=dict)
     along: dict[str, np.ndarray] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()  # modules of branches that give nothing
 
     def after(self, earlier: Sliced) -> Sliced:
         """The same in terms of what `earlier` was sliced from; this was from ``earlier.model``."""

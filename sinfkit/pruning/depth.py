@@ -1,0 +1,74 @@
+"""How many residual blocks are left out, and which: by what the answers lose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from ..graph.tracing import copy_sharing_weights
+from ..slicing.blocks import Block, silence
+
+_TRIED = 4  # of the blocks, that each step looks at again
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Blocks in the order in which they go, and how much of what a budget takes away is theirs.
+
+    `costs` are shares of the base's cost, of shape (n_blocks,); `share` lies in [0, 1].
+    """
+
+    blocks: tuple[Block, ...] = ()
+    costs: tuple[float, ...] = ()
+    share: float = 0.0
+
+    def at(self, budget: float | None) -> tuple[Block, ...]:
+        """The blocks that are left out under a budget."""
+        if budget is None:
+            return ()
+        within = np.cumsum(self.costs) <= self.share * (1 - budget) + 1e-9
+        return self.blocks[: int(within.sum())]
+
+
+def rank_blocks(
+    graph: fx.GraphModule,
+    blocks: Sequence[Block],
+    cost_of: Callable[[Sequence[Block]], float],
+    X: Tensor,
+    most: float,
+) -> Depth:
+    """Order blocks greedily by what the answers lose without them, for what that saves.
+
+    `cost_of` gives the share of the cost that blocks have; so much as `most` is enough. Loss is the
+    Kullback-Leibler divergence of the base's answers to `X`, (n, ...), before any repair.
+    """
+    with torch.inference_mode():
+        wanted = graph(X).float().log_softmax(1)
+
+    def loss(gone: Sequence[Block]) -> float:
+        model = copy_sharing_weights(graph)
+        silence(model, gone)
+        with torch.inference_mode():
+            answers = model(X).float().log_softmax(1)
+        found = float(F.kl_div(answers, wanted, reduction="batchmean", log_target=True))
+        return found if np.isfinite(found) else np.inf
+
+    costs = {block: cost_of([block]) for block in blocks}
+    left = [block for block in blocks if costs[block] > 0]
+    price = {block: max(loss([block]), 0.0) / costs[block] for block in left}
+    order: list[Block] = []
+    now = 0.0
+    while left and sum(costs[block] for block in order) < most:
+        left.sort(key=price.__getitem__)
+        tried = left[:_TRIED] if order else left[:1]
+        losses = {block: loss([*order, block]) for block in tried}
+        best = min(tried, key=lambda block: (losses[block] - now) / costs[block])
+        now = losses[best]
+        order.append(best)
+        left.remove(best)
+    return Depth(tuple(order), tuple(costs[block] for block in order))
