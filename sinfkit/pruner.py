@@ -126,6 +126,8 @@ default="least_squares"
         ``schedule="global"`` (for latency, as it was measured) and in multiplications otherwise.
     distillation_losses_ : list of float
         With `distill`, the mean divergence from the base's answers in each epoch.
+    dropped_layers_ : list of str
+        With ``options.drop_blocks``, the layers of the blocks that were left out.
     search_results_ : list of dict
         With a search, each size that was tried: ``stage``, ``budget``, ``cost_ratio``, and
         ``accuracy_drop`` on the samples that choose.
@@ -183,6 +185,7 @@ default="least_squares"
     certified_drop_: float
     search_results_: list[dict[str, Any]]
     distillation_losses_: list[float]
+    dropped_layers_: list[str]
     sliceable_share_: float
     classes_: np.ndarray
     outputs_: np.ndarray
@@ -190,6 +193,7 @@ default="least_squares"
     _default_components = {"options": PruningOptions}
     _only_from_fit = frozenset(
         {"scores_", "support_", "repair_error_", "search_results_", "distillation_losses_"}
+        | {"dropped_layers_"}
     )
 
     def __init__(
@@ -413,6 +417,10 @@ n_features)
         self.certified_, self.certified_drop_ = False, math.nan
         if certificate is not None and certificate.certified:
             self.certified_, self.certified_drop_ = True, certificate.bound
+        if self._component("options").drop_blocks:
+            left = set(layer_names(pruned.model))
+            names = layer_names(calibration.graph)
+            self.dropped_layers_ = [name for name in names if name not in left]
         if judged.tried:
             self.search_results_ = judged.tried
         if pruned.distillation:

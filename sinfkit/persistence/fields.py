@@ -238,7 +238,7 @@ SOMETIMES: Checks = {
 }
 DISTILLED: Checks = {"distillation_losses_": list_of(number)}
 OPTIONAL: dict[str, Checks] = {
-    "DCSPruner": SOMETIMES | DISTILLED,
+    "DCSPruner": SOMETIMES | DISTILLED | {"dropped_layers_": list_of(text)},
     "SemanticClusterer": SOMETIMES,
     "SINFClassifier": SOMETIMES | DISTILLED,
 }

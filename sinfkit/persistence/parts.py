@@ -22,6 +22,7 @@ from ..frozen import baked, unwrapped
 from ..graph.nodes import CONVOLUTIONS, LAYERS, called_module, function_name
 from ..graph.tracing import copy_sharing_weights, trace, without_head
 from ..repair.low_rank import NARROW, WIDE, insert_factors
+from ..slicing.blocks import cut_out, find_blocks
 from ..slicing.channels import NARROWABLE, is_depthwise, multiplies, narrow, width
 from ..zoo import networks as models
 from .container import fits
@@ -178,11 +179,13 @@ def describe_part(
     """Say how a part differs from the base's; what is new goes to `tensors`.
 
     The entry has the names ``stored`` of tensors of its own, and ``ranks``, the number of outputs
-    in between of layers that have become two.  NotPlainError if it has another graph.
+    in between of layers that have become two; where blocks are left out, their last layers as
+    ``dropped``.  NotPlainError if it has another graph.
     """
     ranks = _ranks(part)
+    dropped = _dropped(part, reference)
     try:
-        reference = insert_factors(reference, ranks)
+        reference = insert_factors(without_blocks(reference, dropped), ranks)
     except ValueError as error:
         raise NotPlainError(f"The {name} cannot be built again: {error}") from error
     sizes = _sizes(part, reference) if isinstance(part, fx.GraphModule) else None
@@ -205,7 +208,27 @@ def describe_part(
             )
         stored.append(key)
         tensors[f"{name}/{key}"] = tensor
-    return {"stored": stored, "ranks": ranks, "sizes": sizes}
+    entry: dict[str, Any] = {"stored": stored, "ranks": ranks, "sizes": sizes}
+    return {**entry, "dropped": dropped} if dropped else entry
+
+
+def _dropped(part: nn.Module, reference: fx.GraphModule) -> list[str]:
+    """The last layers of the blocks that a part does without."""
+    modules = dict(part.named_modules())
+    blocks = find_blocks(reference, None)
+    return [block.last for block in blocks if not any(name in modules for name in block.modules)]
+
+
+def without_blocks(reference: fx.GraphModule, dropped: Sequence[str]) -> fx.GraphModule:
+    """The base's graph without some blocks, told by their last layers; ValueError if unknown."""
+    if not dropped:
+        return reference
+    blocks = {block.last: block for block in find_blocks(reference, None)}
+    if unknown := set(dropped) - blocks.keys():
+        raise ValueError(f"no residual block ends in {min(unknown)!r:.80}")
+    reference = copy_sharing_weights(reference)
+    cut_out(reference, [blocks[last] for last in dict.fromkeys(dropped)])
+    return reference
 
 
 def _ranks(part: nn.Module) -> dict[str, int]:
@@ -306,9 +329,9 @@ class PartReader:
 
     def read(self, name: str, reference: fx.GraphModule, entry: Any) -> fx.GraphModule:
         """Build one part; it shares with `reference` what equals it."""
-        stored, ranks, sizes = _checked_entry(name, entry)
+        stored, ranks, sizes, dropped = _checked_entry(name, entry)
         try:
-            reference = insert_factors(reference, ranks)
+            reference = insert_factors(without_blocks(reference, dropped), ranks)
         except ValueError as error:
             raise StorageError(f"The {name}: {error}") from error
         known = reference.state_dict()
@@ -345,17 +368,22 @@ class PartReader:
         return part
 
 
-def _checked_entry(name: str, entry: Any) -> tuple[list[str], dict[str, int], dict[str, Any]]:
+def _checked_entry(
+    name: str, entry: Any
+) -> tuple[list[str], dict[str, int], dict[str, Any], list[str]]:
     """What `describe_part` wrote."""
-    if not isinstance(entry, dict) or set(entry) != {"stored", "ranks", "sizes"}:
+    if not isinstance(entry, dict) or set(entry) - {"dropped"} != {"stored", "ranks", "sizes"}:
         raise StorageError(f"The manifest's entry for the {name} is not stored, ranks and sizes.")
     stored, ranks, sizes = entry["stored"], entry["ranks"], entry["sizes"]
+    dropped = entry.get("dropped", [])
+    if not isinstance(dropped, list) or not all(isinstance(last, str) for last in dropped):
+        raise StorageError(f"The manifest's entry for the {name} has blocks that are no names.")
     right = isinstance(stored, list) and all(isinstance(key, str) for key in stored)
     right = right and len(set(stored)) == len(stored) and isinstance(ranks, dict)
     right = right and isinstance(sizes, dict)
     if not right or not all(type(rank) is int for rank in ranks.values()):
         raise StorageError(f"The manifest's entry for the {name} is malformed.")
-    return stored, ranks, sizes
+    return stored, ranks, sizes, dropped
 
 
 def _check_tensor(

@@ -1,11 +1,16 @@
 """SLICE: which channels belong together, and the network without some of them."""
 
+from .blocks import Block, find_blocks, leave_out, silence
 from .groups import ChannelGroup, Sliced, check_sliced, find_groups, slice_channels
 
 __all__ = [
+    "Block",
     "ChannelGroup",
     "Sliced",
     "check_sliced",
+    "find_blocks",
     "find_groups",
+    "leave_out",
+    "silence",
     "slice_channels",
 ]

@@ -46,15 +46,17 @@ class Block:
     modules: tuple[str, ...]
 
 
-def find_blocks(graph: fx.GraphModule, example: Tensor) -> list[Block]:
+def find_blocks(graph: fx.GraphModule, example: Tensor | None) -> list[Block]:
     """Find the residual branches of a traced network that have layers and end in one.
 
     In the order of execution. A sum counts if its other operand is what the branch was computed
-    from, of the same shape. `example`: an input, (n, ...), of which one row is used.
+    from, of the same shape. `example`: an input, (n, ...), of which one row is used; without one,
+    shapes are not looked at.
     """
     shapes = _Shapes(graph)
-    with torch.inference_mode():
-        shapes.run(example[:1])
+    if example is not None:
+        with torch.inference_mode():
+            shapes.run(example[:1])
     calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
     blocks = []
     for total in graph.graph.nodes:
@@ -91,15 +93,7 @@ def leave_out(sliced: Sliced, blocks: Sequence[Block]) -> Sliced:
     """Take the branches out of the graph, in place; what their layers kept is forgotten."""
     graph = sliced.model
     assert isinstance(graph, fx.GraphModule)
-    nodes = {node.name: node for node in graph.graph.nodes}
-    order = {name: i for i, name in enumerate(nodes)}
-    # From the back: a shortcut may be the sum of the block before.
-    for block in sorted(blocks, key=lambda block: order[block.total], reverse=True):
-        nodes[block.total].replace_all_uses_with(nodes[block.shortcut])
-        graph.graph.erase_node(nodes[block.total])
-    graph.graph.eliminate_dead_code()
-    graph.delete_all_unused_submodules()
-    graph.recompile()
+    cut_out(graph, blocks)
     gone = {name for block in blocks for name in block.modules}
 
     def left(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -114,6 +108,19 @@ def leave_out(sliced: Sliced, blocks: Sequence[Block]) -> Sliced:
         left(sliced.zeroed),
         left(sliced.along),
     )
+
+
+def cut_out(graph: fx.GraphModule, blocks: Iterable[Block]) -> None:
+    """Replace sums by their shortcuts, in place, and forget what nothing uses any more."""
+    nodes = {node.name: node for node in graph.graph.nodes}
+    order = {name: i for i, name in enumerate(nodes)}
+    # From the back: a shortcut may be the sum of the block before.
+    for block in sorted(blocks, key=lambda block: order[block.total], reverse=True):
+        nodes[block.total].replace_all_uses_with(nodes[block.shortcut])
+        graph.graph.erase_node(nodes[block.total])
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
 
 
 class _Shapes(fx.Interpreter):

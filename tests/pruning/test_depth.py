@@ -1,0 +1,123 @@
+"""Pruning by whole residual blocks, through `DCSPruner`."""
+
+from __future__ import annotations
+
+import copy
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from helpers import blobs
+from torch import Tensor, nn
+
+import sinfkit
+from sinfkit import DCSPruner, FrozenModel, PruningOptions, SINFClassifier, train_network
+from sinfkit.graph import count_macs, count_parameters
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Five blocks, of which the second and the fourth do next to nothing."""
+    X, y = blobs(per_class=60, noise=1.2)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), *(Block() for _ in range(5)),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, len(np.unique(y))),
+    )  # fmt: skip
+    network = train_network(
+        network, X[:240], y[:240], epochs=8, batch_size=32, random_state=0, device="cpu"
+    )
+    with torch.no_grad():
+        for i in (2, 4):
+            network[i].bn2.weight.mul_(0.01)
+            network[i].bn2.bias.mul_(0.01)
+    return network, X[:240], y[:240], X[240:], y[240:]
+
+
+def pruner(model, **more):
+    options = PruningOptions(drop_blocks=True, **more.pop("options", {}))
+    return DCSPruner(model, **{"budget": 0.6, "random_state": 0, **more}, options=options)
+
+
+def test_idle_blocks_go_first_and_nothing_is_lost(trained):
+    network, X, y, X_test, y_test = trained
+    before = copy.deepcopy(network.state_dict())
+    fitted = pruner(network).fit(X, y)
+    idle = [f"{block}.conv{i}" for block in (2, 4) for i in (1, 2)]
+    assert fitted.dropped_layers_ == idle
+    assert not set(idle).intersection(fitted.support_, fitted.ratios_, fitted.repair_error_)
+    example = torch.as_tensor(X[:1]).float()
+    macs = count_macs(fitted.model_, example)[0] / count_macs(network, example)[0]
+    assert fitted.cost_ratio_ == pytest.approx(macs) and macs <= 0.6
+    base = FrozenModel(network).module()(torch.as_tensor(X_test).float()).argmax(1).numpy()
+    assert (fitted.predict(X_test) == base).mean() > 0.95
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize("unit", ["params", "latency"])
+def test_budgets_in_other_units(trained, unit):
+    network, X, y, _, _ = trained
+    fitted = pruner(network, budget=0.7, batch_size=32, options={"budget_unit": unit}).fit(X, y)
+    assert len(fitted.dropped_layers_) >= 2 and fitted.cost_ratio_ <= 0.7
+    if unit == "params":
+        left = count_parameters(fitted.model_) / count_parameters(network)
+        assert fitted.cost_ratio_ == pytest.approx(left)
+
+
+def test_a_search_drops_blocks_within_the_promise(trained):
+    network, X, y, X_test, y_test = trained
+    fitted = pruner(network, budget=None, max_accuracy_drop=0.1).fit(X, y)
+    assert set(fitted.dropped_layers_) >= {"2.conv1", "4.conv2"}
+    assert fitted.cost_ratio_ < 0.65
+    report = fitted.report(X_test, y_test, repeats=0)
+    assert report.macs / report.base_macs == pytest.approx(fitted.cost_ratio_, abs=1e-3)
+
+
+def test_it_is_stored_trained_and_exported_like_any_other(trained, tmp_path):
+    network, X, y, X_test, _ = trained
+    fitted = pruner(network, distill=1).fit(X, y)
+    assert fitted.dropped_layers_ and len(fitted.distillation_losses_) == 1
+    joblib.dump(fitted, tmp_path / "joblib")
+    sinfkit.save(fitted, tmp_path / "saved")
+    expected = fitted.predict_proba(X_test)
+    loaded = sinfkit.load(tmp_path / "saved", factory=lambda: copy.deepcopy(network))
+    for again in (joblib.load(tmp_path / "joblib"), loaded):
+        np.testing.assert_allclose(again.predict_proba(X_test), expected, atol=1e-6)
+        assert again.dropped_layers_ == fitted.dropped_layers_
+    program = torch.export.export(fitted.model_, (torch.as_tensor(X_test[:4]).float(),))
+    found = program.module()(torch.as_tensor(X_test[:4]).float()).softmax(1)
+    np.testing.assert_allclose(found.detach().numpy(), expected[:4], atol=1e-5)
+
+
+def test_first_layer_and_settings_without_effect(trained):
+    network, X, y, _, _ = trained
+    fitted = pruner(network, budget=0.8, options={"first_layer": "4.conv1"}).fit(X, y)
+    assert set(fitted.dropped_layers_) == {"4.conv1", "4.conv2"}
+    with pytest.raises(ValueError, match="drop_blocks has no effect with schedule='linear'"):
+        pruner(network, budget=None, schedule="linear").fit(X, y)
+    with pytest.raises(ValueError, match="drop_blocks has no effect inside SINFClassifier"):
+        SINFClassifier(network, pruner=pruner(None)).fit(X, y)
+
+
+def test_networks_without_blocks_are_pruned_as_ever(trained):
+    _, X, y, _, _ = trained
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, len(np.unique(y))),
+    )  # fmt: skip
+    ours = pruner(plain).fit(X, y)
+    other = DCSPruner(plain, budget=0.6, random_state=0).fit(X, y)
+    assert ours.dropped_layers_ == []
+    np.testing.assert_array_equal(ours.predict_proba(X), other.predict_proba(X))
