@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import threading
 import warnings
 
@@ -500,16 +501,30 @@ def test_fits_in_threads_give_what_they_give_alone_and_leave_torch_as_it_is():
     answers = network(x)
     found, done = [], threading.Event()
 
+    stored = pickle.dumps(other)
+
     def fit():
         found.extend(new().fit(X, y).predict_proba(X) for _ in range(3))
+
+    def load():
+        found.extend(pickle.loads(stored).predict_proba(X) for _ in range(40))
 
     def watch():
         while not done.is_set():
             right = np.array_equal(other.predict_proba(X), expected)
-            found.append(expected if right and torch.equal(network(x), answers) else None)
+            found.append(
+                expected if right and torch.equal(network(x), answers) else np.array(np.nan)
+            )
 
-    threads = [threading.Thread(target=fit) for _ in range(4)]
-    watcher = threading.Thread(target=watch)
+    def safely(work):
+        try:
+            work()
+        except Exception:  # of whatever kind: it is not the expected answer
+            found.append(np.array(np.nan))
+
+    works = (fit, fit, fit, load, load)
+    threads = [threading.Thread(target=safely, args=(work,)) for work in works]
+    watcher = threading.Thread(target=safely, args=(watch,))
     for thread in (*threads, watcher):
         thread.start()
     for thread in threads:

@@ -13,6 +13,7 @@ from sklearn.utils.validation import check_array, column_or_1d, validate_data
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, CalibrationWarning
+from ..graph.nodes import CONVOLUTIONS
 from ..graph.recording import output_of
 from ..utils.device import is_out_of_memory
 from ..utils.params import naming, shown, warn
@@ -42,6 +43,15 @@ def count_outputs(module: nn.Module, samples: Tensor, shape: Shape) -> int:
         if is_out_of_memory(error):
             raise
         hint = shape_hint(shape, lambda sample: _accepts(module, samples, sample))
+        if (
+            not hint
+            and len(shape) == 2
+            and any(isinstance(m, CONVOLUTIONS) for m in module.modules())
+        ):
+            hint = (
+                " Of images that were flattened say the shape: FrozenModel(network, "
+                "input_shape=(channels, height, width))."
+            )
         raise ValueError(
             f"The model cannot take samples of shape {shape[1:]}.{hint or f' It says: {error}'}"
         ) from error

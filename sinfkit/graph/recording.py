@@ -16,7 +16,6 @@ import dis
 import functools
 import inspect
 import operator
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -26,7 +25,7 @@ import torch.fx._symbolic_trace
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..utils.pickling import RECORDING
+from ..utils.recording import RECORDING, OwnThreadTracer
 from .autograd import without_autograd
 from .nodes import ALONG_ROWS, function_name, is_layer, is_switched, samples_in
 from .writes import Writes, tensors_in, version
@@ -83,7 +82,7 @@ class NeedsDataError(Exception):
     """Values could not be computed on the meta device."""
 
 
-class Replayer(fx.Tracer):
+class Replayer(OwnThreadTracer):
     """A tracer for code that torch.fx itself has written, as unpickling needs it.
 
     Whatever module or function such code calls was one node of the graph and becomes one again.
@@ -98,26 +97,7 @@ class Replayer(fx.Tracer):
         called = tuple(filter(inspect.isfunction, kind.forward.__globals__.values()))
         fx.Tracer.__init__(self, autowrap_functions=called)
         with RECORDING, _proxies_accepted(self):
-            self.thread = threading.get_ident()
             return super().trace(root, concrete_args)
-
-    def call_module(
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Record the call of a module, but for those of other threads."""
-        if threading.get_ident() != self.thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Record that a parameter is read, but by other threads."""
-        if threading.get_ident() != self.thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every module is."""
@@ -125,7 +105,6 @@ class Replayer(fx.Tracer):
 
     # Or they would be computed with at once, which numbers that are not known yet do not allow.
     proxy_buffer_attributes = True
-    thread = 0  # which records; torch.fx shows a tracer what all of them do
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Use our own."""
@@ -160,8 +139,7 @@ class Recorder(Replayer):
         hidden = _nothing_hidden(bool(self.batches))
         plain = without_autograd(root) if isinstance(root, nn.Module) else contextlib.nullcontext()
         with RECORDING, torch.no_grad(), plain, _proxies_accepted(self), hidden:
-            self.thread = threading.get_ident()
-            return fx.Tracer.trace(self, root, concrete_args)
+            return OwnThreadTracer.trace(self, root, concrete_args)
 
     def create_args_for_root(
         self,
@@ -201,7 +179,7 @@ class Recorder(Replayer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Look into a module, or record its call; say where it failed."""
-        if self._computing or threading.get_ident() != self.thread:
+        if self._computing or not self.is_mine():
             return forward(*args, **kwargs)
         try:
             name = self.path_of_module(m)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import threading
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,12 +18,14 @@ from typing import Any
 import numpy as np
 import sklearn
 import torch
+import torch.fx.graph_module
 from cloudpickle import CloudPickler
 from torch import nn
 
 from ..version import __version__
 from .code import code_of
 from .params import warn
+from .recording import RECORDING, reduce_graph_module
 
 __all__ = ["pack"]
 
@@ -60,10 +61,6 @@ def warn_of_versions(kind: str, stored: Mapping[str, str]) -> None:
             "not depend on versions."
         )
 
-
-# torch.fx changes nn.Module itself while it records a network, or loads a recorded one: two threads
-# that did so at once would leave it changed.
-RECORDING = threading.RLock()
 
 _TAG = "sinfkit.tensor"
 _MAIN = "sinfkit.main"
@@ -163,6 +160,10 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._tensors, self._main = tensors, main
         self._parameters: dict[tuple[int, bool], nn.Parameter] = {}
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        found = super().find_class(module_name, global_name)
+        return reduce_graph_module if found is torch.fx.graph_module.reduce_graph_module else found
 
     def persistent_load(self, pid: Any) -> Any:
         if pid[0] == _MAIN:
