@@ -256,6 +256,6 @@ def test_flattened_samples_and_images_are_told_apart_at_prediction(as_tensor):
     expected = of_flat.predict(as_given(flat))
     np.testing.assert_array_equal(of_flat.predict(as_given(X)), expected)
     with pytest.raises(ValueError, match="flattened say the shape: FrozenModel"):
-        DCSPruner(small_cnn(n_classes=4), budget=0.8).fit(as_given(flat), y)
+        DCSPruner(small_net(channels=3), budget=0.8).fit(as_given(np.tile(flat, 3)), y)
     with pytest.raises(ValueError, match=re.escape("X.reshape(-1, 1, 8, 8)")):
         of_images.predict(as_given(flat))
