@@ -11,6 +11,7 @@ their modules, which everything else here is built on, would be gone, and so wou
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dis
 import functools
@@ -590,11 +591,22 @@ def _proxies_accepted(tracer: fx.Tracer) -> Iterator[None]:
         return call
 
     plain = {name: getattr(torch, name) for name in _STRICT}
+    count = builtins.len
+
+    def counted(a: Any) -> Any:
+        """How many samples there are is recorded; ``len`` itself could give a number only."""
+        if not issubclass(type(a), _Proxy) or not isinstance(a, Tensor):
+            return count(a)
+        number: Any = a.size(0)
+        return int(number) if number._is_steady() else number
+
     try:
         for name, function in plain.items():
             setattr(torch, name, recording(function))
+        builtins.len = counted
         yield
     finally:
+        builtins.len = count
         for name, function in plain.items():
             setattr(torch, name, function)
 

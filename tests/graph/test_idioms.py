@@ -86,6 +86,13 @@ WAYS = {
     "reentrant checkpoint": lambda self, h: checkpoint(self.b, h, use_reentrant=True),
     "module on the spot": lambda self, h: nn.LeakyReLU(0.2)(h),
     "sequence on the spot": lambda self, h: nn.Sequential(nn.ReLU(), self.b, nn.Tanh())(h),
+    "length in a view": lambda self, h: h.view(len(h), -1).relu().view(len(h), 8, *h.shape[2:]),
+    "length in an expansion": lambda self, h: (
+        h + self.a.bias[None].expand(len(h), 8)[:, :, None, None]
+    ),
+    "length of what is steady": lambda self, h: (
+        h * len(h[0]) / len(h.shape) + len(h.transpose(0, 1))
+    ),
     "size as text": lambda self, h: h * {"8": 2.0, "4": 3.0}[str(h.shape[1])],
     "size in text": lambda self, h: getattr(h, f"re{'lu' if f'{h.size(1):02d}' == '08' else ''}")(),
 }
