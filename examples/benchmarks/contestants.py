@@ -35,13 +35,14 @@ BASE = "base"
 EXITS = "base, exits"
 ONE = "one network"
 ONE_EXITS = "one network, exits"
+SHALLOW = "one network, blocks dropped"
 FOUND = "SINF, found clusters"
 GIVEN = "SINF, given clusters"
 SHIPPED = "torch-pruning"
 REPAIRED = "torch-pruning, our repair"
 _DISTILLED = ", distilled"
-DISTILLED = tuple(name + _DISTILLED for name in (ONE, ONE_EXITS, FOUND))
-EVERYBODY = (BASE, EXITS, ONE, ONE_EXITS, FOUND, GIVEN, SHIPPED, REPAIRED, *DISTILLED)
+DISTILLED = tuple(name + _DISTILLED for name in (ONE, SHALLOW, ONE_EXITS, FOUND))
+EVERYBODY = (BASE, EXITS, ONE, SHALLOW, ONE_EXITS, FOUND, GIVEN, SHIPPED, REPAIRED, *DISTILLED)
 KEYS = ("contestant", "size", "draw")
 MAX_DROP = 0.01  # that exits may cost on the choosing images
 N_CLUSTERS = 5
@@ -104,13 +105,14 @@ def estimator_of(study: Study, one: Contestant) -> Any:
     own = pruner(
         criterion="dcs_obs", schedule="global", budget=one.size, repair_samples=REPAIR_SAMPLES
     )
-    if name == ONE:
+    if name in (ONE, SHALLOW):
         return pruner(
             study.model,
             criterion="dcs_obs",
             schedule="global",
             budget=one.size,
             distill=epochs,
+            drop_blocks=name == SHALLOW,
             repair_samples=2 * REPAIR_SAMPLES,
             random_state=one.draw,
         )
@@ -165,7 +167,7 @@ def _fit(study: Study, one: Contestant, X: np.ndarray, y: np.ndarray) -> Made:
                 repair_samples=2 * REPAIR_SAMPLES,
                 random_state=one.draw,
             )
-        if one.name in (ONE, ONE + _DISTILLED, REPAIRED):
+        if one.name.removesuffix(_DISTILLED) in (ONE, SHALLOW, REPAIRED):
             return _plain(study, one, estimator.fit(X, y).model_)
         estimator.fit(X, y, X_val=study.X_choose, y_val=study.y_choose)
         report = estimator.report(study.X_choose, study.y_choose, repeats=0)

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--budget", type=float, default=0.7, help="share of multiplications that stays"
     )
     made.add_argument("--criterion", default="obs")
+    made.add_argument("--drop-blocks", action="store_true", help="whole residual blocks as well")
     made.add_argument("--epochs", type=int, nargs="+", default=[5])
     made.add_argument("--learning-rate", type=float, default=2e-4)
     made.add_argument("--augment", choices=("mix", "crop", "crop_flip", "none"), default="mix")
@@ -54,7 +55,9 @@ def measure(options: argparse.Namespace) -> None:
     """Fill the CSV file: the base, the repaired network, and one for each number of epochs."""
     study = base.open_study(options)
     table = Table(options.out / f"{NAME}_{study.label}.csv", KEYS, VALUES)
+    blocks = "blocks dropped" if options.drop_blocks else ""
     settings = f"lr {options.learning_rate:g}, {options.augment}"
+    settings = f"{blocks}, {settings}" if blocks else settings
     runs = [("base", 0)] + [(d, e) for d in range(options.draws) for e in (0, *options.epochs)]
     for number, epochs in tqdm(runs, unit=" networks", mininterval=2):
         row = {
@@ -64,7 +67,7 @@ def measure(options: argparse.Namespace) -> None:
             "calibration": options.images * study.n_classes,
             "draw": number,
             "epochs": epochs,
-            "settings": settings if epochs else "",
+            "settings": "" if number == "base" else settings if epochs else blocks,
         }
         if row in table:
             continue
@@ -96,6 +99,7 @@ def _fitted(study: base.Study, options: argparse.Namespace, number: int, epochs:
         distill=how if epochs else None,
         validation_fraction=0.0,
         repair_samples=len(X),
+        drop_blocks=options.drop_blocks,
         random_state=number,
         verbose=0 if options.quick else 1,
     )
@@ -125,7 +129,8 @@ def summary(path: Path) -> Summary | None:
         drops = dense.astype(float) - np.stack([from_hex(row) for row in own])
         lost.append(100 * float(drops.mean()))
         seconds = np.mean([float(row["cpu_seconds"]) for row in own])
-        what = "repaired only" if epochs == "0" else f"{epochs} epochs, {settings}"
+        what = "repaired only" if epochs == "0" else f"{epochs} epochs"
+        what = f"{what}, {settings}" if settings else what
         accuracy = f"{100 * dense.mean() - lost[-1]:.2f}"
         cells.append([what, accuracy, str(estimate(drops)), f"{seconds:.0f}"])
     first = pruned[0]

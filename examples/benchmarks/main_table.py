@@ -201,7 +201,7 @@ def by_size(path: Path) -> Summary:
     for form in forms:
         header += [f"points lost, {form}", *(f"batch {batch}" for batch in batches)]
     answer = []
-    for routed, control in ((FOUND, ONE_EXITS), tuple(DISTILLED[:0:-1])):
+    for routed, control in ((FOUND, ONE_EXITS), (DISTILLED[-1], DISTILLED[-2])):
         for size in dict.fromkeys(key[1] for key in found.right if key[0] == routed):
             pair = (routed, size, forms[0]), (control, size, forms[0])
             if pair[1] in found.right:
