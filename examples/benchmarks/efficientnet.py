@@ -38,6 +38,7 @@ VALUES = (
 )
 VALUES += ("fit_cpu_seconds",)
 N_TIMED = 30  # pairs of runs
+BLOCKS = ", blocks dropped"
 
 
 def load(files: Sequence[Path]) -> np.ndarray:
@@ -121,7 +122,7 @@ def page(rows: Sequence[dict[str, str]]) -> str:
     header += ["lost, gained", "parameters left", "speed at batch 1", "at batch 32", "fit, CPU s"]
     lines = [header] + [
         [
-            row["classes"],
+            row["classes"] + (BLOCKS if row["criterion"].endswith(BLOCKS) else ""),
             f"{float(row['cost']):.0%}",
             f"{float(row['base']):.1%}",
             f"{float(row['accuracy']):.1%}",
@@ -164,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.8, 0.5])
     parser.add_argument("--split", default="report", choices=["choose", "report"])
     parser.add_argument("--criterion", default="", help="default: dcs_obs, without labels obs")
+    parser.add_argument("--drop-blocks", action="store_true", help="whole residual blocks as well")
     parser.add_argument("--memory", help="folder for scores, which budgets share")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     parser.add_argument("--show", action="store_true", help="only print what was found")
@@ -174,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table(options.out / f"{NAME}.csv", KEYS, VALUES)
     for classes in [] if options.show else options.classes:
         criterion = options.criterion or ("dcs_obs" if classes == "20" else "obs")
+        criterion += BLOCKS if options.drop_blocks else ""
         rows = [
             {"classes": classes, "split": options.split, "budget": b, "criterion": criterion}
             for b in options.budgets
@@ -209,7 +212,8 @@ def measure(table: Table, rows: list[dict[str, Any]], memory: str | None, *data:
             warnings.simplefilter("ignore")
             fitted = pruner(
                 model,
-                criterion=row["criterion"],
+                criterion=row["criterion"].removesuffix(BLOCKS),
+                drop_blocks=row["criterion"].endswith(BLOCKS),
                 budget=row["budget"],
                 classes=None if y is None else np.unique(y).tolist(),
                 validation_fraction=0.0,
