@@ -12,6 +12,7 @@ TABLES = {
     "criteria": ("criteria", "DCS against other filter scores, by repair; TVSPrune"),
     "per_cluster": ("per_cluster", "accuracy cluster by cluster, with the restricted base"),
     "routing": ("routing", "where routing pays: cut, clusters, known context"),
+    "exits": ("exits", "whether several exits would do better than one"),
     "sharing": ("sharing", "how much similar inputs share filters, by depth"),
     "promise": ("promise_simulation", "the promise on synthetic losses: how often it is broken"),
     "promise_fits": ("promise_fits", "the promise on real fits: how often it is broken"),

@@ -34,14 +34,16 @@ from sinfkit.graph import (
     check_traced,
     count_macs,
     count_parameters,
+    cut_points,
     fold_batch_norm,
     layer_names,
     observation_nodes,
     output_layer,
     paired_latency,
+    sides,
     trace,
 )
-from sinfkit.inference import Normalise, can_prepack, fast_form, prepacked
+from sinfkit.inference import Normalise, can_prepack, fast_form, fit_route_predictor, prepacked
 from sinfkit.slicing import check_sliced, find_groups, slice_channels
 from sinfkit.zoo import ImageDataset
 
@@ -61,10 +63,12 @@ __all__ = [
     "collect",
     "count_macs",
     "count_parameters",
+    "cut_points",
     "discriminative_capability",
     "fast",
     "fast_routed",
     "find_groups",
+    "fit_route_predictor",
     "fold_batch_norm",
     "layer_names",
     "load_cifar100",
@@ -76,6 +80,7 @@ __all__ = [
     "pruner",
     "resnet50",
     "routed",
+    "sides",
     "slice_channels",
     "trace",
     "train_network",

@@ -13,6 +13,7 @@ from .cuts import (
     output_layer,
     penultimate,
     samples_first,
+    sides,
     split,
     with_capture,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "paired_latency",
     "penultimate",
     "samples_first",
+    "sides",
     "split",
     "trace",
     "with_capture",

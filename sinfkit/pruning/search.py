@@ -43,7 +43,7 @@ from .recipe import Recipe, choose_channels, extract
 from .scoring import Scored
 
 # Samples that tell how many blocks to leave out: that order them, repair, and compare.
-_RANKED, _ROUGH, _COMPARED = 256, 600, 1_000
+_RANKED, _ROUGH, _COMPARED = 128, 600, 1_000
 _MOMENT_IMAGES = 2_000  # of which a search takes second moments: many positions in each
 
 

@@ -149,6 +149,20 @@ def test_distillation_beside_repair_alone(table, out, examples_on_path):
     assert len(summary(path).cells) == 2 and path.with_suffix(".png").stat().st_size > 5_000
 
 
+def test_several_exits_beside_one(table, out, examples_on_path):
+    from benchmarks.exits import best, summary
+
+    path = table("exits", out)
+    rows = rows_of(path)
+    none = [row for row in rows if row["exits"] == "none"]
+    assert {row["cost"] for row in none} == {"1.00000"}
+    every = [row for row in rows if row["exits"] == "all"]
+    costs = [float(row["cost"]) for row in every]
+    assert costs == sorted(costs) and costs[0] < 0.9 and costs[-1] == 1.0  # surer, later
+    assert best(every, 1.0) >= float(none[0]["accuracy"]) - 0.05
+    assert summary(path).cells and path.with_suffix(".png").stat().st_size > 5_000
+
+
 def test_filters_that_clusters_share(table, out, examples_on_path):
     from benchmarks.sharing import by_depth, overlap
 
