@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..graph.tracing import copy_sharing_weights
 from ..slicing.blocks import Block, silence
 
+_AT_ONCE = 32  # samples, whose activations need little memory
 _TRIED = 4  # of the blocks, that each step looks at again
 
 
@@ -40,22 +41,27 @@ def rank_blocks(
     blocks: Sequence[Block],
     cost_of: Callable[[Sequence[Block]], float],
     X: Tensor,
+    outputs: Tensor,
     most: float,
 ) -> Depth:
     """Order blocks greedily by what the answers lose without them, for what that saves.
 
     `cost_of` gives the share of the cost that blocks have; so much as `most` is enough. Loss is the
-    Kullback-Leibler divergence of the base's answers to `X`, (n, ...), before any repair.
+    Kullback-Leibler divergence of the base's answers to `X`, (n, ...), among the columns `outputs`,
+    before any repair.
     """
-    with torch.inference_mode():
-        wanted = graph(X).float().log_softmax(1)
+
+    def answers(model: fx.GraphModule) -> Tensor:
+        with torch.inference_mode():
+            found = [model(x)[:, outputs].float() for x in X.split(_AT_ONCE)]
+        return torch.cat(found).log_softmax(1)
+
+    wanted = answers(graph)
 
     def loss(gone: Sequence[Block]) -> float:
         model = copy_sharing_weights(graph)
         silence(model, gone)
-        with torch.inference_mode():
-            answers = model(X).float().log_softmax(1)
-        found = float(F.kl_div(answers, wanted, reduction="batchmean", log_target=True))
+        found = float(F.kl_div(answers(model), wanted, reduction="batchmean", log_target=True))
         return found if np.isfinite(found) else np.inf
 
     costs = {block: cost_of([block]) for block in blocks}

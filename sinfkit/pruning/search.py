@@ -239,8 +239,11 @@ class Builder:
             blocks,
             self._cost_of,
             calibration.batcher.stacked(calibration.X, self.drawn(_RANKED)),
+            torch.as_tensor(calibration.table.outputs),
             1 - budget,
         )
+        if not depth.blocks:
+            return
         total = np.cumsum(depth.costs)
         most = int((total <= 1 - budget).sum())
         few = replace(self, recipe=replace(self.recipe, repair_samples=_ROUGH))
