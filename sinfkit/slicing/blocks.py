@@ -3,7 +3,7 @@
 While a smaller network is repaired, a branch that is to go gives zero, so that it still has the
 base's graph; in the end the sum is replaced by its shortcut. Residual networks lose little without
 some of their blocks (Veit, Wilber and Belongie, NeurIPS 2016), and less where what follows is
-refitted (Wang and Wu, PRACTISE, arXiv 2202.07861).
+refitted (Wang and Wu, CVPR 2023, arXiv 2202.07861).
 """
 
 from __future__ import annotations

@@ -100,6 +100,14 @@ def test_it_is_stored_trained_and_exported_like_any_other(trained, tmp_path):
     np.testing.assert_allclose(found.detach().numpy(), expected[:4], atol=1e-5)
 
 
+def test_for_some_of_the_classes(trained):
+    network, X, y, X_test, y_test = trained
+    fitted = pruner(network, classes=[0, 2, 3]).fit(X, y)
+    assert set(fitted.dropped_layers_) >= {"2.conv1", "4.conv2"}
+    inside = np.isin(y_test, [0, 2, 3])
+    assert fitted.score(X_test[inside], y_test[inside]) > 0.8
+
+
 def test_first_layer_and_settings_without_effect(trained):
     network, X, y, _, _ = trained
     fitted = pruner(network, budget=0.8, options={"first_layer": "4.conv1"}).fit(X, y)
