@@ -31,17 +31,18 @@ def trained():
     """Five blocks, of which the second and the fourth do next to nothing."""
     X, y = blobs(per_class=60, noise=1.2)
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(1, 12, 3, padding=1), *(Block() for _ in range(5)),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, len(np.unique(y))),
+    blocks, idle = [Block() for _ in range(3)], [Block() for _ in range(2)]
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, len(np.unique(y)))
+    stem, *blocks, pool, flatten, last = train_network(
+        nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), *blocks, *head),
+        *(X[:240], y[:240]), epochs=8, batch_size=32, random_state=0, device="cpu",
     )  # fmt: skip
-    network = train_network(
-        network, X[:240], y[:240], epochs=8, batch_size=32, random_state=0, device="cpu"
-    )
     with torch.no_grad():
-        for i in (2, 4):
-            network[i].bn2.weight.mul_(0.01)
-            network[i].bn2.bias.mul_(0.01)
+        for block in idle:
+            block.bn2.weight.mul_(0.01)
+    first, second, third = blocks
+    network = nn.Sequential(stem, first, idle[0], second, idle[1], third, pool, flatten, last)
+    network = network.eval().requires_grad_(False)
     return network, X[:240], y[:240], X[240:], y[240:]
 
 
