@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import os
 import signal
 import sys
@@ -261,7 +262,10 @@ def test_a_killed_fit_goes_on_from_the_last_finished_stage(fresh, data, name, tm
 
 
 class Interrupt:
-    """Presses Ctrl-C at the n-th call of a Python function; counts them if n is None."""
+    """Presses Ctrl-C at the n-th call of a Python function, or soon after; counts if n is None.
+
+    Not where Python ignores it: in a generator that is being closed, or a finaliser.
+    """
 
     def __init__(self, n: int | None = None) -> None:
         self.n, self.count = n, 0
@@ -269,7 +273,9 @@ class Interrupt:
     def __call__(self, frame, event, argument):
         if event == "call":
             self.count += 1
-            if self.count == self.n:
+            code = frame.f_code
+            ignored = code.co_flags & inspect.CO_GENERATOR or code.co_name == "__del__"
+            if self.n is not None and self.count >= self.n and not ignored:
                 sys.setprofile(None)
                 signal.raise_signal(signal.SIGINT)
 
