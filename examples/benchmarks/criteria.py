@@ -176,7 +176,12 @@ class Results:
         self.names = list(dict.fromkeys(key[0] for key in self.cells))
         self.scopes = list(dict.fromkeys(key[1] for key in self.cells))
         self.removed = sorted({key[2] for key in self.cells})
-        # A run that is under way: compare where nothing is missing.
+        # A run that is under way, or others than DCS at some ratios only: compare what is complete.
+        self.names = [
+            n
+            for n in self.names
+            if any(all((n, s, r) in self.cells for r in self.removed) for s in self.scopes)
+        ]
         self.scopes = [
             s
             for s in self.scopes
@@ -247,8 +252,9 @@ def summary(path: Path) -> Summary | None:
             if clusters and repair == "none" or not answer:
                 claim = CLAIMS.get(network)
                 papers = f" Paper: up to +{claim.dcs_ahead}." if claim else ""
+                how = "Without repair" if repair == "none" else f"Repaired by {repair}"
                 answer = (
-                    f"Without repair, {where}: DCS against {other}, the best other score: {ahead} "
+                    f"{how}, {where}: DCS against {other}, the best other score: {ahead} "
                     f"points ({verdict}).{papers}"
                 )
     for drop in sorted({row["removed"] for row in rows if row["removed"].startswith("drop")}):
@@ -269,6 +275,8 @@ def _against_tvsprune(rows: Sequence[Mapping[str, str]], drop: str) -> list[str]
         for name in (MATCHED, TVSPRUNE)
     }
     n = min(map(len, own.values()))
+    if not n:
+        return [f"IterTVSPrune, {drop}", "not finished", *[""] * 5]
     right = {name: np.stack([from_hex(r) for r in found[:n]]) for name, found in own.items()}
     ahead = estimate(right[MATCHED].astype(float) - right[TVSPRUNE])
     params = {k: np.mean([float(r["params"]) for r in found[:n]]) for k, found in own.items()}
