@@ -91,6 +91,8 @@ def silence(model: nn.Module, blocks: Iterable[Block]) -> None:
 
 def leave_out(sliced: Sliced, blocks: Sequence[Block]) -> Sliced:
     """Take the branches out of the graph, in place; what their layers kept is forgotten."""
+    if not blocks:
+        return sliced
     graph = sliced.model
     assert isinstance(graph, fx.GraphModule)
     cut_out(graph, blocks)
@@ -166,8 +168,7 @@ def _last(graph: fx.GraphModule, branch: fx.Node, inside: set[fx.Node]) -> str |
     while isinstance(node, fx.Node) and node in inside:
         module = called_module(graph, node)
         if module is not None and (is_layer(module) or is_norm(graph, node)):
-            weights = [getattr(module, name, None) for name in ("weight", "bias")]
-            return str(node.target) if weights[0] is not None else None
+            return str(node.target) if getattr(module, "weight", None) is not None else None
         if not (is_identity(graph, node) or function_name(node) in _MOVES or _scales(node)):
             return None
         node = next((a for a in node.all_input_nodes if a.op != "get_attr"), None)

@@ -76,17 +76,21 @@ X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ADDITIONS = {"operator": operator.add, "torch": torch.add, "in place": operator.iadd}
 
 
+@pytest.mark.parametrize("relu", [True, False])  # without, a shortcut is the sum before
 @pytest.mark.parametrize("add", ADDITIONS)
 @pytest.mark.parametrize("kind", BRANCHES)
-def test_a_branch_left_out_is_its_shortcut(kind, add):
-    net = network(*(Residual(BRANCHES[kind](), ADDITIONS[add]) for _ in range(3)))
+def test_a_branch_left_out_is_its_shortcut(kind, add, relu):
+    net = network(*(Residual(BRANCHES[kind](), ADDITIONS[add], relu=relu) for _ in range(3)))
     before = copy.deepcopy(net.state_dict())
     graph = trace(net)
     blocks = find_blocks(graph, X)
     assert len(blocks) == 3
     for gone in ([1], [0, 1], [2, 1, 0]):  # those that follow each other, in any order
         by_hand = nn.Sequential(
-            *(nn.ReLU() if i - 1 in gone else part for i, part in enumerate(net))
+            *(
+                (nn.ReLU() if relu else nn.Identity()) if i - 1 in gone else part
+                for i, part in enumerate(net)
+            )
         )
         chosen = [blocks[i] for i in gone]
         silent = trace(net)
@@ -140,11 +144,13 @@ def test_attention_and_mlp_are_blocks_of_their_own():
     assert [block.last for block in blocks] == [
         "attentions.0.out", "mlps.0.2", "attentions.1.out", "mlps.1.2"
     ]  # fmt: skip
-    smaller = leave_out(Sliced(trace(net), {}, {}), [blocks[0], blocks[3]]).model
-    h = net.embed(x)
-    h = h + net.mlps[0](net.norms[1](h))
-    h = h + net.attentions[1](net.norms[2](h))
-    torch.testing.assert_close(smaller(x), net.head(h.mean(1)))
+    for gone in ({0, 3}, {0, 1}, {1, 2, 3}):  # a shortcut may be the sum of a block that goes
+        smaller = leave_out(Sliced(trace(net), {}, {}), [blocks[i] for i in gone]).model
+        h = net.embed(x)
+        for i in range(4):
+            branch = (net.mlps if i % 2 else net.attentions)[i // 2]
+            h = h if i in gone else h + branch(net.norms[i](h))
+        torch.testing.assert_close(smaller(x), net.head(h.mean(1)))
 
 
 class Reused(nn.Module):
