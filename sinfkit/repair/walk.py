@@ -352,7 +352,8 @@ def find_site(walk: Lockstep, node: fx.Node, layer: Layer, kept: np.ndarray | No
     other = None
     if consumer is not None and is_addition(consumer) and not consumer.kwargs:
         other = next((source for source in consumer.all_input_nodes if source is not place), place)
-        while is_identity(walk.sliced, other):
+        # Where it is known it is held until the sum; what it is the same as may be let go before.
+        while not walk.known(other) and is_identity(walk.sliced, other):
             other = other.all_input_nodes[0]
         other = other if walk.known(other) else None
     return Site(walk, node, layer, torch.as_tensor(kept, device=layer.weight.device), norm, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sinfkit.graph import trace
-from sinfkit.slicing import Sliced, find_blocks, leave_out, silence
+from sinfkit.repair import RepairSettings, repair
+from sinfkit.slicing import Sliced, find_blocks, leave_out, silence, slice_channels
 
 
 class Residual(nn.Module):
@@ -105,6 +107,26 @@ def test_a_branch_left_out_is_its_shortcut(kind, add, relu):
         assert set(smaller.support) == left
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("kind", ["one layer", "basic", "layer scale"])
+def test_a_repair_leaves_silent_branches_silent_and_refits_what_follows(kind):
+    net = network(*(Residual(BRANCHES[kind]()) for _ in range(3)))
+    x = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    dense, blocks = trace(net), find_blocks(trace(net), X)
+    lost = []
+    for method in ("none", "least_squares"):
+        sliced = slice_channels(dense, X, {})
+        silence(sliced.model, blocks[:2])
+        gone = frozenset(blocks[0].modules + blocks[1].modules)
+        sliced = replace(sliced, left_out=gone)
+        repair(dense, sliced, x, RepairSettings(method))
+        silent = sliced.model.get_submodule(blocks[1].last)
+        assert not any(value.any() for value in silent.parameters())
+        before = sliced.model(x)
+        torch.testing.assert_close(leave_out(sliced, blocks[:2]).model(x), before)
+        lost.append(float((before - dense(x)).square().sum()))
+    assert lost[1] < 0.8 * lost[0]
 
 
 class Attention(nn.Module):
