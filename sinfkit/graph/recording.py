@@ -172,6 +172,10 @@ class Recorder(Replayer):
         """Use our own, with values where there are any."""
         return _Proxy(node, self) if self.batches else _Symbol(node, self)
 
+    def is_mine(self) -> bool:
+        """Whether it is the thread that records which asks, and not for a value."""
+        return not self._computing and super().is_mine()
+
     def call_module(
         self,
         m: nn.Module,
@@ -180,7 +184,7 @@ class Recorder(Replayer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Look into a module, or record its call; say where it failed."""
-        if self._computing or not self.is_mine():
+        if not self.is_mine():
             return forward(*args, **kwargs)
         try:
             name = self.path_of_module(m)
@@ -189,19 +193,13 @@ class Recorder(Replayer):
         if not self.is_leaf_module(m, name):
             m.training = EVAL  # type: ignore[assignment]
         try:
-            return super().call_module(m, forward, args, kwargs)
+            return fx.Tracer.call_module(self, m, forward, args, kwargs)
         except (UntraceableError, NeedsDataError):
             raise
         except Exception as error:
             if self.is_leaf_module(m, name):  # then it is the caller who did something odd
                 raise
             raise UntraceableError(name) from error
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Record that a parameter is read."""
-        if self._computing:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
         """Take a proxy's node, whatever it passes for."""
@@ -577,11 +575,13 @@ def _logits(output: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _proxies_accepted(tracer: fx.Tracer) -> Iterator[None]:
+def _proxies_accepted(tracer: Replayer) -> Iterator[None]:
     """While tracing, let functions of torch take proxies that would refuse them."""
 
     def recording(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if not tracer.is_mine():
+                return function(*args, **kwargs)
             proxies: list[Any] = []
             _mapped([*args, *kwargs.values()], lambda a: _noted(a, proxies))
             if proxies:
