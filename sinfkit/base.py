@@ -43,7 +43,7 @@ from .frozen import FrozenModel, as_frozen, baked, describe
 from .graph.cuts import output_layer
 from .graph.recording import output_of
 from .graph.tracing import check_traced, trace, without_head
-from .utils.device import in_pieces, loaded_device, resolve_device
+from .utils.device import float_type, in_pieces, loaded_device, resolve_device
 from .utils.params import check_integer, check_jobs, check_verbose, naming, nested, once_each
 from .utils.pickling import pack, versions, warn_of_versions
 from .zoo.networks import default_network
@@ -77,7 +77,27 @@ def all_or_nothing(fit: Fit) -> Fit:
 
 
 class TorchClassifierMixin(ClassifierMixin):
-    """scikit-learn's mixin, with a score whose errors say which argument they are about."""
+    """scikit-learn's mixin, with labels, and a score whose errors say what they are about."""
+
+    def predict(self, X: Any) -> Any:
+        """Predict the class of each sample.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Under scikit-learn's array API dispatch, a Tensor on the device of `X` where that is a
+            Tensor and labels are numbers.
+        """
+        best = self.predict_proba(X).argmax(1)
+        if isinstance(best, torch.Tensor):
+            if self.classes_.dtype.kind in "biuf":
+                return torch.from_numpy(self.classes_.copy()).to(best.device)[best]
+            best = best.cpu().numpy()
+        return self.classes_[best]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Compute the share of samples whose class is predicted.
@@ -178,9 +198,8 @@ class TorchEstimator(BaseEstimator):
                 f"X has shape {tuple(X.shape)}, which looks like NHWC (channels last). sinfkit "
                 "takes NCHW: X.transpose(0, 3, 1, 2)."
             )
-        unlabelled = unlabelled and frozen is not None
-        if unlabelled:
-            y = self._own_answers(as_frozen(self.model), X, device)
+        if unlabelled and frozen is not None:
+            y = self._own_answers(frozen, X, device)
         y = validate_y(y, len(X))
         X, y, weight = without_zeros(X, y, validate_weight(sample_weight, len(X)))
         with naming("random_state"):
@@ -192,21 +211,15 @@ class TorchEstimator(BaseEstimator):
                 )
             rows = _unseen(y, held_out, seed)
             frozen = _train_default(X[rows], y[rows], device, seed, weight[rows])
-        module = frozen.module(device)
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        batcher = Batcher(frozen, device, dtype, int(self.batch_size))
-        check_normalisation(frozen, X)
-        samples = batcher.normalise(batcher.load(spread(X, _FEW)))
-        n_outputs = count_outputs(module, samples, tuple(X.shape))
-        if n_outputs == 1:
-            frozen = with_two_outputs(frozen, samples)
-            module, n_outputs = frozen.module(device), 2
-        table = match_classes(y, n_outputs, self.model_classes, classes, complete=not unlabelled)
+        frozen, batcher, samples, n_outputs = self._tried(frozen, X, device)
+        complete = not unlabelled or self.model is None
+        table = match_classes(y, n_outputs, self.model_classes, classes, complete=complete)
         self.input_shape_ = tuple(X.shape[1:])
         self.classes_ = table.classes
         self.device_ = device
         self.base_model_ = frozen
         with naming("model"):
+            module = frozen.module(device)
             graph = trace(module, samples[:1])
             check_traced(graph, module, samples, lambda: frozen.packed.unpack(device))
             graph = without_head(graph, samples)
@@ -226,16 +239,23 @@ class TorchEstimator(BaseEstimator):
             weight,
         )
 
-    def _own_answers(self, frozen: FrozenModel, X: Images, device: torch.device) -> np.ndarray:
-        """The label that the base gives to each sample."""
-        module = frozen.module(device)
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    def _tried(
+        self, frozen: FrozenModel, X: Images, device: torch.device
+    ) -> tuple[FrozenModel, Batcher, torch.Tensor, int]:
+        """A network with two outputs or more, its batches, samples it was tried on, and outputs."""
         check_normalisation(frozen, X)
-        batcher = Batcher(frozen, device, dtype, int(self.batch_size))
+        module = frozen.module(device)
+        batcher = Batcher(frozen, device, float_type(module), int(self.batch_size))
         samples = batcher.normalise(batcher.load(spread(X, _FEW)))
         n_outputs = count_outputs(module, samples, tuple(X.shape))
-        if n_outputs == 1:
-            module, n_outputs = with_two_outputs(frozen, samples).module(device), 2
+        if n_outputs > 1:
+            return frozen, batcher, samples, n_outputs
+        return with_two_outputs(frozen, samples), batcher, samples, 2
+
+    def _own_answers(self, frozen: FrozenModel, X: Images, device: torch.device) -> np.ndarray:
+        """The label that the base gives to each sample."""
+        frozen, batcher, _, n_outputs = self._tried(frozen, X, device)
+        module = frozen.module(device)
         with torch.inference_mode():
             rows = list(in_pieces(lambda x: output_of(module, x).argmax(1).cpu(), batcher(X)))
         labels = np.arange(n_outputs) if self.model_classes is None else self.model_classes
@@ -273,8 +293,7 @@ class TorchEstimator(BaseEstimator):
     def _batcher(self, module: nn.Module) -> Batcher:
         """Batches for prediction with a fitted `module`."""
         check_integer("batch_size", self.batch_size)
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        return Batcher(self.base_model_, self.device_, dtype, int(self.batch_size))
+        return Batcher(self.base_model_, self.device_, float_type(module), int(self.batch_size))
 
     def to(self, device: str | torch.device) -> Any:
         """Move the fitted networks to a device."""
@@ -309,15 +328,6 @@ class TorchEstimator(BaseEstimator):
         if double is not None:
             answers = answers.to(torch.float64 if double else torch.float32)
         return answers if answers_in_torch(X) else answers.numpy()
-
-    def _labels(self, best: Any) -> Any:
-        """Labels of classes given by their positions: a tensor if these are one, and numbers."""
-        classes: np.ndarray = self.classes_
-        if isinstance(best, torch.Tensor):
-            if classes.dtype.kind in "biuf":
-                return torch.from_numpy(classes.copy()).to(best.device)[best]
-            best = best.cpu().numpy()
-        return classes[best]
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         return BaseEstimator.__repr__(self._for_display(), N_CHAR_MAX)

@@ -481,21 +481,6 @@ n_features)
         recipe.check_weights(calibration.weight)
         return calibration
 
-    def predict(self, X: Any) -> Any:
-        """Predict the class of each sample.
-
-        Parameters
-        ----------
-        X : array-like or Tensor of shape (n_samples, ...)
-
-        Returns
-        -------
-        ndarray of shape (n_samples,)
-            Under scikit-learn's array API dispatch, a Tensor on the device of `X` where that is a
-            Tensor and labels are numbers.
-        """
-        return self._labels(self.predict_proba(X).argmax(1))
-
     @over_chunks
     def predict_proba(self, X: Any) -> Any:
         """Softmax of the smaller network's outputs.

@@ -35,7 +35,7 @@ from ..pruner import DCSPruner, recipe_of
 from ..pruning.recipe import PruningOptions
 from ..repair.distillation import Distillation
 from ..routing.study import RoutingOptions
-from ..utils.device import channels_last, loaded_device, resolve_device
+from ..utils.device import channels_last, float_type, loaded_device, resolve_device
 from ..utils.params import check_integer, check_path, is_integer
 from ..utils.pickling import versions
 from . import fields as fields
@@ -389,12 +389,7 @@ def _probe(shape: tuple[int, ...], module: nn.Module) -> Tensor:
     """A sample whose logits tell whether a factory gives the same network: never two the same."""
     n = int(np.prod(shape))
     wave = torch.sin(torch.arange(1, 2 * n + 1, dtype=torch.float64))
-    return wave.reshape(2, *shape).to(_dtype(module))
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """The type that a network computes in."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return wave.reshape(2, *shape).to(float_type(module))
 
 
 def _describe_pruner(pruner: DCSPruner, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -504,7 +499,7 @@ class _Reader:
         frozen = self._frozen(module, shape)
         base = traced(frozen.module(), shape)
         self.parts.shared = {tensor.data_ptr() for tensor in base.state_dict().values()}
-        x = torch.empty((2, *shape), dtype=_dtype(frozen.module()), device="meta")
+        x = torch.empty((2, *shape), dtype=float_type(frozen.module()), device="meta")
         self.is_custom = is_custom
         if is_custom:
             self._check_probe(frozen.module(), shape)

@@ -24,6 +24,7 @@ from ..graph.tracing import copy_sharing_weights, trace, without_head
 from ..repair.low_rank import NARROW, WIDE, insert_factors
 from ..slicing.blocks import cut_out, find_blocks
 from ..slicing.channels import NARROWABLE, is_depthwise, multiplies, narrow, width
+from ..utils.device import float_type
 from ..zoo import networks as models
 from .container import fits
 from .plain import take
@@ -165,9 +166,8 @@ def traced(module: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
     That parts of it stay whole was said then.
     """
     large = math.prod(shape) > _MOST_NUMBERS  # a file may say anything
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     where = next((p.device for p in module.parameters()), torch.device("cpu"))
-    example = torch.zeros((1, *shape), dtype=dtype, device="meta" if large else where)
+    example = torch.zeros((1, *shape), dtype=float_type(module), device="meta" if large else where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return without_head(trace(module, example), example, look=False)

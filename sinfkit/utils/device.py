@@ -18,6 +18,7 @@ from .params import warn
 
 __all__ = [
     "channels_last",
+    "float_type",
     "full_float32",
     "host_tensor",
     "in_pieces",
@@ -27,6 +28,11 @@ __all__ = [
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def float_type(module: nn.Module) -> torch.dtype:
+    """The type that a network computes in: that of its weights; float32 if it has none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def in_pieces(function: Callable[..., T], batches: Iterable[Tensor], *rows: Tensor) -> Iterator[T]:
