@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..utils.checkpoint import Checkpoint
-from ..utils.device import channels_last, host_tensor, is_out_of_memory, resolve_device
+from ..utils.device import channels_last, float_type, host_tensor, is_out_of_memory, resolve_device
 from ..utils.params import check_integer, check_number, check_path, check_verbose, naming
 
 __all__ = ["train_network"]
@@ -136,7 +136,7 @@ def train_network(
     check_verbose(verbose)
     if checkpoint is not None:
         check_path("checkpoint", checkpoint)
-    images, labels = _check_data(X, y, "X", "y")
+    images, labels = _check_data(X, y)
     if augment is not None and images.ndim != 4:
         raise ValueError(f"augment={augment!r} needs images of shape (n, channels, height, width).")
     weights = _relative_weights(sample_weight, len(images))
@@ -147,31 +147,20 @@ def train_network(
         network = channels_last(network)
     engine = _Engine(
         network,
-        _Preparation(images, mean, std, _dtype_of(network), target),
+        _Preparation(images, mean, std, float_type(network), target),
         _use_bfloat16(network, images, target),
     )
     _check_outputs(engine, images[:2], labels)
 
     # Equal batches: a single sample left over would have no variance for a batch-norm.
     n_batches = max(1, min(-(-len(images) // batch_size), len(images) // 2))
-    optimiser = torch.optim.SGD(
-        _parameter_groups(network), lr=max_lr, momentum=_MOMENTUM, nesterov=True
-    )
-    steps = epochs * n_batches
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser,
-        max_lr,
-        total_steps=steps,
-        # It would divide by zero where the warm-up is one step exactly.
-        pct_start=_WARM_UP if _WARM_UP * steps != 1.0 else 1.5 * _WARM_UP,
-        cycle_momentum=False,
-    )
+    optimiser, scheduler = _one_cycle(network, max_lr, epochs * n_batches)
     run = Checkpoint(
         checkpoint,
         settings={
-            "epochs": int(epochs),
-            "batch_size": int(batch_size),
-            "max_lr": float(max_lr),
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "max_lr": max_lr,
             "augment": augment or "none",
             "shape of X": list(images.shape),
             "labels": zlib.crc32(labels.numpy().tobytes()),
@@ -203,16 +192,15 @@ def train_network(
                 seen += len(rows)
                 if verbose:  # Not otherwise: reading the loss makes the host wait for a GPU.
                     bar.set_postfix(loss=f"{float(total) / seen:.3f}", refresh=False)
-        record = {"loss": float(total) / seen}
-        if not np.isfinite(record["loss"]):
+        mean_loss = float(total) / seen
+        if not np.isfinite(mean_loss):
             raise RuntimeError(
-                f"The loss became {record['loss']} in {title}: lower max_lr (now {max_lr}) or "
+                f"The loss became {mean_loss} in {title}: lower max_lr (now {max_lr}) or "
                 "look for huge values in X."
             )
-        run.save(seed, record)
+        run.save(seed, {"loss": mean_loss})
         if verbose:
-            figures = ", ".join(f"{name} {value:.4f}" for name, value in record.items())
-            tqdm.write(f"{title}: {figures}")
+            tqdm.write(f"{title}: loss {mean_loss:.4f}")
     return _as_given(network, model)
 
 
@@ -282,29 +270,29 @@ def _check_settings(epochs: int, batch_size: int, max_lr: float, augment: str | 
         raise ValueError(f"augment={augment!r} is unknown; choose one of {_AUGMENTATIONS}.")
 
 
-def _check_data(X: Any, y: Any, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
+def _check_data(X: Any, y: Any) -> tuple[Tensor, Tensor]:
     """Samples and labels as tensors on the CPU, or a clear error."""
     if y is None:
-        raise ValueError(f"{x_name} was given without {y_name}.")
-    images, labels = _to_tensor(X, x_name), _to_tensor(y, y_name)
+        raise ValueError("X was given without y.")
+    images, labels = _to_tensor(X, "X"), _to_tensor(y, "y")
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(f"{x_name} must be uint8 or floating point; got {images.dtype}.")
+        raise TypeError(f"X must be uint8 or floating point; got {images.dtype}.")
     if images.ndim not in (2, 4):
         raise ValueError(
-            f"{x_name} must have shape (n, channels, height, width) or (n, n_features); got "
+            "X must have shape (n, channels, height, width) or (n, n_features); got "
             f"{tuple(images.shape)}."
         )
     if 0 in images.shape[1:]:
-        raise ValueError(f"{x_name} has samples without values, shape {tuple(images.shape)}.")
+        raise ValueError(f"X has samples without values, shape {tuple(images.shape)}.")
     if len(images) < 2:
-        raise ValueError(f"{x_name} needs at least two samples; got n_samples = {len(images)}.")
+        raise ValueError(f"X needs at least two samples; got n_samples = {len(images)}.")
     if labels.is_floating_point() or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"{y_name} must hold one integer label per row of {x_name} ({len(images)} rows); got "
+            f"y must hold one integer label per row of X ({len(images)} rows); got "
             f"{labels.dtype} of shape {tuple(labels.shape)}."
         )
     if images.is_floating_point() and not bool(torch.isfinite(images).all()):
-        raise ValueError(f"{x_name} holds NaN or infinity; clean it first.")
+        raise ValueError("X holds NaN or infinity; clean it first.")
     return images, labels.to(torch.int64)
 
 
@@ -361,17 +349,12 @@ def _check_outputs(engine: _Engine, sample: Tensor, labels: Tensor) -> None:
         )
 
 
-def _dtype_of(network: nn.Module) -> torch.dtype:
-    """Type of the network's parameters; float32 if it has none."""
-    return next((p.dtype for p in network.parameters()), torch.float32)
-
-
 def _use_bfloat16(network: nn.Module, images: Tensor, device: torch.device) -> bool:
     """Whether to run under bfloat16 autocast."""
     n_parameters = sum(p.numel() for p in network.parameters())
     if images.ndim != 4 or n_parameters < _BFLOAT16_MIN_PARAMETERS:
         return False
-    if _dtype_of(network) != torch.float32:
+    if float_type(network) != torch.float32:
         return False
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
@@ -380,13 +363,25 @@ def _use_bfloat16(network: nn.Module, images: Tensor, device: torch.device) -> b
     return device.type == "cpu" and supported is not None and bool(supported())
 
 
-def _parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Weights with decay; biases and normalisation, which have one dimension, without."""
+def _one_cycle(
+    network: nn.Module, max_lr: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
+    """SGD whose learning rate rises and falls once; weights decay, but neither biases nor norms."""
     parameters = list(network.parameters())
-    return [
+    groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": _WEIGHT_DECAY},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    optimiser = torch.optim.SGD(groups, lr=max_lr, momentum=_MOMENTUM, nesterov=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser,
+        max_lr,
+        total_steps=steps,
+        # It would divide by zero where the warm-up is one step exactly.
+        pct_start=_WARM_UP if _WARM_UP * steps != 1.0 else 1.5 * _WARM_UP,
+        cycle_momentum=False,
+    )
+    return optimiser, scheduler
 
 
 def _as_given(network: nn.Module, model: nn.Module) -> nn.Module:
