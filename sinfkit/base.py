@@ -20,12 +20,10 @@ from torch import nn
 from .data.calibration import (
     Batcher,
     Calibration,
-    check_logits,
     check_order,
     check_scale,
     match_classes,
     warn_if_mismatched,
-    with_two_outputs,
 )
 from .data.images import Images, check_normalisation, spread, with_labels
 from .data.validation import (
@@ -41,8 +39,9 @@ from .data.validation import (
 )
 from .frozen import FrozenModel, as_frozen, baked, describe
 from .graph.cuts import output_layer
+from .graph.heads import SINGLE, logits_graph, with_logits
 from .graph.recording import output_of
-from .graph.tracing import check_traced, trace, without_head
+from .graph.tracing import check_traced, trace
 from .utils.device import float_type, in_pieces, loaded_device, resolve_device
 from .utils.params import check_integer, check_jobs, check_verbose, naming, nested, once_each
 from .utils.pickling import pack, versions, warn_of_versions
@@ -51,6 +50,7 @@ from .zoo.training import train_network
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
 _FEW = 4  # samples on which a network is tried
+_MANY = 256  # those that tell a single logit from a probability
 _MANY_WRONG = 0.1  # of the answers: then another scale of the samples is tried
 _TO_PREDICT = ("batch_size", "device", "n_jobs")  # parameters that prediction reads
 
@@ -127,6 +127,7 @@ class TorchEstimator(BaseEstimator):
     random_state: Any
     verbose: int
     base_model_: FrozenModel
+    _ending: str  # of the base, see `graph.heads`
 
     # What stands in for parameters that are None and hold an estimator: name to factory.
     _default_components: ClassVar[Mapping[str, Callable[[], BaseEstimator]]] = {}
@@ -211,9 +212,9 @@ class TorchEstimator(BaseEstimator):
                 )
             rows = _unseen(y, held_out, seed)
             frozen = _train_default(X[rows], y[rows], device, seed, weight[rows])
-        frozen, batcher, samples, n_outputs = self._tried(frozen, X, device)
+        batcher, samples, n_outputs = self._tried(frozen, X, device)
         complete = not unlabelled or self.model is None
-        table = match_classes(y, n_outputs, self.model_classes, classes, complete=complete)
+        table = match_classes(y, max(2, n_outputs), self.model_classes, classes, complete=complete)
         self.input_shape_ = tuple(X.shape[1:])
         self.classes_ = table.classes
         self.device_ = device
@@ -222,12 +223,13 @@ class TorchEstimator(BaseEstimator):
             module = frozen.module(device)
             graph = trace(module, samples[:1])
             check_traced(graph, module, samples, lambda: frozen.packed.unpack(device))
-            graph = without_head(graph, samples)
-            check_logits(graph, samples)
+            self._ending = with_logits(graph, samples if n_outputs > 1 else _many(batcher, X))
+            n_outputs = max(2, n_outputs)
             output = output_layer(graph, n_outputs)
         return Calibration(
             frozen,
             graph,
+            self._ending,
             output,
             X,
             table.encode(y),
@@ -241,25 +243,37 @@ class TorchEstimator(BaseEstimator):
 
     def _tried(
         self, frozen: FrozenModel, X: Images, device: torch.device
-    ) -> tuple[FrozenModel, Batcher, torch.Tensor, int]:
-        """A network with two outputs or more, its batches, samples it was tried on, and outputs."""
+    ) -> tuple[Batcher, torch.Tensor, int]:
+        """A network's batches, samples it was tried on, and its number of outputs."""
         check_normalisation(frozen, X)
         module = frozen.module(device)
         batcher = Batcher(frozen, device, float_type(module), int(self.batch_size))
         samples = batcher.normalise(batcher.load(spread(X, _FEW)))
         n_outputs = count_outputs(module, samples, tuple(X.shape))
-        if n_outputs > 1:
-            return frozen, batcher, samples, n_outputs
-        return with_two_outputs(frozen, samples), batcher, samples, 2
+        return batcher, samples, n_outputs
 
     def _own_answers(self, frozen: FrozenModel, X: Images, device: torch.device) -> np.ndarray:
         """The label that the base gives to each sample."""
-        frozen, batcher, _, n_outputs = self._tried(frozen, X, device)
         module = frozen.module(device)
+        batcher, samples, n_outputs = self._tried(frozen, X, device)
+        if n_outputs == 1:
+            with naming("model"):
+                module, n_outputs = trace(module, samples[:1]), 2
+                with_logits(module, _many(batcher, X))
         with torch.inference_mode():
             rows = list(in_pieces(lambda x: output_of(module, x).argmax(1).cpu(), batcher(X)))
         labels = np.arange(n_outputs) if self.model_classes is None else self.model_classes
         return np.asarray(labels)[torch.cat(rows).numpy()]
+
+    def _base(self) -> nn.Module:
+        """The base, on `device_`; one of a single output as a graph with two."""
+        module = self.base_model_.module(self.device_)
+        if self._ending not in SINGLE:
+            return module
+        example = torch.zeros(
+            (1, *self.input_shape_), dtype=float_type(module), device=self.device_
+        )
+        return logits_graph(module, example, self._ending)
 
     def _check_shared(self) -> None:
         """Raise for values of the parameters that all estimators have, before anything costly."""
@@ -415,6 +429,11 @@ def answers_in_torch(X: Any) -> bool:
     Without dispatch they are NumPy arrays, whatever `X` is.
     """
     return isinstance(X, torch.Tensor) and bool(get_config()["array_api_dispatch"])
+
+
+def _many(batcher: Batcher, X: Images) -> torch.Tensor:
+    """Samples enough to see on which side of a limit outputs lie, normalised."""
+    return batcher.normalise(batcher.load(spread(X, min(batcher.batch_size, _MANY))))
 
 
 def _unseen(y: np.ndarray, held_out: float | None, seed: int) -> np.ndarray | slice:

@@ -366,7 +366,7 @@ n_features)
         clusterer.layer_, clusterer.route_accuracy_ = plan.cut.name, built.route_accuracy
         for name in (
             *("classes_", "n_features_in_", "input_shape_", "input_range_"),
-            *("base_model_", "device_"),
+            *("base_model_", "device_", "_ending"),
         ):
             if hasattr(self, name):
                 setattr(clusterer, name, getattr(self, name))
@@ -708,7 +708,7 @@ n_features)
         codes = encode(validate_y(y, len(X)), self.classes_)
         return make_report(
             self.network_,
-            self.base_model_.module(self.device_),
+            self._base(),
             self._batcher(self.network_),
             X,
             codes,

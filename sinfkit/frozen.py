@@ -39,8 +39,9 @@ class FrozenModel:
     Parameters
     ----------
     module : nn.Module or fitted skorch net
-        The classifier: a batch in, one score (logit) per class out.  It is copied to the CPU, put
-        in evaluation mode, and its gradients are switched off; the caller's object is not touched.
+        The classifier: a batch in, one score (logit or probability) per class out, or one of the
+        second of two.  It is copied to the CPU, put in evaluation mode, and its gradients are
+        switched off; the caller's object is not touched.
         Of a compiled or `DataParallel` one the module inside is taken.
     mean, std : sequence of float, optional
         Normalisation that the network was trained with, one value per channel (or per feature):

@@ -21,7 +21,14 @@ from .data.images import with_labels
 from .data.validation import validate_X, validate_y
 from .errors import PromiseWarning
 from .frozen import FrozenModel
-from .graph.cuts import find_layer, layer_names, observation_nodes, one_row_each, penultimate
+from .graph.cuts import (
+    feature_layer,
+    find_layer,
+    layer_names,
+    observation_nodes,
+    one_row_each,
+    penultimate,
+)
 from .graph.tracing import of_torch_alone
 from .inference.forms import fast_form
 from .inference.measure import make_pruning_report
@@ -425,7 +432,8 @@ n_features)
             self.search_results_ = judged.tried
         if pruned.distillation:
             self.distillation_losses_ = list(pruned.distillation)
-        self.outputs_, self._output = calibration.table.outputs, calibration.output
+        self.outputs_ = calibration.table.outputs
+        self._output = feature_layer(calibration.graph, calibration.output)
 
     def _warn(self, judged: Judged, goal: Goal) -> None:
         """Say, once, where the promise was not kept or could not be shown."""
@@ -563,7 +571,7 @@ n_features)
         X = validate_X(self, X, reset=False)
         return make_pruning_report(
             self.model_,
-            self.base_model_.module(self.device_),
+            self._base(),
             self._batcher(self.model_),
             X,
             encode(validate_y(y, len(X)), self.classes_),

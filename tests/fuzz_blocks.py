@@ -735,15 +735,15 @@ FAULTS = (
         Fault(f"branch {step.__name__.strip('_')}", BRANCH, step)
         for step in (_if_values, _if_any, _caught)
     ),
-    Fault("hook root output", HOOK, finish=Hook(_flip, "root")),
-    Fault("hook root input", HOOK, finish=Hook(_double, "root", True)),
+    Fault("hook root output", "", finish=Hook(_flip, "root")),
+    Fault("hook root input", "", finish=Hook(_double, "root", True)),
     Fault("hook first", HOOK, finish=Hook(_double, "first")),
     Fault("hook first input", HOOK, finish=Hook(_double, "first", True)),
     Fault("hook all", HOOK, finish=Hook(_clamp, "all")),
     Fault("hook in place", HOOK, finish=Hook(_in_place_hook, "first")),
     Fault("hook that looks", "", finish=Hook(_look, "all")),
     Fault("hook that looks at the root", "", finish=Hook(_look, "root")),
-    Fault("forward on the object", HOOK, finish=_forward_on_object),
+    Fault("forward on the object", "", finish=_forward_on_object),
     Fault("statistics of the batch", BATCH, finish=_statistics_of_batch),
     Fault("parts that stay in training", f"{BATCH}|{DRAW}|pickled", finish=_train_for_ever),
 )
@@ -755,7 +755,6 @@ def draw_fault(rng: Rng) -> Fault:
 
 # --- heads -----------------------------------------------------------------------------------
 
-PROBABILITIES = "probabilities|logits|softmax"
 SHAPE = "class scores|row|one number per sample|logit"
 # What an error may say, for each head; nothing for those that must work.
 HEADS: dict[str, tuple[str, ...]] = {
@@ -772,13 +771,16 @@ HEADS: dict[str, tuple[str, ...]] = {
     "dict": (),
     "namespace": (SHAPE,),
     "pair": (SHAPE,),
-    "clamped_softmax": (PROBABILITIES,),
-    "mean_of_softmax": (PROBABILITIES,),
-    "smoothed_softmax": (PROBABILITIES,),
+    "clamped_softmax": (),
+    "mean_of_softmax": (),
+    "smoothed_softmax": (),
+    "reversed_softmax": (),
+    "product": (),
     "one_logit": (),
     "one_logit_flat": (),
     "one_logit_sigmoid": (),
-    "one_logit_flat_sigmoid": (SHAPE,),
+    "one_logit_flat_sigmoid": (),
+    "one_logit_scaled": (),
 }
 
 
@@ -814,8 +816,9 @@ class Network(nn.Module):
         return x.flatten(1) if self.pool == "flatten" else x.flatten(2).mean(2)
 
     def forward(self, x: Tensor) -> Any:
-        z = self.fc(self.features(x))
-        return z if self.kind in ("logits", "sequential_softmax") else self.answer(z)
+        h = self.features(x)
+        z = h @ self.fc.weight.T + self.fc.bias if self.kind == "product" else self.fc(h)
+        return z if self.kind in ("logits", "product", "sequential_softmax") else self.answer(z)
 
     def answer(self, z: Tensor) -> Any:
         """What the head makes of logits."""
@@ -844,11 +847,15 @@ class Network(nn.Module):
         if self.kind == "pair":
             return z, z * 2
         if self.kind == "clamped_softmax":
-            return z.softmax(1).clamp(1e-3, 1)
+            return z.softmax(1).clamp(1e-5, 1)
         if self.kind == "mean_of_softmax":
             return (z.softmax(1) + (z * 0.5).softmax(1)) / 2
         if self.kind == "smoothed_softmax":
             return 0.9 * z.softmax(1) + 0.1 / z.shape[1]
+        if self.kind == "reversed_softmax":
+            return z.flip(1).softmax(1).flip(1)
+        if self.kind == "one_logit_scaled":
+            return (z * self.fc.bias.sigmoid().add(1)).sum(1)
         if self.kind == "one_logit":
             return z
         if self.kind == "one_logit_flat":

@@ -136,8 +136,6 @@ def draw(seed: int) -> Case:
     names, y, model_classes, refusals = labelled(codes, n_classes, good, choose, rng)
     if fault is not None:
         refusals.append(fault.says)
-        if head.startswith("one_logit"):
-            refusals.append(blocks.SHAPE)
         if fault.finish is not None:  # after the output layer was fitted
             refusals.append(ORDER)
     refusals += blocks.HEADS.get(head, ())
@@ -389,12 +387,7 @@ def budget_of_one(case: Case) -> str:
     ).fit(case.X, case.y)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pruner.sinf"
-        try:
-            sinfkit.save(pruner, path)
-        except TypeError as error:
-            if "has one output, of which `fit` makes two" in str(error):
-                return ""
-            raise
+        sinfkit.save(pruner, path)
         pruner = sinfkit.load(path, factory=lambda: copy.deepcopy(case.module))
     return compare(case, pruner, pruner.predict_proba(case.asked), case.wanted)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,15 +14,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln
 from scipy.stats import binom
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..errors import ArgumentError, CalibrationWarning
 from ..frozen import FrozenModel
 from ..graph.cost import count_macs
-from ..graph.cuts import output_layer
-from ..graph.nodes import CONVOLUTIONS
-from ..graph.recording import output_of
-from ..graph.tracing import close, trace, without_head
+from ..graph.heads import logits_graph
 from ..slicing.groups import ChannelGroup, find_groups
 from ..utils.device import host_tensor, in_pieces, loaded_device, settle_after_fork
 from ..utils.params import naming, warn
@@ -274,99 +270,6 @@ def encode(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return position
 
 
-_ROUNDING = 5e-3  # of a sum of probabilities, in half precision
-
-
-def check_logits(graph: fx.GraphModule, samples: Tensor) -> None:
-    """Raise where a graph gives probabilities that it does not compute from logits at its end.
-
-    They may be percentages, or logarithms to another base; of numbers that cannot be told from odd
-    logits a warning says what they may be.
-    """
-    with torch.inference_mode():
-        outputs = graph(samples).double()
-    if outputs.shape[1] < 2 or not bool(torch.isfinite(outputs).all()):
-        return
-    name = _made_of_probabilities(outputs)
-    if name is not None:
-        raise ValueError(
-            f"The model returns {name} and not logits, and no softmax at its end that could be "
-            "left out. Return the numbers in front of the softmax; of a mean of several, its "
-            "logarithm."
-        )
-    if bool((outputs >= 0).all()) and float(outputs.max()) > 0:
-        warn(
-            "None of the model's outputs is below 0, which is rare among logits: their softmax is "
-            "taken. If they are probabilities or evidence already, return the logarithm instead."
-        )
-
-
-def _made_of_probabilities(outputs: Tensor) -> str | None:
-    """What numbers are that are made of probabilities; None for logits."""
-    sums = outputs.sum(1)
-    # Rows that are all the same have the same sum, whatever they are made of.
-    vary = (outputs - outputs.mean(0)).abs().max() > 3 * (sums - sums.mean()).abs().max()
-    one = (sums.mean() - 1).abs() < _ROUNDING
-    even = ((sums / sums.mean() - 1).abs() < _ROUNDING).all()
-    if bool((outputs >= 0).all() & even & (vary | one)):
-        return f"probabilities (the rows of its output sum to {sums.mean():.4g})"
-    for base in (10, 2):
-        values = base**outputs
-        # Where a class is sure, the logarithms to all bases look the same.
-        unsure = bool((values.amax(1) < 0.9).any())
-        if unsure and bool(((values.sum(1) - 1).abs() < _ROUNDING).all()):
-            return f"logarithms of probabilities to base {base}"
-    return None
-
-
-def with_two_outputs(frozen: FrozenModel, samples: Tensor) -> FrozenModel:
-    """Make a network with one logit (binary cross-entropy) one with two, of which one is 0.
-
-    Its last layer gets a second row; the answers are compared on `samples`, normalised.
-    """
-    module = copy.deepcopy(frozen.module(samples.device)).cpu()
-    try:
-        one = without_head(trace(frozen.module(samples.device), samples[:1]))
-        name = output_layer(one, 1)
-        module.set_submodule(name, two_rows(module.get_submodule(name)))
-        made = FrozenModel(module, frozen.mean, frozen.std, frozen.input_shape)
-        two = without_head(trace(made.module(samples.device), samples[:1]), samples)
-        with torch.inference_mode():
-            logit = one(samples).reshape(len(samples), 1)
-            right = close(two(samples), torch.cat([torch.zeros_like(logit), logit], 1))
-        right = right and output_of(made.module(samples.device), samples).shape == (len(samples), 2)
-    except (ValueError, RuntimeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{_ONE_LOGIT} {error}") from error
-    if not right:
-        raise ValueError(_ONE_LOGIT)
-    return made
-
-
-_ONE_LOGIT = (
-    "The model returns one number per sample. Of a binary classifier whose last layer is a Linear "
-    "with one output it is taken as the logit of the second class; this one needs two outputs, one "
-    "per class: torch.cat([torch.zeros_like(z), z], 1) is one way."
-)
-
-
-def two_rows(layer: nn.Module) -> nn.Module:
-    """A layer with one output as one with two, of which the first is 0."""
-    if isinstance(layer, nn.Linear):
-        made: nn.Module = nn.Linear(layer.in_features, 2)
-    elif isinstance(layer, CONVOLUTIONS):
-        kind = next(kind for kind in CONVOLUTIONS if isinstance(layer, kind))
-        made = kind(layer.in_channels, 2, 1)
-    else:
-        raise ValueError(f"Its last layer is a {type(layer).__name__}.")
-    made = made.to(layer.weight.dtype).requires_grad_(False).eval()
-    for name in ("weight", "bias"):
-        target, source = getattr(made, name), getattr(layer, name)
-        target.zero_()
-        if source is not None:
-            target[1:] = source.detach()
-    return made
-
-
 @dataclass
 class Calibration:
     """A base network and the samples it is studied on, checked and matched.
@@ -377,6 +280,7 @@ class Calibration:
 
     frozen: FrozenModel
     graph: fx.GraphModule
+    ending: str  # of the network, see `graph.heads`
     output: str
     X: Images
     y_encoded: np.ndarray
@@ -437,7 +341,7 @@ class Calibration:
         self.__dict__.update(state)
         self.example = state["example"].unpack(device)
         self.batcher = Batcher(self.frozen, device, dtype, batch_size)
-        self.graph = without_head(trace(self.frozen.module(device), self.example), self.example)
+        self.graph = logits_graph(self.frozen.module(device), self.example, self.ending)
 
 
 class Batcher:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,6 +21,7 @@ from .nodes import (
     Layer,
     called_layer,
     called_module,
+    function_name,
     is_activation,
     is_addition,
     is_arithmetic,
@@ -96,6 +98,29 @@ def output_layer(gm: fx.GraphModule, n_outputs: int) -> str:
     if not pointwise or n_channels(layer) != n_outputs:
         raise ValueError(f"{whole}, but its last layer, {name!r}, is {layer}.")
     return name
+
+
+def passes_on(layer: nn.Module) -> bool:
+    """Whether a layer gives its inputs, all scaled alike, or a zero beside its only one."""
+    if not isinstance(layer, nn.Linear) or layer.bias is not None:
+        return False
+    weight = layer.weight.detach()
+    if weight.shape[1] == 1:
+        return weight.flatten().tolist() == [0, 1]
+    return weight.shape[0] == weight.shape[1] and bool(
+        (weight == weight[0, 0] * torch.eye(len(weight)).to(weight)).all()
+    )
+
+
+def feature_layer(gm: fx.GraphModule, output: str) -> str:
+    """The layer that reads a network's features: its output layer, or one that it passes on."""
+    if passes_on(gm.get_submodule(output)):
+        node = gm.graph.find_nodes(op="call_module", target=output)[0].all_input_nodes[0]
+        while is_identity(gm, node) or function_name(node) in ("reshape", "squeeze", "view"):
+            node = node.all_input_nodes[0]
+        if isinstance(called_layer(gm, node), nn.Linear):
+            return str(node.target)
+    return output
 
 
 def cut_points(gm: fx.GraphModule) -> list[CutPoint]:

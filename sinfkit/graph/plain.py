@@ -76,6 +76,7 @@ def made_plain(root: nn.Module, graph: fx.Graph) -> None:
     module whose place they take.
     """
     _look_up(root, graph)
+    _products(graph, _Constants(root, graph))
     constants = _Constants(root, graph)
     taken = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     _softmaxes(root, graph, taken)
@@ -258,6 +259,51 @@ def _look_up(root: nn.Module, graph: fx.Graph) -> None:
                 found = graph.call_function(F.embedding, (node.args[0], weight))
             node.replace_all_uses_with(found)
             graph.erase_node(node)
+
+
+_MATMULS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm")
+
+
+def _products(graph: fx.Graph, constants: _Constants) -> None:
+    """Products with a matrix of constants as linear functions of it."""
+    for node in list(graph.nodes):
+        source, matrix, turned, bias = None, None, True, None
+        if node.target in _MATMULS and len(node.args) == 2 and not node.kwargs:
+            source, matrix = node.args
+        elif node.target in (torch.addmm, "addmm") and len(node.args) == 3 and not node.kwargs:
+            bias, source, matrix = node.args
+        elif node.target is torch.einsum and len(node.args) == 3:
+            source, matrix, turned = _contracted(node, constants)
+        if not isinstance(source, fx.Node) or not isinstance(matrix, fx.Node):
+            continue
+        if constants.is_constant(source) or not constants.is_constant((matrix, bias)):
+            continue
+        weight, added = constants.value((matrix, bias))
+        plain = weight.layout is torch.strided and weight.is_floating_point() and weight.ndim == 2
+        if not plain or (added is not None and added.ndim != 1):
+            continue
+        with graph.inserting_before(node):
+            if turned:
+                matrix = graph.call_method("t", (matrix,))
+            made = graph.call_function(F.linear, (source, matrix, bias))
+        made.meta = node.meta
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+
+
+def _contracted(call: fx.Node, constants: _Constants) -> tuple[Any, Any, bool]:
+    """Samples, matrix, and whether it is to be turned, of an einsum over the last axis."""
+    equation, one, other = call.args
+    inputs, _, output = str(equation).replace(" ", "").partition("->")
+    first, _, second = inputs.partition(",")
+    if constants.is_constant(one):
+        one, other, first, second = other, one, second, first
+    lead, last = first[:-1], first[-1:]
+    out = second.replace(last, "", 1)
+    right = len(second) == 2 and len(out) == 1 and last and out not in first
+    if not right or last in lead or output != lead + out:
+        return None, None, False
+    return one, other, second[0] == last
 
 
 def _softmaxes(root: nn.Module, graph: fx.Graph, taken: set[str]) -> None:

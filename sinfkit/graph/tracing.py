@@ -1,4 +1,4 @@
-"""From a model to a graph of its operations that is known to compute the same, without its head."""
+"""From a model to a graph of its operations that is known to compute the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .nodes import (
 )
 from .plain import made_plain
 from .recording import NeedsDataError, Recorder, Replayer, UntraceableError, output_of
-from .writes import Writes
+from .writes import Writes, live_nodes
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -230,7 +230,7 @@ def _record(
             if recorder.swallowed:
                 # It went on without what it had asked for, perhaps another way than with it.
                 raise _swallowed(recorder)
-            _check_stateless(root)
+            _check_stateless(root, graph)
             return graph, recorder.writes
         except UntraceableError as failure:
             opaque |= {failure.name}
@@ -259,17 +259,20 @@ def _swallowed(recorder: Recorder) -> Exception:
     return UntraceableError(name) if name else ValueError("its control flow depends on the samples")
 
 
-def _check_stateless(root: nn.Module) -> None:
-    """Raise where a forward that was recorded has changed a buffer.
+def _check_stateless(root: nn.Module, graph: fx.Graph) -> None:
+    """Raise where a forward that was recorded has changed a buffer that its answer hangs on.
 
     Other attributes are set by torch itself (masks of pruning), or to be looked at.
     """
-    for name, module in root.named_modules():
-        for key, value in module._buffers.items():
-            if isinstance(value, fx.Proxy):
-                raise ValueError(
-                    f"it keeps state from call to call, in {f'{name}.{key}'.lstrip('.')!r}"
-                )
+    changed = {
+        f"{name}.{key}".lstrip(".")
+        for name, module in root.named_modules()
+        for key, value in module._buffers.items()
+        if isinstance(value, fx.Proxy)
+    }
+    for node in live_nodes(graph) if changed else ():
+        if node.op == "get_attr" and node.target in changed:
+            raise ValueError(f"it keeps state from call to call, in {node.target!r}")
 
 
 def on_meta(root: nn.Module) -> nn.Module:
@@ -636,107 +639,3 @@ _WRITES = (
     "Its forward seems to write in place into a view (a slice, a chunk, out=): write y = f(x) "
     "instead of f_(x[...]), and concatenate."
 )
-
-
-_MODULES = {nn.Softmax: "softmax", nn.LogSoftmax: "log_softmax", nn.Sigmoid: "sigmoid"}
-_FUNCTIONS = {
-    "softmax": "softmax",
-    "log_softmax": "log_softmax",
-    "sigmoid": "sigmoid",
-    "expit": "sigmoid",
-    "log": "log",
-}
-# They move numbers about and change none.
-_SHAPES = frozenset("contiguous flatten reshape squeeze to float view".split())
-
-
-def without_head(
-    gm: fx.GraphModule, samples: Tensor | None = None, *, look: bool = True
-) -> fx.GraphModule:
-    """Leave out what turns logits into probabilities at the end of a graph, which is changed.
-
-    With `samples`, of shape (n, ...), a squeeze or a view that changes nothing goes as well; and,
-    if values are to be looked at (`look`), whether the head on the logits gives what it gave is
-    checked: where not, its softmax is over something else, and stays.
-    """
-    _leave_out_head(gm, samples if look else None)
-    if samples is not None and all(p.device == samples.device for p in gm.parameters()):
-        _leave_out_shapes(gm, samples)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    return gm
-
-
-def _leave_out_shapes(gm: fx.GraphModule, samples: Tensor) -> None:
-    """Leave out, at the end of a graph, what gives the shape and type that it was given."""
-    output = gm.graph.find_nodes(op="output")[0]
-    while isinstance(node := output.args[0], fx.Node) and _name(node) in _SHAPES:
-        source = node.all_input_nodes[0]
-        before = gm(samples)
-        output.replace_input_with(node, source)
-        gm.recompile()
-        found = gm(samples)
-        if not isinstance(found, Tensor) or (found.shape, found.dtype) != (
-            before.shape,
-            before.dtype,
-        ):
-            output.replace_input_with(source, node)
-            gm.recompile()
-            return
-
-
-def _leave_out_head(gm: fx.GraphModule, samples: Tensor | None) -> None:
-    """Let what reads a head, down to its last one, read the logits."""
-    output = gm.graph.find_nodes(op="output")[0]
-    found: list[tuple[fx.Node, str]] = []
-    node = output.args[0]
-    while isinstance(node, fx.Node) and node.all_input_nodes:
-        kind = _kind(gm, node)
-        if kind is not None:
-            found.append((node, kind))
-        elif not (_name(node) in _SHAPES or is_identity(gm, node)):
-            break
-        if kind in ("softmax", "log_softmax", "sigmoid"):
-            break
-        node = node.all_input_nodes[0]
-    heads = [kind for _, kind in reversed(found)]
-    if not heads or heads[0] == "log":  # of something else than a softmax
-        return
-    before = None if samples is None else gm(samples)
-    changed: list[tuple[fx.Node, fx.Node, fx.Node]] = []
-    for head, _ in reversed(found):
-        source = head.all_input_nodes[0]
-        for user in list(head.users):
-            user.replace_input_with(head, source)
-            changed.append((user, source, head))
-    gm.recompile()
-    if samples is not None and before is not None:
-        if not close(_applied(heads, gm(samples)), before):
-            for user, source, head in reversed(changed):
-                user.replace_input_with(source, head)
-            gm.recompile()
-
-
-def _applied(heads: list[str], logits: Tensor) -> Tensor:
-    """What heads make of logits, the first one first."""
-    for kind in heads:
-        if kind == "log":
-            logits = logits.log()
-        else:
-            logits = logits.sigmoid() if kind == "sigmoid" else getattr(logits, kind)(1)
-    return logits
-
-
-def _kind(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    """Which head a node is, if any."""
-    module = called_module(gm, node)
-    if module is not None:
-        return _MODULES.get(type(module))
-    return _FUNCTIONS.get(_name(node))
-
-
-def _name(node: fx.Node) -> str:
-    """Name of the function or method that a node calls."""
-    if node.op == "call_method":
-        return str(node.target)
-    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""

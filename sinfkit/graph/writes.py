@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from .nodes import is_shape_query
 
-__all__ = ["Writes", "version"]
+__all__ = ["Writes", "live_nodes", "version"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Writes:
         What still writes, into memory that nobody reads later, gets a copy of its own.
         """
         order = {node: i for i, node in enumerate(graph.nodes)}
-        live = _live(graph)
+        live = live_nodes(graph)
         found = []
         for writer, place, stack in self._written:
             if writer not in order:
@@ -159,7 +159,7 @@ def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _live(graph: fx.Graph) -> set[fx.Node]:
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that the output of a graph is computed from."""
     found: set[fx.Node] = set()
     waiting = graph.find_nodes(op="output")

@@ -22,11 +22,11 @@ from torch import Tensor, fx, nn
 from ..base import TorchEstimator
 from ..classifier import SINFClassifier
 from ..clusterer import SemanticClusterer
-from ..data.calibration import two_rows
 from ..errors import NotPlainError, StorageError
 from ..frozen import FrozenModel, baked, unwrapped
 from ..graph.cost import fold_batch_norm
-from ..graph.cuts import find_cut, output_layer, split
+from ..graph.cuts import feature_layer, find_cut, output_layer, split
+from ..graph.heads import ENDINGS
 from ..graph.nodes import LAYERS
 from ..graph.recording import logits_of
 from ..graph.tracing import of_torch_alone
@@ -49,6 +49,7 @@ from .parts import (
     describe_part,
     fill_base,
     output_of,
+    probe,
     traced,
 )
 from .plain import decode, encode, take
@@ -337,8 +338,6 @@ def _check_model(what: str, model: Any, estimator: Any) -> None:
     if base is None or model is base:
         return
     same = model == base
-    if isinstance(model, FrozenModel) and not same:  # it may have got a second output
-        same = (model.mean, model.std) == (base.mean, base.std) and _same(model.module(), base)
     if isinstance(model, nn.Module):
         same = _same(baked(unwrapped(model)), base)
     if not same:
@@ -346,59 +345,42 @@ def _check_model(what: str, model: Any, estimator: Any) -> None:
 
 
 def _same(model: nn.Module, base: FrozenModel) -> bool:
-    """Whether a base has a network's weights; of one with one logit, with a second row."""
+    """Whether a base has a network's weights."""
     own, other = model.state_dict(), base.module().state_dict()
     if own.keys() != other.keys():
         return False
     pairs = [(t.cpu(), other[key]) for key, t in own.items() if isinstance(t, Tensor)]
-    widened = [(a.shape[:1], b.shape[:1]) == ((1,), (2,)) for a, b in pairs]
-    return all(
-        torch.equal(a, b[1:] if wide else b) for (a, b), wide in zip(pairs, widened, strict=True)
-    )
-
-
-def _with_rows(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a network with one logit the second one that the stored network has, in place."""
-    for name, layer in list(module.named_modules()):
-        stored = state.get(f"{name}.weight")
-        if name and isinstance(layer, LAYERS) and stored is not None:
-            if len(layer.weight) == 1 and len(stored) == 2:
-                module.set_submodule(name, two_rows(layer))
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _describe_base(estimator: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The base network: its architecture by name, its weights once."""
     frozen: FrozenModel = estimator.base_model_
+    ending = estimator._ending
     module = frozen.module()
     state = base_state(module)
     tensors |= {f"base/{name}": tensor for name, tensor in state.items()}
     architecture = describe(module)
     if architecture["name"] == CUSTOM:
         with torch.inference_mode():
-            tensors["probe"] = logits_of(module(_probe(estimator.input_shape_, module)))
+            tensors["probe"] = logits_of(module(probe(estimator.input_shape_, module)))
     return {
         "architecture": architecture,
         "tensors": list(state),
         "mean": None if frozen.mean is None else list(frozen.mean),
         "std": None if frozen.std is None else list(frozen.std),
         "input_shape": None if frozen.input_shape is None else list(frozen.input_shape),
+        **({} if ending == "logits" else {"ending": ending}),
     }
 
 
-def _probe(shape: tuple[int, ...], module: nn.Module) -> Tensor:
-    """A sample whose logits tell whether a factory gives the same network: never two the same."""
-    n = int(np.prod(shape))
-    wave = torch.sin(torch.arange(1, 2 * n + 1, dtype=torch.float64))
-    return wave.reshape(2, *shape).to(float_type(module))
-
-
 def _describe_pruner(pruner: DCSPruner, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    base = of_torch_alone(traced(pruner.base_model_.module(), pruner.input_shape_))
+    base = of_torch_alone(traced(pruner.base_model_.module(), pruner.input_shape_, pruner._ending))
     return {"model": describe_part("model", base, pruner.model_, tensors)}
 
 
 def _describe_clusterer(clusterer: SemanticClusterer, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    base = traced(clusterer.base_model_.module(), clusterer.input_shape_)
+    base = traced(clusterer.base_model_.module(), clusterer.input_shape_, clusterer._ending)
     dense = split(base, find_cut(base, clusterer.layer_))[0]
     prefix, router = clusterer.network_
     # The clusterer inside of a classifier runs that one's prefix, whose batch-norms are folded.
@@ -418,7 +400,7 @@ def _describe_router(router: Any, tensors: dict[str, Tensor]) -> int:
 
 def _describe_classifier(classifier: SINFClassifier, tensors: dict[str, Tensor]) -> dict[str, Any]:
     network = classifier.network_
-    base = traced(classifier.base_model_.module(), classifier.input_shape_)
+    base = traced(classifier.base_model_.module(), classifier.input_shape_, classifier._ending)
     dense, rest = map(fold_batch_norm, split(base, find_cut(base, classifier.route_layer_)))
     parts: dict[str, Any] = {
         "prefix": describe_part("prefix", dense, network.prefix, tensors),
@@ -479,8 +461,13 @@ class _Reader:
             raise StorageError(f"It holds a {kind!r:.40}, which is none of {', '.join(_KINDS)}.")
         wanted = {"schema", "versions", "estimator", "parameters", "attributes", "base", "network"}
         _check_keys("The manifest", manifest, wanted)
-        keys = {"architecture", "tensors", "mean", "std", "input_shape"}
-        self.base = _check_keys("The base network", manifest["base"], keys)
+        keys, base = {"architecture", "tensors", "mean", "std", "input_shape"}, manifest["base"]
+        if isinstance(base, dict) and "ending" in base:
+            keys.add("ending")
+        self.base = _check_keys("The base network", base, keys)
+        self.ending = self.base.get("ending", "logits")
+        if self.ending not in ENDINGS:
+            raise StorageError(f"The base network returns {self.ending!r:.40}, which is unknown.")
         self.architecture = self.base["architecture"]
         self.kind, self.manifest, self.tensors = kind, manifest, tensors
         self.network = manifest["network"]
@@ -497,7 +484,7 @@ class _Reader:
         if len(attributes.get("feature_names_in_", ())) not in (0, features):
             raise StorageError("feature_names_in_ has not one name for each feature.")
         frozen = self._frozen(module, shape)
-        base = traced(frozen.module(), shape)
+        base = traced(frozen.module(), shape, self.ending)
         self.parts.shared = {tensor.data_ptr() for tensor in base.state_dict().values()}
         x = torch.empty((2, *shape), dtype=float_type(frozen.module()), device="meta")
         self.is_custom = is_custom
@@ -507,7 +494,7 @@ class _Reader:
             raise StorageError("The base network does not give one row of logits per sample.")
         estimator = self._estimator(self.kind, self.manifest["parameters"], frozen)
         vars(estimator).update(attributes)
-        estimator.base_model_ = frozen
+        estimator.base_model_, estimator._ending = frozen, self.ending
         if self.kind == "DCSPruner":
             self._pruner(estimator, base, x)
         elif self.kind == "SemanticClusterer":
@@ -572,7 +559,6 @@ class _Reader:
             raise StorageError("The base network has no list of tensors.")
         state = {str(name): self._take(f"base/{name}") for name in names}
         self.parts.left -= sum(tensor.nbytes for tensor in state.values())
-        _with_rows(module, state)
         fill_base(module, state)
         mean, std = (self._statistics(key, shape) for key in ("mean", "std"))
         expected = self.base["input_shape"]
@@ -601,7 +587,7 @@ class _Reader:
             return
         expected = self.tensors["probe"]
         with torch.inference_mode():
-            found = logits_of(module(_probe(shape, module)))
+            found = logits_of(module(probe(shape, module)))
         if not isinstance(found, Tensor) or found.shape != expected.shape:
             raise StorageError("The factory's network has another output than the one saved.")
         difference = (found.double() - expected.double()).abs().max()
@@ -618,7 +604,7 @@ class _Reader:
         if tuple(logits.shape) != (len(x), len(pruner.classes_)):
             raise StorageError("The smaller network has not one output for each class.")
         pruner.model_ = of_torch_alone(model).eval().requires_grad_(False)
-        pruner._output = output_layer(base, _n_outputs(base))
+        pruner._output = feature_layer(base, output_layer(base, _n_outputs(base)))
         _check_outputs(torch.as_tensor(pruner.outputs_), len(pruner.classes_), base)
 
     def _clusterer(self, clusterer: SemanticClusterer, base: fx.GraphModule, x: Tensor) -> None:
@@ -722,7 +708,14 @@ class _Reader:
             len(inner.cluster_names_) != len(classifier.cluster_names_)
         ):
             raise StorageError("clusterer_ has other clusters than the classifier.")
-        for key in ("n_features_in_", "input_shape_", "input_range_", "base_model_", "classes_"):
+        for key in (
+            "n_features_in_",
+            "input_shape_",
+            "input_range_",
+            "base_model_",
+            "classes_",
+            "_ending",
+        ):
             if hasattr(classifier, key):
                 setattr(inner, key, getattr(classifier, key))
         classifier.clusterer_ = inner

@@ -19,8 +19,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import NotPlainError, StorageError
 from ..frozen import baked, unwrapped
+from ..graph.heads import logits_graph
 from ..graph.nodes import CONVOLUTIONS, LAYERS, called_module, function_name
-from ..graph.tracing import copy_sharing_weights, trace, without_head
+from ..graph.tracing import copy_sharing_weights
 from ..repair.low_rank import NARROW, WIDE, insert_factors
 from ..slicing.blocks import cut_out, find_blocks
 from ..slicing.channels import NARROWABLE, is_depthwise, multiplies, narrow, width
@@ -160,17 +161,25 @@ def fill_base(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(full, assign=True)
 
 
-def traced(module: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
-    """Trace a network that takes samples of a shape, as when it was fitted.
+def traced(module: nn.Module, shape: Sequence[int], ending: str) -> fx.GraphModule:
+    """Trace a network that takes samples of a shape, as when it was fitted; see `graph.heads`.
 
     That parts of it stay whole was said then.
     """
-    large = math.prod(shape) > _MOST_NUMBERS  # a file may say anything
-    where = next((p.device for p in module.parameters()), torch.device("cpu"))
-    example = torch.zeros((1, *shape), dtype=float_type(module), device="meta" if large else where)
+    example = probe(shape, module)[:1]
+    # A file may say anything, and in networks known by name nothing depends on values.
+    if math.prod(shape) > _MOST_NUMBERS or describe(module)["name"] != CUSTOM:
+        example = example.to("meta")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return without_head(trace(module, example), example, look=False)
+        return logits_graph(module, example, ending)
+
+
+def probe(shape: Sequence[int], module: nn.Module) -> Tensor:
+    """Two samples whose logits tell whether a network is the same: never two the same."""
+    wave = torch.sin(torch.arange(1, 2 * math.prod(shape) + 1, dtype=torch.float64))
+    where = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return wave.reshape(2, *shape).to(where, float_type(module))
 
 
 def describe_part(

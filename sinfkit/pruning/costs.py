@@ -372,7 +372,8 @@ def what_stays_whole(calibration: Calibration, within: Iterable[str], share: flo
         for layer in group.layers:
             reasons[group.reason_unsliceable] += by_layer.get(layer, 0) / max(total, 1)
     text = f"{share:.0%} of the multiplications can be sliced"
-    if reasons:
-        largest = sorted(reasons.items(), key=lambda item: -item[1])[:_REASONS]
+    largest = sorted(reasons.items(), key=lambda item: -item[1])[:_REASONS]
+    largest = [(why, part) for why, part in largest if part >= 0.005 or share < LEAST_SHARE]
+    if largest:
         text += "; what stays whole: " + ", ".join(f"{part:.0%} ({why})" for why, part in largest)
     return text + "."

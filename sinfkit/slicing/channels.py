@@ -150,7 +150,7 @@ def take_out(
     model = copy_sharing_weights(model)
     modules = dict(model.named_modules())
     alive: dict[str, dict[str, np.ndarray]] = defaultdict(dict, {"out": {}, "in": {}})
-    ordered: dict[str, np.ndarray] = {}
+    ordered: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     outputs = None
     for group, kept in chosen:
         stays = np.zeros(group.n_channels, dtype=bool)
@@ -161,13 +161,15 @@ def take_out(
                 n = member.length or width(modules[module], side)
                 alive[side][module] = np.ones(n, dtype=bool)
             alive[side][module][member.index[~stays[member.channel]]] = False
-            if group.is_output and side == "out" and is_layer(modules[module]):
+            whole = group.is_output and len(member.index) == group.n_channels
+            if whole and (side == "out" or side.startswith("axis")):
                 position = np.empty(group.n_channels, dtype=np.int64)
                 position[member.channel] = member.index
-                ordered[module] = position[kept]
+                ordered[side][module] = position[kept]
         if group.is_output:
             outputs = kept
-    kept_out = {name: np.flatnonzero(mask) for name, mask in alive["out"].items()} | ordered
+    kept_out = {name: np.flatnonzero(mask) for name, mask in alive["out"].items()}
+    kept_out |= ordered["out"]
     kept_in = {name: np.flatnonzero(mask) for name, mask in alive["in"].items()}
     removed = {name: np.flatnonzero(~mask) for name, mask in alive["in"].items()}
     for name, mask in alive["out"].items():
@@ -181,12 +183,19 @@ def take_out(
         written = {side: masks for side, masks in alive.items() if side not in ("in", "out")}
         zeroed = {n: np.flatnonzero(~m) for n, m in written.pop("zero", {}).items()}
         along = {n: np.flatnonzero(m) for n, m in written.pop("along", {}).items()}
-        rewrite(model, written)
+        rewrite(model, written, ordered)
     return Sliced(model, support, removed, norms, outputs, zeroed, along)
 
 
-def rewrite(model: nn.Module, alive: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Adapt what a graph has written out, in place: parameters, sizes of views, parts of splits."""
+def rewrite(
+    model: nn.Module,
+    alive: Mapping[str, Mapping[str, np.ndarray]],
+    ordered: Mapping[str, Mapping[str, np.ndarray]],
+) -> None:
+    """Adapt what a graph has written out, in place: parameters, sizes of views, parts of splits.
+
+    What is `ordered` goes by that in place of what is alive.
+    """
     graph: Any = getattr(model, "graph", None)
     nodes: dict[str, Any] = {} if graph is None else {node.name: node for node in graph.nodes}
     parts: dict[str, dict[int, int]] = defaultdict(dict)
@@ -196,7 +205,8 @@ def rewrite(model: nn.Module, alive: Mapping[str, Mapping[str, np.ndarray]]) -> 
             kept = np.flatnonzero(mask)
             if kind == "axis":
                 path, _, leaf = name.rpartition(".")
-                _select(model.get_submodule(path), leaf, kept, dim=int(number))
+                order = ordered.get(side, {}).get(name, kept)
+                _select(model.get_submodule(path), leaf, order, dim=int(number))
             elif kind == "part":
                 parts[name][int(number)] = len(kept)
             elif kind == "size":

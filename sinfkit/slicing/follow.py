@@ -572,7 +572,7 @@ class Follower:
         if not varying:  # a single channel, which stays where it is a part of its own
             return
         axis = varying[-1]
-        rows = ids.movedim(axis, -1).flatten(0, -2)
+        rows = ids.movedim(axis, -1).reshape(-1, ids.shape[axis])
         profile = rows[0].numpy().astype(np.int64) - 1
         if len(varying) > 1:  # split in two: the same channels leave each of the parts
             for row in torch.unique(rows, dim=0).numpy().astype(np.int64) - 1:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor, fx, nn
 
+from ..graph.cuts import passes_on
 from ..graph.nodes import called_module, is_layer, n_channels
 from ..graph.tracing import trace
 from .channels import ChannelGroup, Member, Sliced, checked_indices, is_depthwise, take_out
@@ -78,9 +79,10 @@ def find_groups(model: nn.Module, example: Tensor, output_layer: str) -> list[Ch
             f"got {output_layer!r}."
         )
     groups: list[ChannelGroup] = []
+    whole = passes_on(graph.get_submodule(output_layer))
     for group in found:
         is_output = output_layer in group.layers
-        if group.is_output and not is_output:
+        if not is_output and (group.is_output or (whole and output_layer in group.consumers)):
             why = "its channels reach the network's output past the output layer"
             group = replace(group, reason_unsliceable=group.reason_unsliceable or why)
         groups.append(replace(group, is_output=is_output))

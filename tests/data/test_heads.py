@@ -1,4 +1,4 @@
-"""Networks that end in a softmax, a log-softmax or a sigmoid, or in one logit: right or refused."""
+"""Networks that end in a softmax or a sigmoid, in one logit, or in whatever people write."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import sinfkit
 from sinfkit import DCSPruner, FrozenModel
 
 K = 4
@@ -109,21 +110,25 @@ def test_some_of_the_classes_can_be_kept(head, seed):
 
 
 @pytest.mark.parametrize("head", sorted(OWN))
-def test_probabilities_made_by_hand_are_refused(head):
-    with pytest.raises(ValueError, match="probabilities"):
-        fitted(Network(head).eval(), images(0), np.arange(24) % K)
+def test_probabilities_made_by_hand_are_taken_as_they_are(head, tmp_path):
+    network, X = Network(head).eval(), images(0)
+    expected = network(torch.from_numpy(X)).detach().numpy()
+    pruner = fitted(network, X)
+    np.testing.assert_allclose(pruner.predict_proba(X), expected, atol=1e-5)
+    sinfkit.save(pruner, tmp_path / "p.sinf")
+    again = sinfkit.load(tmp_path / "p.sinf", factory=lambda: Network(head, seed=1))
+    np.testing.assert_allclose(again.predict_proba(X), expected, atol=1e-5)
+    y = expected[:, [1, 3]].argmax(1) * 2 + 1
+    y[:2] = 1, 3  # both occur
+    some = fitted(network, X, y, classes=[1, 3])
+    kept = expected[:, [1, 3]] / expected[:, [1, 3]].sum(1, keepdims=True)
+    np.testing.assert_allclose(some.predict_proba(X), kept, atol=1e-4)
 
 
 class Attention(Network):
     def forward(self, x):
         z = self.last(self.body(x)).flatten(1)
         return z + torch.softmax(z, 1)
-
-
-class Square(Network):
-    def forward(self, x):
-        z = self.last(self.body(x)).flatten(1)
-        return z * z.mean(1, keepdim=True)
 
 
 def test_a_softmax_over_something_else_stays():
@@ -160,8 +165,8 @@ def test_one_logit_is_that_of_the_second_class(head, pointwise, labels, seed):
     p = pruner.predict_proba(X)
     np.testing.assert_allclose(p[:, 1], 1 / (1 + np.exp(-z)), atol=1e-4)
     assert pruner.classes_.tolist() == (labels or [0, 1])
-    base = pruner.base_model_.module()(torch.from_numpy(X)).argmax(1).numpy()
-    np.testing.assert_array_equal(base, z > 0)
+    if y is not None:
+        assert pruner.report(X, y, repeats=0).base_accuracy == np.mean((z > 0) == (y == labels[1]))
 
 
 def test_one_logit_that_is_the_same_on_all_samples_is_no_probability():
@@ -174,9 +179,105 @@ def test_one_logit_that_is_the_same_on_all_samples_is_no_probability():
     np.testing.assert_allclose(p[:, 1], float(torch.sigmoid(z[best])), atol=1e-4)
 
 
-def test_one_output_that_cannot_be_made_two_is_refused():
-    with pytest.raises(ValueError, match="two outputs"):
-        fitted(Square("column", 1).eval(), images(0), np.arange(24) % 2)
+# A single number that no plain layer gives, and whether it is a probability.
+SINGLES = {
+    "scaled": (lambda net, z: 2 * z[:, :1] + 0.1, False),
+    "difference": (lambda net, z: z[:, 0] - z[:, 1], False),
+    "of one's own weights": (lambda net, z: (z * torch.arange(K)).sum(1), False),
+    "largest": (lambda net, z: z.amax(1, keepdim=True), False),
+    "a column": (lambda net, z: torch.sigmoid(z)[:, 2], False),
+    "a probability": (lambda net, z: z[:, :2].softmax(1)[:, 1], True),
+    "clamped": (lambda net, z: z.sigmoid()[:, 3:].clamp(1e-3, 0.999), True),
+    "mean of two sigmoids": (lambda net, z: (z[:, 0].sigmoid() + z[:, 1].sigmoid()) / 2, True),
+}
+HEADS |= {name: head for name, (head, _) in SINGLES.items()}
+
+
+@pytest.mark.parametrize("head", sorted(SINGLES))
+def test_one_number_is_that_of_the_second_class_whatever_it_is_made_of(head, tmp_path):
+    HEADS[head] = lambda net, z: SINGLES[head][0](net, z.flatten(1) - middle)
+    network, X, middle = Network(head).eval(), images(3), 0.0
+    with torch.no_grad():
+        middle = network.logits(torch.from_numpy(X)).mean(0)
+        given = network(torch.from_numpy(X)).flatten()
+    p = (given if SINGLES[head][1] or head == "a column" else given.sigmoid()).numpy()
+    pruner = fitted(network, X, np.where(p > 0.5, "yes", "no"))
+    np.testing.assert_allclose(pruner.predict_proba(X)[:, 1], p, atol=1e-5)
+    assert pruner.report(X, pruner.predict(X), repeats=0).base_accuracy == 1
+    sinfkit.save(pruner, tmp_path / "p.sinf")
+    again = sinfkit.load(tmp_path / "p.sinf", factory=lambda: Network(head, seed=1))
+    np.testing.assert_allclose(again.predict_proba(X)[:, 1], p, atol=1e-5)
+    np.testing.assert_allclose(fitted(network, X).predict_proba(X)[:, 1], p, atol=1e-5)
+
+
+def test_a_number_that_may_be_a_logit_or_a_probability_is_refused():
+    HEADS["either"] = lambda net, z: z.flatten(1).softmax(1).amin(1)
+    with pytest.raises(ValueError, match="logit of the second class, or its probability"):
+        fitted(Network("either").eval(), images(0), np.arange(24) % 2)
+
+
+# Outputs that no plain layer gives in their order; `w` is a matrix of (6, K) with a bias.
+PRODUCTS = {
+    "matmul": lambda h, w, b: h @ w,
+    "turned": lambda h, w, b: h @ w.T.contiguous().T + b,
+    "mm": lambda h, w, b: h.mm(w),
+    "addmm": lambda h, w, b: torch.addmm(b, h, w),
+    "weighted addmm": lambda h, w, b: torch.addmm(b, h, w, beta=2, alpha=0.5),
+    "einsum": lambda h, w, b: torch.einsum("nc, ck -> nk", h, w) + b,
+    "einsum turned": lambda h, w, b: torch.einsum("kc,nc->nk", w.T, h),
+    "function": lambda h, w, b: F.linear(h, w.T, b),
+    "the other way": lambda h, w, b: (w.T @ h.T).T,
+    "sum": lambda h, w, b: (h[:, :, None] * w).sum(1) + b,
+    "tensordot": lambda h, w, b: torch.tensordot(h, w, dims=1),
+    "expanded": lambda h, w, b: torch.bmm(h[:, None], w.expand(len(h), -1, -1))[:, 0],
+    "distance": lambda h, w, b: -torch.cdist(h, w.T),
+    "column by column": lambda h, w, b: torch.stack([h @ w[:, i] for i in range(K)], 1),
+    "scaled": lambda h, w, b: (h @ w) * b.exp(),
+    "reversed": lambda h, w, b: F.linear(h, w.T, b).flip(1),
+    "picked": lambda h, w, b: F.linear(h, w.T, b)[:, [2, 0, 3, 1]],
+    "reversed softmax": lambda h, w, b: F.linear(h, w.T, b).softmax(1).flip(1),
+    "some of them": lambda h, w, b: F.linear(h, torch.cat([w, w], 1).T)[:, 1 : K + 1],
+}
+
+
+class Product(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.w, self.b, self.how = (
+            nn.Parameter(20 * torch.randn(6, K)),
+            nn.Parameter(torch.rand(K)),
+            how,
+        )
+
+    def forward(self, x):
+        return PRODUCTS[self.how](self.two(self.one(x).relu()).relu().mean((2, 3)), self.w, self.b)
+
+
+@pytest.mark.parametrize("how", sorted(PRODUCTS))
+def test_whatever_computes_the_outputs_they_are_the_networks(how, tmp_path):
+    network, X = Product(how).eval(), images(2)
+    given = network(torch.from_numpy(X)).detach()
+    expected = (given if "softmax" in how else given.softmax(1)).numpy()
+    np.testing.assert_allclose(fitted(network, X).predict_proba(X), expected, atol=1e-5)
+    y = expected[:, [0, 2]].argmax(1) * 2
+    y[:2] = 0, 2
+    some = fitted(network, X, y, classes=[0, 2])
+    kept = expected[:, [0, 2]] / expected[:, [0, 2]].sum(1, keepdims=True)
+    np.testing.assert_allclose(some.predict_proba(X), kept, atol=1e-5)
+    smaller = DCSPruner(
+        network,
+        criterion="l1",
+        schedule="uniform",
+        pruning_ratios=(0.5, 0.5),
+        options=sinfkit.PruningOptions(validation_fraction=0),
+        device="cpu",
+    ).fit(X)
+    assert len(smaller.support_["one"]) == 3
+    sinfkit.save(smaller, tmp_path / "p.sinf")
+    again = sinfkit.load(tmp_path / "p.sinf", factory=lambda: Product(how))
+    np.testing.assert_array_equal(again.predict_proba(X), smaller.predict_proba(X))
 
 
 def _reduced(net, z):
@@ -184,7 +285,7 @@ def _reduced(net, z):
     return torch.cat([z, z.mean(1, keepdim=True)], 1).softmax(1)[:, :-1]
 
 
-# Numbers that are made of probabilities, and no logits. `share` is any number.
+# Numbers that are made of probabilities. `share` is any number.
 MADE = {
     "times": lambda z, share: 100 * share * z.softmax(1),
     "base 10": lambda z, share: (z / 20).softmax(1).log10(),  # where no class is sure
@@ -212,10 +313,13 @@ def made(how, share):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(how=st.sampled_from(sorted(MADE)), share=st.floats(0.1, 0.9), seed=st.integers(0, 20))
-def test_whatever_is_made_of_probabilities_is_refused(how, share, seed):
+def test_whatever_is_made_of_probabilities_is_taken_for_them(how, share, seed):
     HEADS["made"] = made(how, share)
-    with pytest.raises(ValueError, match="probabilities"):
-        fitted(Network("made", seed=seed).eval(), images(seed))
+    network, X = Network("made", seed=seed).eval(), images(seed)
+    p = network(torch.from_numpy(X)).detach()
+    p = {"base 10": 10**p, "base 2": 2**p}.get(how, p)
+    p = (p / p.sum(1, keepdim=True)).numpy()
+    np.testing.assert_allclose(fitted(network, X).predict_proba(X), p, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", sorted(ODD))
