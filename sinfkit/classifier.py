@@ -329,6 +329,7 @@ n_features)
             cuts = [plan.cut for plan in plans]
             self._check_base(study.gather(cuts), calibration)
             study.score_prefixes(cuts)
+            study.find_depth(cuts[0])
             search = Search(Builder(study))
             kept = search.judged(search.run(plans))
             self.search_results_ = search.rows
@@ -489,6 +490,7 @@ n_features)
                 pruning_ratios=_PREFIX_RATIOS,
                 max_ratio=subgraphs.max_ratio,
                 round_to=subgraphs.round_to,
+                drop_blocks=subgraphs.drop_blocks,
                 penalty=subgraphs.penalty,
                 pool_size=subgraphs.pool_size,
                 repair_samples=subgraphs.repair_samples,
@@ -757,11 +759,6 @@ def _check_supplied(name: str, pruner: Any) -> None:
             raise ValueError(f"{name}.{parameter} must be None: SINFClassifier supplies it.")
     if not isinstance(pruner, DCSPruner):
         return
-    if parameters["options__drop_blocks"]:
-        raise ValueError(
-            f"{name}.options.drop_blocks has no effect inside SINFClassifier. Fit a DCSPruner with "
-            "it first, and give its model_ to SINFClassifier."
-        )
     for parameter, default in DCSPruner().get_params().items():
         if parameter in _OWN and parameters[parameter] != default:
             raise ValueError(

@@ -134,7 +134,7 @@ default="least_squares"
     distillation_losses_ : list of float
         With `distill`, the mean divergence from the base's answers in each epoch.
     dropped_layers_ : list of str
-        With ``options.drop_blocks``, the layers of the blocks that were left out.
+        The layers of the residual blocks that were left out.
     search_results_ : list of dict
         With a search, each size that was tried: ``stage``, ``budget``, ``cost_ratio``, and
         ``accuracy_drop`` on the samples that choose.
@@ -424,10 +424,8 @@ n_features)
         self.certified_, self.certified_drop_ = False, math.nan
         if certificate is not None and certificate.certified:
             self.certified_, self.certified_drop_ = True, certificate.bound
-        if self._component("options").drop_blocks:
-            left = set(layer_names(pruned.model))
-            names = layer_names(calibration.graph)
-            self.dropped_layers_ = [name for name in names if name not in left]
+        left = set(layer_names(pruned.model))
+        self.dropped_layers_ = [n for n in layer_names(calibration.graph) if n not in left]
         if judged.tried:
             self.search_results_ = judged.tried
         if pruned.distillation:
@@ -674,7 +672,7 @@ def _check_effects(pruner: DCSPruner, options: PruningOptions, recipe: Recipe) -
         ("pruning_ratios", tuple(pruner.pruning_ratios) != (0.1, 0.5), by_depth),
         ("options.budget_unit", options.budget_unit != "macs", budgeted),
         ("options.max_ratio", options.max_ratio is not None, budgeted),
-        ("options.drop_blocks", options.drop_blocks, budgeted),
+        ("options.drop_blocks", not options.drop_blocks, budgeted),
     ):
         if is_set and not has_effect:
             raise ValueError(f"{name} has no effect with schedule={recipe.schedule!r}.")

@@ -11,10 +11,9 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..graph.tracing import copy_sharing_weights
-from ..slicing.blocks import Block, silence
+from ..slicing.blocks import Block, cut_out
 
 _AT_ONCE = 32  # samples, whose activations need little memory
-_TRIED = 4  # of the blocks, that each step looks at again
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,12 @@ def rank_blocks(
     outputs: Tensor,
     most: float,
 ) -> Depth:
-    """Order blocks greedily by what the answers lose without them, for what that saves.
+    """Order blocks by what the answers lose without each alone, for what that saves.
 
     `cost_of` gives the share of the cost that blocks have; so much as `most` is enough. Loss is the
     Kullback-Leibler divergence of the base's answers to `X`, (n, ...), among the columns `outputs`,
-    before any repair.
+    before any repair. Measured anew after each block that goes, it orders them no better: what is
+    lost then is mostly what a repair brings back.
     """
 
     def answers(model: fx.GraphModule) -> Tensor:
@@ -58,23 +58,15 @@ def rank_blocks(
 
     wanted = answers(graph)
 
-    def loss(gone: Sequence[Block]) -> float:
+    def loss(block: Block) -> float:
         model = copy_sharing_weights(graph)
-        silence(model, gone)
+        cut_out(model, [block])
         found = float(F.kl_div(answers(model), wanted, reduction="batchmean", log_target=True))
-        return found if np.isfinite(found) else np.inf
+        return max(found, 0.0) if np.isfinite(found) else np.inf
 
     costs = {block: cost_of([block]) for block in blocks}
-    left = [block for block in blocks if costs[block] > 0]
-    price = {block: max(loss([block]), 0.0) / costs[block] for block in left}
-    order: list[Block] = []
-    now = 0.0
-    while left and sum(costs[block] for block in order) < most:
-        left.sort(key=price.__getitem__)
-        tried = left[:_TRIED] if order else left[:1]
-        losses = {block: loss([*order, block]) for block in tried}
-        best = min(tried, key=lambda block: (losses[block] - now) / costs[block])
-        now = losses[best]
-        order.append(best)
-        left.remove(best)
+    price = {block: loss(block) / costs[block] for block in blocks if costs[block] > 0}
+    order = sorted(price, key=price.__getitem__)
+    before = np.cumsum([0.0, *(costs[block] for block in order)])[:-1]
+    order = order[: int((before < most).sum())]
     return Depth(tuple(order), tuple(costs[block] for block in order))

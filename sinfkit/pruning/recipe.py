@@ -35,9 +35,9 @@ class PruningOptions(BaseEstimator):
         left as they come; ``schedule="iterative"`` does not round.
     first_layer : str, optional
         Layers before it stay whole.
-    drop_blocks : bool, default=False
-        With ``schedule="global"``, whether whole residual branches may be left out as well, as many
-        of them as lose least: networks become less deep, and faster for a single sample.
+    drop_blocks : bool, default=True
+        With ``schedule="global"``, whether whole residual branches may be left out as well, where
+        that loses less than filters do: networks become less deep, and faster for a single sample.
     max_ratio : float, optional
         With ``schedule="global"``, the largest share of its filters that any layer may lose, in
         [0, 1).  Default: 0.9, and 0.95 where the budget is searched.
@@ -74,7 +74,7 @@ class PruningOptions(BaseEstimator):
         budget_unit: Literal["macs", "params", "latency"] = "macs",
         round_to: int = 1,
         first_layer: str | None = None,
-        drop_blocks: bool = False,
+        drop_blocks: bool = True,
         max_ratio: float | None = None,
         penalty: float = 3.0,
         pool_size: int = 1,
@@ -330,7 +330,7 @@ class Recipe:
     budget_unit: Literal["macs", "params", "latency"] = "macs"
     max_ratio: float = 0.9  # a budget, not this, shall say how much goes
     round_to: int = 1
-    drop_blocks: bool = False
+    drop_blocks: bool = True
     penalty: float = 3.0
     pool_size: int = 1
     repair: str = "least_squares"

@@ -7,7 +7,6 @@ careful to bold, and tested in that order on samples that have chosen nothing.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import math
@@ -31,7 +30,7 @@ from ..repair.moments import Moments, gather_moments
 from ..repair.sequential import RepairSettings, affordable_images, repair
 from ..repair.static import static_least_squares
 from ..repair.walk import graph_of
-from ..slicing.blocks import Block, find_blocks, leave_out, silence
+from ..slicing.blocks import Block, find_blocks, leave_out, silenced
 from ..slicing.channels import Sliced
 from ..slicing.groups import ChannelGroup
 from ..utils.device import in_pieces
@@ -247,14 +246,18 @@ class Builder:
         total = np.cumsum(depth.costs)
         most = int((total <= 1 - budget).sum())
         few = replace(self, recipe=replace(self.recipe, repair_samples=_ROUGH))
-        lost: dict[Depth, float] = {}
+        least = math.inf
         for n in sorted({round(most * part / 4) for part in range(5)}):
             share = float(total[n - 1]) / (1 - budget) if n else 0.0
             few.depth = replace(depth, share=min(share, 1.0))
             self.progress.doing(f"builds budget {budget:.2f} without {n} blocks")
-            with contextlib.suppress(OutOfReachError):
-                lost[few.depth] = self.divergence(few.build(budget).model, rows)
-        self.depth = min(lost, key=lost.__getitem__, default=Depth())
+            try:
+                lost = self.divergence(few.build(budget).model, rows)
+            except OutOfReachError:
+                continue  # so few filters can make up for so few blocks
+            if lost > least:
+                break
+            least, self.depth = lost, few.depth
 
     def _cost_of(self, blocks: Sequence[Block]) -> float:
         """Share of the base's cost that is saved without some blocks, all else being as it is."""
@@ -301,12 +304,6 @@ class Builder:
         with torch.inference_mode():
             answers = list(in_pieces(lambda x: model(x).argmax(1).cpu(), self.batches(rows)))
         return torch.cat(answers).numpy() == self.calibration.y_encoded[rows]
-
-
-def silenced(sliced: Sliced, blocks: Sequence[Block]) -> Sliced:
-    """The same network, in which the branches of some blocks give zero and are not repaired."""
-    silence(sliced.model, blocks)
-    return replace(sliced, left_out=frozenset(m for block in blocks for m in block.modules))
 
 
 def mend(

@@ -22,6 +22,7 @@ from ..pruning.scoring import Scored
 from ..repair.low_rank import factorize
 from ..repair.sequential import RepairSettings, affordable_images, repair
 from ..repair.walk import graph_of
+from ..slicing.blocks import Block, leave_out, silenced
 from ..utils.device import channels_last, in_pieces
 from ..utils.jobs import Rows, run_with
 from ..utils.pickling import Packed, pack
@@ -100,7 +101,7 @@ def build_prefix(study: Study, cut: CutPoint, size: Size, n_clusters: int) -> Pr
     (scored,) = study.score(groups, [study.classes], recipe)
     widths: dict[str, int] = {}
     if study.config.shares_budget:
-        cost = study.cost(groups, {}, cut, n_clusters)
+        cost = study.cost(groups, {}, cut, size, n_clusters)
         widths = shared_widths(groups, [scored], cost, recipe, size.budget)
         behind = {group.name for group in study.groups(cut)[1]}
         groups = [group for group in groups if group.name not in behind]
@@ -111,14 +112,16 @@ def build_prefix(study: Study, cut: CutPoint, size: Size, n_clusters: int) -> Pr
     samples = calibration.batcher.stacked(calibration.X, sample)
     small = extract(calibration.graph, calibration.groups, keep, samples[:64])
     module = split(graph_of(small), cut)[0]
+    blocks = study.blocks(size, module)
+    part = silenced(replace(small, model=module), blocks)
     repair(
         dense,
-        replace(small, model=module),
+        part,
         samples,
         _repair_settings(calibration, recipe.repair),
         sample_weight=calibration.weights(sample),
     )
-    return Prefix(module, keep, widths)
+    return Prefix(graph_of(leave_out(part, blocks)), keep, widths)
 
 
 def lower_rank(study: Study, prefix: Prefix, cut: CutPoint, share: float) -> Prefix:
@@ -190,6 +193,7 @@ def build_subgraphs(
     if widths is None and config.subgraphs.schedule == "global":
         widths = _widths(study, cut, size, prefix, clusters, scored) if scored else {}
     sliced = None if prefix.module is dense else SlicedPrefix(prefix.module)
+    blocks = study.blocks(size, tail)
     crossing, rng, jobs = _crossing(study, cut, prefix), study.rng(), []
     for c, scores in zip(several, scored, strict=True):
         sample = rng.permutation(routed[c])[:n_images]
@@ -197,7 +201,7 @@ def build_subgraphs(
         keep = choose_channels(groups, scores.groups, config.subgraphs, widths)
         keep |= crossing | {study.output_group: outputs}
         rows, repaired = Rows(calibration.X, sample), config.subgraphs.repair
-        jobs.append((cut, keep, scores, outputs, sliced, repaired, rows, sample))
+        jobs.append((cut, keep, blocks, scores, outputs, sliced, repaired, rows, sample))
     subgraphs: list[Subgraph | None] = [None] * len(clusters)
     built = run_with(calibration, build_subgraph, jobs, config.n_jobs)
     for c, subgraph in zip(several, built, strict=True):
@@ -217,7 +221,7 @@ def _widths(
     groups, recipe = study.groups(cut)[1], study.config.subgraphs
     kept = {name: len(channels) for name, channels in prefix.keep.items()}
     kept[study.output_group] = max(len(_answered_by(study, own)) for own in clusters)
-    cost = study.cost(groups, kept, cut, len(clusters))
+    cost = study.cost(groups, kept, cut, size, len(clusters))
     return shared_widths(groups, scored, cost, recipe, size.budget)
 
 
@@ -240,6 +244,7 @@ def build_subgraph(
     calibration: Calibration,
     cut: CutPoint,
     keep: Mapping[str, np.ndarray],
+    blocks: Sequence[Block],
     scored: Scored,
     outputs: np.ndarray,
     prefix: SlicedPrefix | None,
@@ -249,9 +254,9 @@ def build_subgraph(
 ) -> Subgraph:
     """Extract and repair the subgraph of one cluster: a job, which may run elsewhere.
 
-    `keep` has channels by group, `outputs` the network's outputs that it answers.  A sliced
-    `prefix` feeds it, the dense one gives the repair's targets.  `sample` are the numbers of the
-    samples that are needed, `rows` holds them.
+    `keep` has channels by group, `outputs` the network's outputs that it answers; `blocks` are
+    left out.  A sliced `prefix` feeds it, the dense one gives the repair's targets.  `sample` are
+    the numbers of the samples that are needed, `rows` holds them.
     """
     graph, batcher = calibration.graph, calibration.batcher
     check = batcher.stacked(rows, sample[:64])
@@ -263,17 +268,19 @@ def build_subgraph(
         with torch.no_grad():
             return stack(map(prefix, batcher(rows, sample)), len(sample))
 
+    part = silenced(replace(small, model=tail), blocks)
     error = repair(
         dense_tail,
-        replace(small, model=tail),
+        part,
         crossing(dense),
         _repair_settings(calibration, method),
         X_sliced=None if sliced is None else crossing(sliced),
         sample_weight=calibration.weights(sample),
     )
+    part = leave_out(part, blocks)
     behind = set(layer_names(tail))
-    kept = {k: v for k, v in small.support.items() if k in behind and k != calibration.output}
-    return Subgraph(tail, scored.layers, kept, error)
+    kept = {k: v for k, v in part.support.items() if k in behind and k != calibration.output}
+    return Subgraph(graph_of(part), scored.layers, kept, error)
 
 
 def pooled_output(prefix: nn.Module, batches: Iterable[Tensor], pool_size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,10 +20,13 @@ from ..data.validation import mean
 from ..graph.cost import fold_batch_norm
 from ..graph.cuts import CutPoint, layer_names, observation_nodes, sides, split
 from ..pruning.costs import CostModel, network_cost
+from ..pruning.depth import Depth
 from ..pruning.layer_times import LayerTime, fit_layer_times
 from ..pruning.recipe import Recipe, removal_ratios, sliceable
 from ..pruning.scoring import Scored, gather, score, selected
+from ..pruning.search import Builder as WholeBuilder
 from ..repair.distillation import Distillation
+from ..slicing.blocks import Block, blocks_in
 from ..slicing.groups import ChannelGroup
 from ..utils.device import channels_last, in_pieces
 from ..utils.jobs import Rows, run_with
@@ -31,9 +34,9 @@ from ..utils.params import check_choice, check_number, naming
 from ..utils.progress import Progress
 from .clusters import Grouping
 
-BUDGETS = (0.8, 0.63, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16)
-"""Budgets that a search goes through, from careful to bold: a fifth less in each step."""
-_FIRST = 3  # tried first: two fifths of the multiplications stay
+BUDGETS = (0.9, 0.8, 0.63, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16)
+"""Budgets that a search goes through, from careful to bold: mostly a fifth less in each step."""
+_FIRST = 4  # tried first: two fifths of the multiplications stay
 Answers = Literal["all", "cluster"]
 Fallback = Literal["none", "base", "top2"]
 
@@ -226,6 +229,7 @@ class Study:
     certify: Samples
     config: RoutingConfig
     progress: Progress
+    depth: Depth = field(default_factory=Depth)
     _statistics: Statistics | None = None
     _scores: dict[Any, Scored] = field(default_factory=dict)
 
@@ -317,6 +321,27 @@ class Study:
                     self.score(groups, [self.classes], self.config.prefix)
         self.progress.done()
 
+    def find_depth(self, cut: CutPoint) -> None:
+        """Choose which residual blocks go, once for all networks: as for one without clusters.
+
+        Only where one budget decides about both sides of the cut.
+        """
+        config, recipe = self.config, self.config.prefix
+        if not (config.shares_budget and recipe.drop_blocks and config.subgraphs.drop_blocks):
+            return
+        assert config.middle_size.budget is not None and self._statistics is not None
+        groups = self.prefix_groups(cut)
+        (scored,) = self.score(groups, [self.classes], recipe)
+        recipe = replace(recipe, budget_unit=config.subgraphs.budget_unit)
+        known = (scored, self._statistics, self.fit.index, self.progress)
+        builder = WholeBuilder(self.calibration, recipe, groups, *known)
+        builder.find_depth(config.middle_size.budget, self.choose.index)
+        self.depth = builder.depth
+
+    def blocks(self, size: Size, part: fx.GraphModule) -> list[Block]:
+        """The residual blocks that a part of the network does without in a size."""
+        return blocks_in(part, self.depth.at(size.budget))
+
     def score(
         self,
         groups: list[ChannelGroup],
@@ -361,9 +386,10 @@ class Study:
         groups: list[ChannelGroup],
         kept: Mapping[str, int],
         cut: CutPoint,
+        size: Size,
         n_clusters: int,
     ) -> CostModel:
-        """What widths of some groups cost, in the recipe's unit."""
+        """What widths of some groups cost in a size, in the recipe's unit."""
         graph, unit = self.calibration.graph, self.config.subgraphs.budget_unit
         times = calls = None
         if unit == "latency":
@@ -379,6 +405,7 @@ class Study:
             times=times,
             calls=calls,
             macs=self.calibration.macs[1],
+            left_out={name for block in self.depth.at(size.budget) for name in block.modules},
         )
 
 

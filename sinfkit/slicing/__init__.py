@@ -1,6 +1,6 @@
 """SLICE: which channels belong together, and the network without some of them."""
 
-from .blocks import Block, find_blocks, leave_out, silence
+from .blocks import Block, find_blocks, leave_out, silenced
 from .groups import ChannelGroup, Sliced, check_sliced, find_groups, slice_channels
 
 __all__ = [
@@ -11,6 +11,6 @@ __all__ = [
     "find_blocks",
     "find_groups",
     "leave_out",
-    "silence",
+    "silenced",
     "slice_channels",
 ]

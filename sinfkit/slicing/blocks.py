@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from ..graph.nodes import (
 )
 from .channels import Sliced
 
-__all__ = ["Block", "find_blocks", "leave_out", "silence"]
+__all__ = ["Block", "blocks_in", "find_blocks", "leave_out", "silenced"]
 
 # What gives zero for zero, and moves values at most.
 _MOVES = frozenset("flatten permute reshape roll squeeze transpose unsqueeze view".split())
@@ -80,13 +80,22 @@ def find_blocks(graph: fx.GraphModule, example: Tensor | None) -> list[Block]:
     return blocks
 
 
-def silence(model: nn.Module, blocks: Iterable[Block]) -> None:
-    """Let branches give zero, in place, by new parameters: tensors are never written to."""
+def blocks_in(part: fx.GraphModule, blocks: Iterable[Block]) -> list[Block]:
+    """The same blocks as a part of their network has them, whose nodes may have other names."""
+    wanted = {block.last for block in blocks}
+    return [block for block in find_blocks(part, None) if block.last in wanted] if wanted else []
+
+
+def silenced(sliced: Sliced, blocks: Iterable[Block]) -> Sliced:
+    """The same network, in which the branches of some blocks give zero and are not repaired."""
+    blocks = tuple(blocks)
     for block in blocks:
-        module = model.get_submodule(block.last)
+        module = sliced.model.get_submodule(block.last)
         for name, value in list(module.named_parameters(recurse=False)):
+            # By new parameters: tensors are never written to.
             zero = nn.Parameter(torch.zeros_like(value), requires_grad=value.requires_grad)
             setattr(module, name, zero)
+    return replace(sliced, left_out=frozenset(m for block in blocks for m in block.modules))
 
 
 def leave_out(sliced: Sliced, blocks: Sequence[Block]) -> Sliced:

@@ -12,7 +12,15 @@ from helpers import blobs
 from torch import Tensor, nn
 
 import sinfkit
-from sinfkit import DCSPruner, FrozenModel, PruningOptions, SINFClassifier, train_network
+from sinfkit import (
+    DCSPruner,
+    FrozenModel,
+    PruningOptions,
+    RoutingOptions,
+    SemanticClusterer,
+    SINFClassifier,
+    train_network,
+)
 from sinfkit.graph import count_macs, count_parameters
 
 
@@ -47,7 +55,7 @@ def trained():
 
 
 def pruner(model, **more):
-    options = PruningOptions(drop_blocks=True, **more.pop("options", {}))
+    options = PruningOptions(**more.pop("options", {}))
     return DCSPruner(model, **{"budget": 0.6, "random_state": 0, **more}, options=options)
 
 
@@ -66,14 +74,19 @@ def test_idle_blocks_go_first_and_nothing_is_lost(trained):
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
-@pytest.mark.parametrize("unit", ["params", "latency"])
-def test_budgets_in_other_units(trained, unit):
+def test_a_budget_of_parameters(trained):
     network, X, y, _, _ = trained
-    fitted = pruner(network, budget=0.7, batch_size=32, options={"budget_unit": unit}).fit(X, y)
-    assert len(fitted.dropped_layers_) >= 2 and fitted.cost_ratio_ <= 0.7
-    if unit == "params":
-        left = count_parameters(fitted.model_) / count_parameters(network)
-        assert fitted.cost_ratio_ == pytest.approx(left)
+    fitted = pruner(network, budget=0.7, options={"budget_unit": "params"}).fit(X, y)
+    left = count_parameters(fitted.model_) / count_parameters(network)
+    assert len(fitted.dropped_layers_) >= 2 and fitted.cost_ratio_ == pytest.approx(left)
+    assert left <= 0.7
+
+
+def test_a_budget_of_time(trained):
+    network, X, y, _, _ = trained
+    fitted = pruner(network, budget=0.9, batch_size=32, options={"budget_unit": "latency"})
+    # How many blocks go depends on the machine.
+    assert fitted.fit(X, y).cost_ratio_ <= 0.9
 
 
 def test_a_search_drops_blocks_within_the_promise(trained):
@@ -114,9 +127,13 @@ def test_first_layer_and_settings_without_effect(trained):
     fitted = pruner(network, budget=0.8, options={"first_layer": "4.conv1"}).fit(X, y)
     assert set(fitted.dropped_layers_) == {"4.conv1", "4.conv2"}
     with pytest.raises(ValueError, match="drop_blocks has no effect with schedule='linear'"):
-        pruner(network, budget=None, schedule="linear").fit(X, y)
-    with pytest.raises(ValueError, match="drop_blocks has no effect inside SINFClassifier"):
-        SINFClassifier(network, pruner=pruner(None)).fit(X, y)
+        DCSPruner(network, schedule="linear", options=PruningOptions(drop_blocks=False)).fit(X, y)
+
+
+def test_only_where_it_is_wanted(trained):
+    network, X, y, _, _ = trained
+    assert pruner(network, options={"drop_blocks": False}).fit(X, y).dropped_layers_ == []
+    assert DCSPruner(network, schedule="uniform").fit(X, y).dropped_layers_ == []
 
 
 def test_networks_without_blocks_are_pruned_as_ever(trained):
@@ -127,6 +144,33 @@ def test_networks_without_blocks_are_pruned_as_ever(trained):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, len(np.unique(y))),
     )  # fmt: skip
     ours = pruner(plain).fit(X, y)
-    other = DCSPruner(plain, budget=0.6, random_state=0).fit(X, y)
+    other = pruner(plain, options={"drop_blocks": False}).fit(X, y)
     assert ours.dropped_layers_ == []
     np.testing.assert_array_equal(ours.predict_proba(X), other.predict_proba(X))
+
+
+@pytest.mark.parametrize("fallback", ["none", "base"])
+def test_routed_networks_do_without_blocks_on_both_sides_of_the_router(trained, fallback, tmp_path):
+    network, X, y, X_test, y_test = trained
+    routed = SINFClassifier(
+        network, clusterer=SemanticClusterer(n_clusters=2), route_layer="3", fallback=fallback,
+        pruner=pruner(None), options=RoutingOptions(exit_threshold=None, prefix_low_rank=1.0),
+        max_accuracy_drop=0.1, random_state=0,
+    ).fit(X, y)  # fmt: skip
+    parts = [routed.network_.prefix, *map(routed.network_.subgraph, range(2))]
+    for part, idle, whole in (
+        (parts[0], "2.", "1."),
+        (parts[1], "4.", "5."),
+        (parts[2], "4.", "5."),
+    ):
+        names = [name for name, _ in part.named_modules()]
+        assert not any(name.startswith(idle) for name in names)
+        assert any(name.startswith(whole) for name in names)
+    assert not any(name.startswith("4.") for support in routed.supports_ for name in support)
+    report = routed.report(X_test, y_test, repeats=0)
+    if fallback == "none":
+        assert report.macs / report.base_macs <= 0.61  # the route predictor's are not budgeted
+    assert routed.score(X_test, y_test) > 0.8
+    sinfkit.save(routed, tmp_path / "saved")
+    again = sinfkit.load(tmp_path / "saved", factory=lambda: copy.deepcopy(network))
+    np.testing.assert_allclose(again.predict_proba(X_test), routed.predict_proba(X_test), atol=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from sinfkit.graph import trace
 from sinfkit.repair import RepairSettings, repair
-from sinfkit.slicing import Sliced, find_blocks, leave_out, silence, slice_channels
+from sinfkit.slicing import Sliced, find_blocks, leave_out, silenced, slice_channels
 
 
 class Residual(nn.Module):
@@ -95,8 +94,7 @@ def test_a_branch_left_out_is_its_shortcut(kind, add, relu):
             )
         )
         chosen = [blocks[i] for i in gone]
-        silent = trace(net)
-        silence(silent, chosen)
+        silent = silenced(Sliced(trace(net), {}, {}), chosen).model
         support = {"0": torch.arange(4).numpy(), "2.branch.0": torch.arange(4).numpy()}
         smaller = leave_out(Sliced(trace(net), dict(support), {}), chosen)
         for model in (silent, smaller.model):
@@ -116,10 +114,7 @@ def test_a_repair_leaves_silent_branches_silent_and_refits_what_follows(kind):
     dense, blocks = trace(net), find_blocks(trace(net), X)
     lost = []
     for method in ("none", "least_squares"):
-        sliced = slice_channels(dense, X, {})
-        silence(sliced.model, blocks[:2])
-        gone = frozenset(blocks[0].modules + blocks[1].modules)
-        sliced = replace(sliced, left_out=gone)
+        sliced = silenced(slice_channels(dense, X, {}), blocks[:2])
         repair(dense, sliced, x, RepairSettings(method))
         silent = sliced.model.get_submodule(blocks[1].last)
         assert not any(value.any() for value in silent.parameters())
