@@ -143,6 +143,7 @@ def _estimator(
         settings |= {"criterion": "hellinger", "schedule": "iterative", "max_accuracy_drop": drop}
     elif criterion == MATCHED:
         settings |= {"criterion": "dcs", "schedule": "global", "budget": budget}
+        settings["drop_blocks"] = False  # TVSPrune takes filters alone
     else:
         first, last = map(float, removed.split("-"))
         named = activation_std if criterion == "activation_std" else criterion
