@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sinfkit.graph import check_traced, layer_names, opaque_modules, trace
-from sinfkit.graph.tracing import of_torch_alone
 
 
 class Net(nn.Module):
@@ -134,49 +130,6 @@ def test_the_only_output_is_taken(kind: Any) -> None:
             return kind(logits=scores) if kind is types.SimpleNamespace else kind([scores])
 
     followed(Packed())
-
-
-class Placed(Net):
-    """Constants, and buffers of each type, meet the number of samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("grid", torch.linspace(-1, 1, 6))
-        self.register_buffer("mask", torch.arange(6) % 2 == 0)
-        self.register_buffer("index", torch.arange(6), persistent=False)
-
-    def between(self, h: Tensor) -> Tensor:
-        n, _, height, width = h.shape
-        rows = torch.linspace(0, 1, height, device=h.device).view(1, 1, height, 1)
-        h = h + rows.expand(n, 1, height, width) + self.grid.repeat(n, 1)[:, None, None]
-        h = h.masked_fill(self.mask.expand(n, 1, 1, width), 0.5)
-        return h.gather(3, self.index.view(1, 1, 1, -1).expand(n, 8, height, -1))
-
-
-LOAD = """
-import sys
-sys.modules["sinfkit"] = None  # whoever imports it fails
-import torch
-x, wanted = torch.load("numbers.pt")
-torch.testing.assert_close(torch.load("model.pt", weights_only=False)(x), wanted)
-"""
-
-
-def test_what_meets_the_number_of_samples_is_loaded_by_torch_alone(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    network = Placed().eval()
-    graph = followed(network)
-    x = torch.randn(5, 3, 8, 8)
-    torch.save(of_torch_alone(graph), tmp_path / "model.pt")
-    torch.save((x, network(x).detach()), tmp_path / "numbers.pt")
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    again = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert not {p.data_ptr() for p in again.parameters()} & {
-        p.data_ptr() for p in network.parameters()
-    }
 
 
 @pytest.mark.parametrize("how", ["size", "minus one", "shape"])
