@@ -102,7 +102,7 @@ def test_a_routed_network_comes_closer_as_a_whole(images, answers):
         base,
         clusterer=SemanticClusterer(method="given", mapping={k: k // 4 for k in range(10)}),
         pruner=DCSPruner(budget=0.35),
-        route_layer="auto",
+        route_layer="3",
         random_state=0,
     ).set_params(options__exit_threshold=None, options__router_weight=0.0, options__answers=answers)
     plain.fit(X[:1000], y[:1000])
@@ -128,6 +128,7 @@ def test_what_the_fallback_reads_is_not_trained(images):
         base,
         clusterer=SemanticClusterer(n_clusters=2),
         pruner=DCSPruner(budget=0.5),
+        route_layer="3",
         fallback="base",
         random_state=0,
     ).fit(X[:600], y[:600])
@@ -144,6 +145,7 @@ def test_samples_that_certify_do_not_train(images):
         # Class 9 is a cluster by itself, which has no subgraph.
         clusterer=SemanticClusterer(method="given", mapping={k: k // 3 for k in range(10)}),
         pruner=DCSPruner(budget=0.5),
+        route_layer="3",
         distill=1,
         random_state=0,
     )
@@ -195,17 +197,22 @@ class Interrupting(Dataset):
 @pytest.mark.parametrize("kind", ["pruner", "sinf"])
 def test_an_interrupted_fit_goes_on_and_gives_the_same(images, tmp_path, kind):
     X, y, base = images
-    X, y = X[:300], y[:300]
-    how = Distillation(4, augment="mix", checkpoint=tmp_path / "states")
+    X, y = X[:200], y[:200]
+    how = Distillation(3, augment="mix", checkpoint=tmp_path / "states")
     estimator = DCSPruner(base, budget=0.4, distill=how, options=NO_HELD_OUT, random_state=0)
     if kind == "sinf":
         clusterer = SemanticClusterer(n_clusters=2)
         estimator = SINFClassifier(
-            base, clusterer=clusterer, pruner=DCSPruner(budget=0.4), distill=how, random_state=0
+            base,
+            clusterer=clusterer,
+            pruner=DCSPruner(budget=0.4),
+            route_layer="3",
+            distill=how,
+            random_state=0,
         )
     straight = Interrupting(X, 10**9)
     expected = clone(estimator).set_params(distill__checkpoint=None).fit(straight, y)
-    interrupted = Interrupting(X, straight.n_read - (600 if kind == "pruner" else 900))
+    interrupted = Interrupting(X, straight.n_read - 300)
     with pytest.raises(KeyboardInterrupt):
         clone(estimator).fit(interrupted, y)
     (file,) = (tmp_path / "states").iterdir()
@@ -235,9 +242,9 @@ def test_a_search_trains_few_networks_from_careful_to_bold(images):
     assert len(pruner.distillation_losses_) == 1 and pruner.cost_ratio_ < 1
     assert pruner.certified_ and pruner.certified_drop_ <= 0.05
     sinf = SINFClassifier(
-        base, max_accuracy_drop=0.05, route_layer=0.3, distill=1, random_state=0
+        base, max_accuracy_drop=0.05, route_layer="3", distill=1, random_state=0
     ).set_params(clusterer__n_clusters=2, options__exit_threshold=None)
-    sinf.fit(X[:1000], y[:1000])
+    sinf.fit(X[:500], y[:500])
     trained = [row["budget"] for row in sinf.search_results_ if "divergence" in row]
     assert 1 <= len(trained) <= 3 and trained == sorted(trained, reverse=True)
 
@@ -330,10 +337,11 @@ def test_it_is_a_parameter_like_others(images, tmp_path):
     twin = clone(pruner).set_params(distill__epochs=1, distill__temperature=4.0)
     assert (pruner.distill.epochs, twin.distill.epochs) == (3, 1)
     grid = {"distill": [None, 1], "budget": [0.5]}
-    search = GridSearchCV(clone(pruner), grid, cv=2).fit(X[:300], y[:300])
+    X, y = X[:200], y[:200]
+    search = GridSearchCV(clone(pruner), grid, cv=2).fit(X, y)
     assert len(search.cv_results_["params"]) == 2
     for value in (2, Distillation(2, temperature=3.0, checkpoint=tmp_path)):
-        fitted = clone(pruner).set_params(distill=value).fit(X[:300], y[:300])
+        fitted = clone(pruner).set_params(distill=value).fit(X, y)
         joblib.dump(fitted, tmp_path / "fitted.joblib")
         sinfkit.save(fitted, tmp_path / "fitted.sinf")
         loaded = joblib.load(tmp_path / "fitted.joblib")
