@@ -8,13 +8,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torchvision
 from helpers import blobs, small_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from torch import nn
+from torchvision.models import MobileNetV2, ResNet
+from torchvision.models.resnet import BasicBlock
 
 from sinfkit import (
     DCSPruner,
@@ -61,6 +62,23 @@ def fitted(frozen, data):
         random_state=0,
         options=RoutingOptions(answers="cluster", confidence_threshold=0.6, exit_threshold=None),
     ).fit(X, y)
+
+
+@pytest.fixture(scope="module")
+def by_sizes():
+    """How a search among sizes alone is asked for."""
+    clusterer = SemanticClusterer(n_clusters=2)
+    return {
+        "route_layer": "3",
+        "random_state": 0,
+        "clusterer": clusterer,
+        "options": WHOLE_RANK,
+    }
+
+
+@pytest.fixture(scope="module")
+def searched(frozen, data, by_sizes):
+    return SINFClassifier(frozen, **by_sizes).fit(*data[:2])
 
 
 def test_predictions_and_probabilities(fitted, data):
@@ -475,13 +493,16 @@ def test_a_drop_beyond_reach_is_told(frozen, data):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("name", "options", "layer"),
-    [("resnet18", {}, "layer2.1"), ("mobilenet_v2", {"width_mult": 0.1}, "features.9")],
+    ("kind", "options", "layer"),
+    [
+        (ResNet, {"block": BasicBlock, "layers": [1, 2, 1, 1]}, "layer2.1"),
+        (MobileNetV2, {"width_mult": 0.1}, "features.9"),
+    ],
 )
-def test_residual_and_depthwise_networks_are_routed(name, options, layer):
+def test_residual_and_depthwise_networks_are_routed(kind, options, layer):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = getattr(torchvision.models, name)(num_classes=6, **options).eval()
+        network = kind(num_classes=6, **options).eval()
     X = np.random.default_rng(0).integers(0, 256, (30, 3, 32, 32), dtype=np.uint8)
     y = np.arange(30) % 6
     clf = SINFClassifier(
@@ -580,33 +601,27 @@ def test_the_calls_of_each_cluster_are_paid_for(frozen, data, monkeypatch):
     assert tried[1]["relative_macs"] < tried[0]["relative_macs"] - 0.05
 
 
-def test_a_pruner_without_a_budget_has_it_searched(frozen, data):
-    X, y, *_ = data
-    keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}
-    keywords["options"] = WHOLE_RANK
-    clf = SINFClassifier(frozen, pruner=DCSPruner(), **keywords).fit(X, y)
-    default = SINFClassifier(frozen, **keywords).fit(X, y)
-    assert clf.search_results_ == default.search_results_
+def test_a_pruner_without_a_budget_has_it_searched(searched, frozen, data, by_sizes):
+    clf = SINFClassifier(frozen, pruner=DCSPruner(), **by_sizes).fit(*data[:2])
+    assert clf.search_results_ == searched.search_results_
     assert "relative_time" not in clf.search_results_[0]
 
 
-def test_more_may_be_lost_and_less_is_left(frozen, data):
+def test_more_may_be_lost_and_less_is_left(searched, frozen, data, by_sizes):
     X, y, *_ = data
-    keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}
-    keywords["options"] = WHOLE_RANK
     costs = []
-    for drop in (0.0, 0.3):
-        clf = SINFClassifier(frozen, max_accuracy_drop=drop, **keywords).fit(X, y)
+    bold = SINFClassifier(frozen, max_accuracy_drop=0.3, **by_sizes).fit(X, y)
+    for clf in (searched, bold):
         costs.append(min(row["relative_macs"] for row in clf.search_results_))
         assert {row["low_rank"] for row in clf.search_results_} == {1.0}
     assert costs[1] < costs[0]
     given = SINFClassifier(
-        frozen, pruner=DCSPruner(criterion="dcs", schedule="linear"), **keywords
+        frozen, pruner=DCSPruner(criterion="dcs", schedule="linear"), **by_sizes
     ).fit(X, y)
     assert len(given.search_results_) == 1 and given.prefix_ratio_ == 0.3
     fixed = SINFClassifier(
         frozen,
-        **keywords,
+        **by_sizes,
         prefix_pruner=DCSPruner(criterion="obs", schedule="uniform", pruning_ratios=(0.1, 0.1)),
     ).fit(X, y)
     assert fixed.prefix_ratio_ == 0.1
@@ -630,11 +645,9 @@ def test_a_low_rank_is_tried_and_can_be_given(frozen, data):
     assert searched.prefix_low_rank_ in tried
 
 
-def test_a_speed_can_be_asked_for(frozen, data):
+def test_a_speed_can_be_asked_for(frozen, data, by_sizes):
     X, y, *_ = data
-    keywords = {"route_layer": "3", "random_state": 0, "clusterer": SemanticClusterer(n_clusters=2)}
-    keywords["options"] = WHOLE_RANK
-    clf = SINFClassifier(frozen, target_speedup=1.01, batch_size=64, **keywords).fit(X, y)
+    clf = SINFClassifier(frozen, target_speedup=1.01, batch_size=64, **by_sizes).fit(X, y)
     assert all(row["speedup"] > 0 for row in clf.search_results_)
     # Whatever a busy machine measures, nothing that was tried serves the goal better.
     goal = Goal(clf.max_accuracy_drop, speedup=1.01)

@@ -83,13 +83,12 @@ def count_macs(module: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]
     """
     if example.ndim == 0 or len(example) == 0:
         raise ValueError("example needs at least one sample.")
-    twin = copy_sharing_weights(module).eval()
     # Outside of inference mode, in which composite kernels would not be taken apart.
     with torch.inference_mode(False), torch.no_grad():
         try:  # Without data, in a moment whatever the size of the network.
-            found = _dispatched(on_meta(twin), example.to("meta"))
+            found = _dispatched(on_meta(module).eval(), example.to("meta"))
         except Exception:  # It looks at values, or makes tensors of its own.
-            found = _dispatched(twin, example)
+            found = _dispatched(copy_sharing_weights(module).eval(), example)
     by_module = {name: macs // len(example) for name, macs in found.items()}
     return sum(by_module.values()), by_module
 

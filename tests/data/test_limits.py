@@ -133,9 +133,9 @@ def test_out_of_memory_halves_the_batch_and_goes_on(fitted, data, name, method):
 @linux
 @needs_fork
 def test_fit_and_report_go_on_in_halves_too(data):
-    # Large images and many channels: 4 MB of images take 63 MB in a layer, and 40 are there.
+    # Large images and many channels: 3 MB of images take 42 MB in a layer, and 28 are there.
     fresh = estimators_on_a_network(data, 16)
-    X, y = (np.concatenate([part] * 3) for part in data)
+    X, y = (np.concatenate([part] * 2) for part in data)
     X = np.kron(X, np.ones((1, 1, 8, 8), X.dtype))
     clusterer, clf = clone(fresh["SemanticClusterer"]), clone(fresh["SINFClassifier"])
     clf.fit(X[: len(data[0])], data[1])
@@ -145,7 +145,7 @@ def test_fit_and_report_go_on_in_halves_too(data):
         clusterer.set_params(batch_size=len(X))
         clf.set_params(batch_size=len(X))
         sizes = []
-        limit_memory(40 * 2**20)
+        limit_memory(28 * 2**20)
         for run in (
             lambda: clusterer.fit(X, y).affinity_,
             lambda: clf.report(X, y, latency_batch=64, repeats=0).to_dict(),
