@@ -229,25 +229,34 @@ def _fastest(found: Results, names: Sequence[str], batch: str | None) -> str:
 
 
 def draw(path: Path) -> Path | None:
-    """Points lost against speed, a panel for each batch size."""
+    """Points lost against speed, a panel for each batch size; hollow where not in float32."""
     found = Results(path)
     batches = sorted({row["batch"] for row in found.times}, key=int) or [""]
-    figure, axes = panels(len(batches), width=4.4)
+    figure, axes = panels(len(batches), height=4.4)
     names = list(dict.fromkeys(key[0] for key in found.right))
+    forms = list(dict.fromkeys(key[2] for key in found.right))
+    others = f" (hollow: {', '.join(forms[1:])})" if forms[1:] else ""
     for axis, batch in zip(axes, batches, strict=True):
         cost = found.speeds(batch) if batch else {k: 1 / m for k, m in found.macs.items()}
         for i, name in enumerate(names):
             colour, marker = COLOURS[i % len(COLOURS)], "os^"[i // len(COLOURS) % 3]
-            points = [
-                (s, 100 * float(found.lost(k).mean())) for k, s in cost.items() if k[0] == name
-            ]
-            if points:
-                x, y = np.transpose(sorted(points))
-                axis.plot(x, y, marker, color=colour, label=name)
+            for form in forms:
+                points = [
+                    (s, 100 * float(found.lost(k).mean()))
+                    for k, s in cost.items()
+                    if (k[0], k[2]) == (name, form)
+                ]
+                if points:
+                    x, y = np.transpose(sorted(points, key=lambda point: point[1]))
+                    hollow = {} if form == forms[0] else {"markerfacecolor": "none"}
+                    label = name if form == forms[0] else None
+                    style = {"color": colour, "linewidth": 0.8, "label": label}
+                    axis.plot(x, y, f"{marker}-", **style, **hollow)
         axis.set(xscale="log", xlabel="times as fast as the base in float32")
         axis.set_xticks([1, 1.5, 2, 3, 4, 6, 8], [], minor=True)
         axis.set_xticks([1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"])
-        axis.set_title(f"batch {batch}" if batch else "by multiplications")
+        axis.set_title((f"batch {batch}" if batch else "by multiplications") + others)
     axes[0].set_ylabel("points lost")
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return save(figure, path.with_suffix(".png"))
