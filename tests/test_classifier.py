@@ -29,7 +29,7 @@ from sinfkit import (
 from sinfkit.errors import PromiseWarning, UnreachableShareError
 from sinfkit.graph import count_macs, count_parameters
 from sinfkit.pruning import LayerTime
-from sinfkit.routing import Goal, Outcome, Samples, build_subgraph, some_of_each
+from sinfkit.routing import Outcome, Samples, Target, build_subgraph, some_of_each
 
 # Half as many networks in a search, where low ranks are not the point.
 WHOLE_RANK = RoutingOptions(prefix_low_rank=1.0)
@@ -649,15 +649,15 @@ def test_a_speed_can_be_asked_for(frozen, data, by_sizes):
     X, y, *_ = data
     clf = SINFClassifier(frozen, target_speedup=1.01, batch_size=64, **by_sizes).fit(X, y)
     assert all(row["speedup"] > 0 for row in clf.search_results_)
-    # Whatever a busy machine measures, nothing that was tried serves the goal better.
-    goal = Goal(clf.max_accuracy_drop, speedup=1.01)
+    # Whatever a busy machine measures, nothing that was tried serves the target better.
+    target = Target(clf.max_accuracy_drop, speedup=1.01)
     tried = {
         row["budget"]: Outcome(row["accuracy_drop"], row["relative_macs"], row["speedup"])
         for row in clf.search_results_
     }
     assert len(tried) > 1
     best = tried[clf.pruner_.budget]
-    assert not any(goal.better(other, best) for other in tried.values())
+    assert not any(target.better(other, best) for other in tried.values())
     with pytest.raises(ValueError, match="target_speedup"):
         SINFClassifier(frozen, target_speedup=0.5).fit(X, y)
 

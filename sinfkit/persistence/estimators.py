@@ -643,20 +643,7 @@ class _Reader:
         temperatures = fields.floating("temperatures", self._take("temperatures"), (n_clusters,))
         if float(temperatures.min()) <= 0:
             raise StorageError("A temperature is not positive.")
-        entries = entry["subgraphs"]
-        if not isinstance(entries, list) or len(entries) != n_clusters:
-            raise StorageError("There is not one entry for each cluster's subgraph.")
-        subgraphs: list[nn.Module | None] = []
-        for cluster, one in enumerate(entries):
-            if one is None:
-                subgraphs.append(None)
-                continue
-            name = f"subgraph.{cluster}"
-            subgraph = self.parts.read(name, rest, one)
-            logits, expected = self._output(name, subgraph, h), int(answered[cluster].sum())
-            if tuple(logits.shape) != (len(h), expected) or expected == 0:
-                raise StorageError(f"The {name} has not one output for each class it answers.")
-            subgraphs.append(subgraph)
+        subgraphs = self._subgraphs(entry["subgraphs"], rest, h, answered.sum(1).tolist())
         rest_part = None
         if entry["rest"] is not None:
             rest_part = self.parts.read("rest", rest, entry["rest"])
@@ -697,6 +684,23 @@ class _Reader:
         classifier.network_ = network
         classifier.temperatures_ = network.temperatures.numpy().copy()
         self._nest(classifier, entry["clusterer"], entry["pruner"])
+
+    def _subgraphs(
+        self, entries: Any, rest: fx.GraphModule, h: Tensor, n_answered: list[int]
+    ) -> list[nn.Module | None]:
+        """Each cluster's subgraph, which answers so many classes of the prefix's output `h`."""
+        if not isinstance(entries, list) or len(entries) != len(n_answered):
+            raise StorageError("There is not one entry for each cluster's subgraph.")
+        subgraphs: list[nn.Module | None] = []
+        for cluster, (entry, expected) in enumerate(zip(entries, n_answered, strict=True)):
+            name = f"subgraph.{cluster}"
+            subgraph = None if entry is None else self.parts.read(name, rest, entry)
+            if subgraph is not None:
+                logits = self._output(name, subgraph, h)
+                if tuple(logits.shape) != (len(h), expected) or expected == 0:
+                    raise StorageError(f"The {name} has not one output for each class it answers.")
+            subgraphs.append(subgraph)
+        return subgraphs
 
     def _nest(self, classifier: SINFClassifier, clusterer: Any, pruner: Any) -> None:
         """Put back the estimators that were used inside."""

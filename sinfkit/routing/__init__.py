@@ -19,14 +19,13 @@ from .gates import (
     judge,
     let_through,
 )
-from .search import Candidate, Goal, hill_climb, rank_candidates, some_of_each
+from .search import Candidate, Target, hill_climb, rank_candidates, some_of_each
 from .study import BUDGETS, RoutingConfig, Samples
 
 __all__ = [
     "BUDGETS",
     "Candidate",
     "Gates",
-    "Goal",
     "HeldOut",
     "Outcome",
     "Passage",
@@ -36,6 +35,7 @@ __all__ = [
     "Samples",
     "Signals",
     "TEMPERATURES",
+    "Target",
     "Verdict",
     "activation_affinity",
     "agglomerate",

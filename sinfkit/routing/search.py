@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Goal:
+class Target:
     """What the search is for: the cheapest within a loss, or the most accurate at a speed."""
 
     max_drop: float
@@ -44,7 +44,7 @@ class Goal:
         return outcome.drop <= self.max_drop + 1e-12
 
     def better(self, a: Outcome, b: Outcome) -> bool:
-        """Tell whether `a` serves the goal better than `b`.
+        """Tell whether `a` serves it better than `b`.
 
         Within the limit, the cheaper (for a speed: the more accurate) is better; outside, the one
         that is nearer to the limit.
@@ -63,7 +63,7 @@ class Goal:
 
 
 def hill_climb(
-    choices: Sequence[T], start: int, goal: Goal
+    choices: Sequence[T], start: int, target: Target
 ) -> Generator[T, Outcome, tuple[int, Outcome]]:
     """Find the best of choices, from careful to bold, over which the outcome has one summit.
 
@@ -74,12 +74,12 @@ def hill_climb(
         index = start + step
         while 0 <= index < len(choices):
             outcome = yield choices[index]
-            if goal.better(outcome, found):
+            if target.better(outcome, found):
                 best, found = index, outcome
-            elif goal.reached(found) or step == goal.away:
+            elif target.reached(found) or step == target.away:
                 break
             index += step
-        if best != start and (goal.reached(found) or step != goal.away):
+        if best != start and (target.reached(found) or step != target.away):
             break
     return best, found
 
@@ -343,7 +343,7 @@ class Search:
         self.builder = builder
         self.config = builder.study.config
         self.progress = builder.study.progress
-        self.goal = Goal(self.config.max_accuracy_drop, self.config.target_speedup)
+        self.target = Target(self.config.max_accuracy_drop, self.config.target_speedup)
         self.best: Built | None = None
         self.beside: Built | None = None  # the next more careful one
         self.rows: list[dict[str, object]] = []
@@ -384,20 +384,20 @@ class Search:
         are better than all before.  Then the best one's prefix gets a low rank, in the same size
         and, while that is better, in others.
         """
-        config, goal = self.config, self.goal
+        config, target = self.config, self.target
 
         def sized(plan: Plan, **change: float) -> list[Plan]:
             return [replace(plan, size=replace(size, **change)) for size in config.sizes]
 
-        index, found = yield from hill_climb(sized(plans[0]), config.first, goal)
+        index, found = yield from hill_climb(sized(plans[0]), config.first, target)
         for plan in plans[1:]:
             for i, bolder in enumerate(sized(plan)[index:], index):
                 outcome = yield bolder
-                if not goal.better(outcome, found):
+                if not target.better(outcome, found):
                     break
                 index, found = i, outcome
         if self.best and config.searches_size and isinstance(config.prefix_low_rank, str):
-            yield from hill_climb(sized(self.best.plan, low_rank=_LOW_RANK), index, goal)
+            yield from hill_climb(sized(self.best.plan, low_rank=_LOW_RANK), index, target)
 
     def judged(self, built: Built) -> Kept:
         """Let samples that chose nothing decide about a network and its thresholds.
@@ -470,7 +470,7 @@ class Search:
             self.progress.done()
         self._note(built)
         # Of all others the weights are let go.
-        if self.best is None or self.goal.better(built.outcome, self.best.outcome):
+        if self.best is None or self.target.better(built.outcome, self.best.outcome):
             beside = self._beside(plan, -1)
             known = (one for one in (self.best, self.beside) if one and one.plan == beside)
             self.beside, self.best = next(known, None), built

@@ -6,12 +6,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinfkit.routing import BUDGETS, Goal, Outcome, hill_climb
+from sinfkit.routing import BUDGETS, Outcome, Target, hill_climb
 
 
-def climb(evaluate, n, start, goal):
+def climb(evaluate, n, start, target):
     """Run a climb over `n` sizes to its end."""
-    steps = hill_climb(range(n), start, goal)
+    steps = hill_climb(range(n), start, target)
     index = next(steps)
     while True:
         try:
@@ -25,11 +25,11 @@ def test_budgets_go_from_careful_to_bold():
 
 
 def test_within_the_limit_the_cheaper_is_better_and_outside_the_nearer():
-    goal = Goal(max_drop=0.01)
-    assert goal.better(Outcome(0.01, 0.4), Outcome(0.0, 0.5))
-    assert goal.better(Outcome(0.01, 0.9), Outcome(0.011, 0.1))
-    assert goal.better(Outcome(0.02, 0.9), Outcome(0.03, 0.1))
-    speed = Goal(max_drop=0.01, speedup=2.0)
+    target = Target(max_drop=0.01)
+    assert target.better(Outcome(0.01, 0.4), Outcome(0.0, 0.5))
+    assert target.better(Outcome(0.01, 0.9), Outcome(0.011, 0.1))
+    assert target.better(Outcome(0.02, 0.9), Outcome(0.03, 0.1))
+    speed = Target(max_drop=0.01, speedup=2.0)
     assert speed.better(Outcome(0.05, 0.4, 2.1), Outcome(0.0, 0.5, 1.9))
     assert speed.better(Outcome(0.01, 0.4, 2.1), Outcome(0.02, 0.4, 3.0))
     assert speed.better(Outcome(0.01, 0.4, 1.8), Outcome(0.0, 0.4, 1.5))
@@ -49,7 +49,7 @@ def test_the_climb_finds_the_boldest_rung_within_the_limit(steps, start, limit):
         seen.append(i)
         return Outcome(float(drops[i]), 1 - i / 10)
 
-    best, outcome = climb(evaluate, n, min(start, n - 1), Goal(limit))
+    best, outcome = climb(evaluate, n, min(start, n - 1), Target(limit))
     within = np.flatnonzero(drops <= limit + 1e-12)
     # Outside the limit the nearer is better; of equal drops the first seen is kept.
     assert outcome.drop == (drops[within[-1]] if len(within) else drops.min())
@@ -59,9 +59,9 @@ def test_the_climb_finds_the_boldest_rung_within_the_limit(steps, start, limit):
 
 def test_a_size_that_falls_back_too_often_is_passed_over():
     costs = [0.7, 0.6, 0.5, 0.45, 0.55, 0.8]
-    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 3, Goal(0.01))[0] == 3
-    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 1, Goal(0.01))[0] == 3
-    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 5, Goal(0.01))[0] == 3
+    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 3, Target(0.01))[0] == 3
+    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 1, Target(0.01))[0] == 3
+    assert climb(lambda i: Outcome(0.01, costs[i]), 6, 5, Target(0.01))[0] == 3
 
 
 def test_for_a_speed_the_first_size_that_reaches_it_is_taken():
@@ -71,8 +71,8 @@ def test_for_a_speed_the_first_size_that_reaches_it_is_taken():
         return Outcome(drops[i], 1 / speeds[i], speeds[i])
 
     for start in range(4):
-        assert climb(evaluate, 4, start, Goal(0.01, speedup=2.0))[0] == 2
-    assert climb(evaluate, 4, 1, Goal(0.01, speedup=9.0))[0] == 3
+        assert climb(evaluate, 4, start, Target(0.01, speedup=2.0))[0] == 2
+    assert climb(evaluate, 4, 1, Target(0.01, speedup=9.0))[0] == 3
 
 
 def test_a_step_away_that_noise_makes_better_does_not_hide_the_way_to_the_limit():
@@ -83,5 +83,5 @@ def test_a_step_away_that_noise_makes_better_does_not_hide_the_way_to_the_limit(
         seen.append(i)
         return Outcome(drops[i], 1 - i / 10)
 
-    assert climb(evaluate, 6, 3, Goal(0.01))[0] == 1
+    assert climb(evaluate, 6, 3, Target(0.01))[0] == 1
     assert len(seen) == len(set(seen)), "each size is built once"
