@@ -5,7 +5,6 @@ from .costs import Budgeted, CostModel, budgeted_widths, network_cost, shared_wi
 from .layer_times import LayerTime, expected_seconds, fit_layer_times, layer_seconds
 from .recipe import (
     SCHEDULES,
-    UNITS,
     PruningOptions,
     Recipe,
     choose_channels,
@@ -40,7 +39,6 @@ __all__ = [
     "SIZES",
     "Scored",
     "Split",
-    "UNITS",
     "budgeted_widths",
     "choose_channels",
     "expected_seconds",

@@ -6,11 +6,10 @@ from .low_rank import NARROW, WIDE, factorize, factorized, insert_factors
 from .moments import MAX_INPUTS, Moments, gather_moments
 from .ridge import fit_ridge
 from .sequential import REPAIRS, RepairSettings, affordable_images, repair
-from .static import ALPHA, shrunk_layers, static_least_squares
+from .static import shrunk_layers, static_least_squares
 from .walk import Lockstep
 
 __all__ = [
-    "ALPHA",
     "Distillation",
     "Lockstep",
     "MAX_INPUTS",

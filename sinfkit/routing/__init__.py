@@ -1,7 +1,7 @@
 """ROUTE, at fit time: where to put the route predictor, which clusters, and the search."""
 
-from .assembly import build_subgraph, pooled_output
-from .builder import ROUTER_WEIGHTS, TEMPERATURES, HeldOut, choose_weight, routed_answers
+from .assembly import build_subgraph
+from .builder import ROUTER_WEIGHTS, HeldOut, choose_weight, routed_answers
 from .clusters import (
     activation_affinity,
     agglomerate,
@@ -34,7 +34,6 @@ __all__ = [
     "RoutingConfig",
     "Samples",
     "Signals",
-    "TEMPERATURES",
     "Target",
     "Verdict",
     "activation_affinity",
@@ -46,7 +45,6 @@ __all__ = [
     "hill_climb",
     "judge",
     "let_through",
-    "pooled_output",
     "rank_candidates",
     "read_mapping",
     "routed_answers",
