@@ -266,7 +266,8 @@ def test_a_base_that_writes_into_samples_or_wraps_its_answers_is_reported(way, w
     if kind == "pruner":
         fitted = DCSPruner(network, budget=1.0, random_state=0)
     else:
-        fitted = SINFClassifier(network, max_accuracy_drop=0.3, random_state=0)
+        pruner = DCSPruner(budget=0.9)
+        fitted = SINFClassifier(network, pruner=pruner, route_layer="a", random_state=0)
     report = fitted.fit(X, y).report(X, y, repeats=1)
     assert report.base_accuracy == pytest.approx((scores.argmax(1).numpy() == y).mean())
     assert report.accuracy == pytest.approx((fitted.predict(X) == y).mean())
