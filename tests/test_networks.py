@@ -297,7 +297,8 @@ def test_parameters_keep_their_order_in_memory(kind, data, tmp_path):
     X, y = data
     torch.manual_seed(0)
     network = OddlyShaped(kind).eval()
-    sinf = SINFClassifier(network, max_accuracy_drop=0.5, fallback="base", random_state=0).fit(X, y)
+    pruner = DCSPruner(budget=0.9)
+    sinf = SINFClassifier(network, pruner=pruner, fallback="base", random_state=0).fit(X, y)
     expected = sinf.predict_proba(X)
     sinf.report(X, y, repeats=1)
     sinfkit.save(sinf, tmp_path / "a.sinf")
