@@ -153,11 +153,12 @@ def draw(path: Path) -> Path | None:
     """Divergence from the base's answers against epochs."""
     figure, axes = panels(1, width=4.4)
     trained = [row for row in read(path) if row["losses"]]
+    one = len({row["draw"] for row in trained}) == 1
     for row, colour in zip(trained, COLOURS, strict=False):
         losses = [float(v) for v in row["losses"].split()]
-        label = f"{row['settings']}, draw {row['draw']}"
+        label = row["settings"] if one else f"{row['settings']}, draw {row['draw']}"
         axes[0].plot(range(1, len(losses) + 1), losses, "o-", color=colour, label=label)
     axes[0].set(xlabel="epoch", ylabel="divergence from the base's answers")
     if trained:
-        axes[0].legend(fontsize=7)
+        axes[0].legend(fontsize=8)
     return save(figure, path.with_suffix(".png"))

@@ -171,13 +171,18 @@ def draw(path: Path) -> Path | None:
     """Accuracy against cost, a line for each set of exits."""
     rows = read(path)
     figure, axes = panels(1, width=4.4)
-    for name in dict.fromkeys(row["exits"] for row in rows):
+    names = list(dict.fromkeys(row["exits"] for row in rows))
+    labels = {"all": "all exits together"}
+    labels |= {
+        name: "one exit alone" for name in [n for n in names if n not in ("all", "none")][:1]
+    }
+    for name in names:
         mine = [row for row in rows if row["exits"] == name]
         own = sorted((float(row["cost"]), 100 * float(row["accuracy"])) for row in mine)
         style = {"color": COLOURS[1], "linewidth": 2} if name == "all" else {"color": "0.7"}
-        axes[0].plot(*np.transpose(own), ".-", label=name if name == "all" else None, **style)
+        axes[0].plot(*np.transpose(own), ".-", label=labels.get(name), **style)
         if name == "none":
             axes[0].plot(*np.transpose(own), "o", color=COLOURS[0], label="no exit")
     axes[0].set(xlabel="multiplications, share of the base's", ylabel="accuracy, %")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=8)
     return save(figure, path.with_suffix(".png"))
