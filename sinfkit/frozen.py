@@ -331,7 +331,8 @@ def _original(module: nn.Module) -> nn.Module:
             f"{module.original_name} is scripted or traced by torch.jit, and can neither be read "
             "nor sliced. Pass the module that it was made from."
         )
-    if ".quantized." in f"{type(module).__module__}.":
+    plain = isinstance(module, torch.ao.nn.quantized.FloatFunctional)  # it adds, and does no more
+    if ".quantized." in f"{type(module).__module__}." and not plain:
         raise TypeError(
             f"{type(module).__name__} is quantised, and has no weights that could be refitted. "
             "Pass the network as it was before, and quantise the result."

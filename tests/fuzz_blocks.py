@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -338,6 +339,8 @@ class Mixed(nn.Module):
         lambda x: x.masked_fill(x < 0, 0.0),
         lambda x: x.clamp(-1, 1) + x.abs().sqrt(),
         lambda x: torch.cat([x[:, 1:], x[:, :1]], 1),
+        lambda x: torch.cat([x[:, :4], x], 1)[:, :6],
+        lambda x: np.float64(0.5) * x / np.sqrt(x.shape[1]) + x / math.sqrt(x.shape[1]),
         lambda x: x.topk(6, 1)[0],
         lambda x: x.gather(1, x.argsort(1)),
         lambda x: x.view(x.size(0), x.size(1), -1).view(x.shape),

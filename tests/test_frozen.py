@@ -27,6 +27,7 @@ from torch import nn
 
 from sinfkit import DCSPruner, FrozenModel
 from sinfkit.frozen import as_frozen
+from sinfkit.graph import trace
 from sinfkit.utils import pack
 from sinfkit.utils.weights_file import WeightsFile
 from sinfkit.zoo import default_network
@@ -262,6 +263,25 @@ def test_wrapped_networks_give_the_module_inside():
     assert not any("_orig_mod" in name for name in frozen.module().state_dict())
     assert any("_orig_mod" in name for name in inside.state_dict())
     torch.testing.assert_close(frozen.module()(x), network(x))
+
+
+def test_what_stands_for_an_addition_that_will_be_quantised_is_none():
+    class Stubs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.ao.quantization.QuantStub(), nn.Linear(4, 3)
+            self.three, self.add = (
+                torch.ao.quantization.DeQuantStub(),
+                torch.ao.nn.quantized.FloatFunctional(),
+            )
+
+        def forward(self, x):
+            x = self.two(self.one(x))
+            return self.three(self.add.add(x, x))
+
+    x = torch.ones(2, 4)
+    network = Stubs().eval()
+    torch.testing.assert_close(trace(FrozenModel(network).module(), x)(x), network(x))
 
 
 def test_scripted_and_quantised_networks_are_refused():

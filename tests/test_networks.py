@@ -23,7 +23,7 @@ from sinfkit import (
     SlicingWarning,
 )
 from sinfkit.errors import UnsliceableError
-from sinfkit.graph import count_macs
+from sinfkit.graph import count_macs, count_parameters
 
 
 def test_generated_networks_are_answered_right_or_refused():
@@ -222,6 +222,44 @@ def test_a_part_that_keeps_a_channel_exceeds_no_budget(budget, data):
     left = count_macs(pruner.model_, x)[0] / count_macs(network, x)[0]
     assert pruner.cost_ratio_ == pytest.approx(left) and left <= budget
     assert 0 in pruner.support_["one"]
+
+
+class Ghost(nn.Module):
+    """Some channels reach a layer once, others twice or more, as in GhostNet."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.one, self.own = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.two, self.fc, self.n = nn.Conv2d(n, 6, 3, padding=1), nn.Linear(6, 4), n
+
+    def forward(self, x):
+        x = self.one(x).relu()
+        x = torch.cat([x, self.own(x), x], 1)[:, : self.n]
+        return self.fc(self.two(x).relu().mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("n", [7, 11, 12, 16])
+@pytest.mark.parametrize("criterion", ["l1", "dcs_obs"])
+def test_channels_may_reach_a_layer_as_often_as_they_like(n, criterion, data):
+    X, y = data
+    torch.manual_seed(0)
+    network = Ghost(n).eval()
+    with torch.inference_mode():
+        wanted = network(torch.as_tensor(X)).softmax(1)
+    np.testing.assert_allclose(whole(network, X, y).predict_proba(X), wanted, atol=1e-5)
+    for unit, count in (("macs", macs), ("params", count_parameters)):
+        options = PruningOptions(budget_unit=unit, validation_fraction=0)
+        pruner = DCSPruner(
+            network, criterion=criterion, budget=0.6, options=options, device="cpu", random_state=0
+        ).fit(X, y)
+        assert count(pruner.model_) / count(network) <= 0.6 + 1e-9
+        if unit == "macs":
+            assert pruner.cost_ratio_ == pytest.approx(macs(pruner.model_) / macs(network))
+
+
+def macs(network):
+    return count_macs(network, torch.zeros(1, 1, 8, 8))[0]
 
 
 @pytest.mark.filterwarnings("ignore")

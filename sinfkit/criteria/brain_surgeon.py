@@ -128,11 +128,12 @@ def gather_consumers(
                 weight = weight[list(outputs)]
                 weight = weight - weight.mean(0) if len(weight) > 1 else weight
             weight = weight.unflatten(0, (n_blocks(layer), -1))
-            columns = _columns(layer, member.index, member.channel)
             name, known = member.module, moments[member.module]
-            found[group.name].append(
-                Consumer(name, known.covariance, weight, columns, known.noise, inverses[name])
-            )
+            for even in _as_often(member.channel):
+                columns = _columns(layer, member.index[even], member.channel[even])
+                found[group.name].append(
+                    Consumer(name, known.covariance, weight, columns, known.noise, inverses[name])
+                )
     return found
 
 
@@ -308,6 +309,12 @@ class _Problem:
         self._inverse = self._inverse[inside][:, inside]
         self._weight = self._weight[:, inside]
         self._columns = torch.arange(len(inside)).reshape(columns.shape)
+
+
+def _as_often(channels: np.ndarray) -> list[np.ndarray]:
+    """Places of the channels that occur once, of those that occur twice, and so on."""
+    _, places, counts = np.unique(channels, return_inverse=True, return_counts=True)
+    return [counts[places] == n for n in np.unique(counts)]
 
 
 def _columns(

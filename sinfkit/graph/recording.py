@@ -16,11 +16,13 @@ import contextlib
 import dis
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx._symbolic_trace
 from torch import Tensor, fx, nn
@@ -51,6 +53,9 @@ _FACTS = frozenset(
     "is_contiguous get_device type storage_offset".split()
 )
 
+
+# torch.fx wants a proxy of these.
+_OF_MATH = frozenset(f for f in vars(math).values() if callable(f))
 
 # Parts of torch that hold layers, whose code can be followed.
 _LOOKED_INTO = (
@@ -204,6 +209,8 @@ class Recorder(Replayer):
     def create_arg(self, a: Any) -> Any:
         """Take a proxy's node, whatever it passes for."""
         # First of all: a proxy may pass for a tensor or an integer.
+        if isinstance(a, np.generic):  # whose name is not known where the graph is run
+            a = a.item()
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def create_proxy(
@@ -230,6 +237,7 @@ class Recorder(Replayer):
             elif target is F.scaled_dot_product_attention and kwargs.get("scale") is None:
                 held = args[0]._held if isinstance(args[0], _Proxy) else None
                 kwargs = {**kwargs, "scale": held[0].shape[-1] ** -0.5} if held else kwargs
+            args, kwargs = _mapped((args, kwargs), _factor)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if not self.batches or not isinstance(proxy, _Proxy) or kind in ("placeholder", "output"):
             return proxy
@@ -265,8 +273,8 @@ class Recorder(Replayer):
         proxy._of_count = self._by_count(proxy._held, inputs, kind, target, args, kwargs)
         known = [(given.node, given._held[0]) for given in inputs]
         self.writes.note(proxy.node, value, known, versions, tuple(self._callers()))
-        if type(value) is float and not proxy._from_data and proxy._is_steady():
-            self.graph.erase_node(proxy.node)  # a factor, which is not to follow the channels
+        if _factor(proxy) is not proxy and target not in _OF_MATH:
+            self.graph.erase_node(proxy.node)
             return value
         if isinstance(value, Tensor):
             proxy.node.meta["n_axes"] = value.ndim
@@ -402,6 +410,8 @@ class _Proxy(_Symbol):
         raise TypeError("a proxy stays one")
 
     def __getattr__(self, k: str) -> Any:
+        if k.startswith("__array"):
+            raise AttributeError(k)
         if self._held is None or k.startswith("__"):
             return super().__getattr__(k)
         if k in ("_is_param", "_is_buffer"):
@@ -445,18 +455,44 @@ class _Proxy(_Symbol):
         return int(self._told(int))
 
     def __str__(self) -> str:
-        number = self._held is not None and _is_number(self._held[0])
-        return str(self._told(str)) if number else repr(self)
+        return self._text(str)
 
     def __format__(self, format_spec: str) -> str:
-        number = self._held is not None and _is_number(self._held[0])
-        return format(self._told(_itself), format_spec) if number else repr(self)
+        return self._text(lambda value: format(value, format_spec))
+
+    def _text(self, kind: Callable[[Any], str]) -> str:
+        """Text for a number that is known; for others, which are printed, any."""
+        if self._held is None or not _is_number(self._held[0]):
+            return repr(self)
+        before = set(self.tracer.swallowed)
+        try:
+            return str(self._told(kind))
+        except fx.proxy.TraceError:
+            self.tracer.swallowed = before
+            return repr(self)
 
     def __index__(self) -> int:
         return int(self._told(operator.index))
 
     def __float__(self) -> float:
         return float(self._told(float))
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.asarray(self._told(lambda value: value), dtype=dtype)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **more: Any) -> Any:
+        tensors = any(isinstance(a, Tensor) for a in inputs)
+        names = {"multiply": "mul", "subtract": "sub", "divide": "truediv", "power": "pow"}
+        name = names.get(ufunc.__name__, ufunc.__name__)
+        if tensors and len(inputs) == 2 and hasattr(operator, name):
+            return getattr(operator, name)(
+                *(a.item() if isinstance(a, np.generic) else a for a in inputs)
+            )
+        known = (np.asarray(a) if isinstance(a, fx.Proxy) else a for a in inputs)
+        return getattr(ufunc, method)(*known, **more)
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
 
     def __len__(self) -> int:
         return int(self._told(len, of_tensors=True))
@@ -466,10 +502,6 @@ class _Proxy(_Symbol):
 
     def __contains__(self, item: Any) -> bool:
         return any(item is one or bool(item == one) for one in self)
-
-
-def _itself(value: Any) -> Any:
-    return value
 
 
 def _holds_numbers(value: Any) -> bool:
@@ -531,6 +563,13 @@ def _written(a: Any) -> Any:
     if isinstance(a._held[0], tuple):  # a shape
         return tuple(_written(a[i]) for i in range(len(a._held[0])))  # type: ignore[index]
     return a._held[0] if type(a._held[0]) is int and a._is_steady() else a
+
+
+def _factor(a: Any) -> Any:
+    """A fraction that is one and the same for any samples: it is not to follow the channels."""
+    if not isinstance(a, _Proxy) or not a._held or type(a._held[0]) is not float:
+        return a
+    return a if a._from_data or not a._is_steady() else a._held[0]
 
 
 def _mapped(a: Any, value: Callable[[Any], Any]) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from ..data.calibration import Calibration
 from ..errors import OutOfReachError, SlicingWarning, UnsliceableError
-from ..graph.cost import count_macs, paired_latency
+from ..graph.cost import count_macs, count_parameters, paired_latency
 from ..graph.nodes import LAYERS
 from ..slicing.blocks import Block, leave_out
 from ..slicing.channels import NARROWABLE, is_depthwise, multiplies, width
@@ -273,7 +273,8 @@ def budgeted_widths(
     cost = network_cost(
         graph, groups, chosen, batch, unit, kept=kept, times=times, macs=macs, left_out=gone
     )
-    if unit != "latency":
+    # Of channels that go ways of their own, the model does not know which are taken.
+    if unit != "latency" and not any(group.has_parts for group in chosen):
         widths = shared_widths(chosen, [scored], cost, recipe, budget)
         return Budgeted(widths, cost.total(list(widths.values())) / cost.base)
 
@@ -281,6 +282,10 @@ def budgeted_widths(
         widths = shared_widths(chosen, [scored], cost, recipe, modelled)
         keep = choose_channels(chosen, scored.groups, recipe, widths) | dict(others)
         small = leave_out(slice_channels(graph, batch[:1], keep, groups=groups), blocks).model
+        if unit == "params":
+            return count_parameters(small) / count_parameters(graph)
+        if unit == "macs":
+            return count_macs(small, batch[:1])[0] / max(cost.base, 1)
         functions: dict[str, Callable[[], Any]] = {
             "base": lambda: graph(batch),
             "small": lambda: small(batch),
@@ -320,8 +325,8 @@ def tighten(
             high = modelled
     if best is None:
         raise OutOfReachError(
-            f"budget={budget:g} cannot be met: the fastest network that was measured takes "
-            f"{fastest:.2f} of the base's time. Choose a larger budget or max_ratio."
+            f"budget={budget:g} cannot be met: the least that was reached is {fastest:.2f}. Choose "
+            "a larger budget or max_ratio."
         )
     return best
 

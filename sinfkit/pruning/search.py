@@ -137,8 +137,6 @@ class Builder:
             budgeted = self.budgeted(budget)
             widths, cost = budgeted.widths, budgeted.cost_ratio
         keep = choose_channels(self.chosen, self.scored.groups, self.recipe, widths)
-        if self.recipe.budget_unit == "macs" and any(g.has_parts for g in self.chosen):
-            cost = None  # which of them a channel is taken from, the cost model does not know
         return self.of_channels(keep, self.recipe.repair, cost, self.depth.at(budget))
 
     def whole(self) -> Pruned:

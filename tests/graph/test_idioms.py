@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sinfkit.graph import check_traced, layer_names, opaque_modules, trace
@@ -90,6 +93,22 @@ WAYS = {
         h * len(h[0]) / len(h.shape) + len(h.transpose(0, 1))
     ),
     "size as text": lambda self, h: h * {"8": 2.0, "4": 3.0}[str(h.shape[1])],
+    "root of a size": lambda self, h: h / math.sqrt(h.shape[1]) + math.log(h.size(2)),
+    "root by numpy": lambda self, h: h / np.sqrt(h.shape[1]) * float(np.prod(h.shape[1:])),
+    "constants of numpy": lambda self, h: (
+        np.float64(0.5) * h / np.sqrt(2) - np.float32(1.5) + h ** np.int64(2) * np.pi
+    ),
+    "constant of numpy first": lambda self, h: np.float64(2.0) - np.float32(0.5) * h,
+    "root of an element count": lambda self, h: h * (h[0].numel() ** 0.5) / math.prod(h.shape[1:]),
+    "grid": lambda self, h: (
+        h.flatten(2).unflatten(2, (int(math.sqrt(h.flatten(2).shape[-1])), -1)).relu()
+    ),
+    "least size": lambda self, h: F.adaptive_avg_pool2d(h, min(h.shape[1:])) / max(h.shape[2:]),
+    "rounded": lambda self, h: h.narrow(1, 0, round(h.shape[1] / 2)).repeat(
+        1, divmod(h.shape[1], 4)[0], 1, 1
+    ),
+    "power": lambda self, h: h * h.shape[-1] ** -0.5 + h.shape[-1] // 2 - -h.shape[1] % 3,
+    "printed": lambda self, h: print(h.shape, h.size(0), f"{h.mean():.3f} of {len(h)}") or h.relu(),
     "size in text": lambda self, h: getattr(h, f"re{'lu' if f'{h.size(1):02d}' == '08' else ''}")(),
 }
 
