@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -221,16 +221,29 @@ def shared_widths(
     if budget is None:
         raise ValueError("schedule='global' needs a budget, the fraction of the cost that stays.")
     losses = [np.mean([_losses(group, one, recipe) for one in scored], axis=0) for group in groups]
-    widths = widths_within(losses, cost, budget, recipe.max_ratio)
+    try:
+        widths = widths_within(losses, cost, budget, recipe.max_ratio)
+    except OutOfReachError:
+        if recipe.round_to != "auto":
+            raise
+        return shared_widths(groups, scored, cost, replace(recipe, round_to=1), budget)
     return {group.name: int(n) for group, n in zip(groups, widths, strict=True)}
 
 
 def _losses(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.float64]:
     """Comparable losses of one group, one entry for all channels that have to go together."""
     losses = _each(group, scored, recipe)
-    together = recipe.round_to // math.gcd(recipe.round_to, group.n_runs)
+    wanted = recipe.round_to
+    if isinstance(wanted, str):
+        wanted = _suits(group.n_channels)
+    together = wanted // math.gcd(wanted, group.n_runs)
     # A layer whose own width is no multiple has no widths to round to.
     return losses if len(losses) % together else losses.reshape(-1, together).sum(1)
+
+
+def _suits(n: int) -> int:
+    """Widths in steps of which kernels are fast, and which leave enough of them to choose from."""
+    return next((s for s in (16, 8, 4) if n % s == 0 and n >= s * (4 if s == 4 else 8)), 1)
 
 
 def _each(group: ChannelGroup, scored: Scored, recipe: Recipe) -> NDArray[np.float64]:

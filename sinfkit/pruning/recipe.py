@@ -29,10 +29,12 @@ class PruningOptions(BaseEstimator):
     budget_unit : {"macs", "params", "latency"}, default="macs"
         With ``schedule="global"``, what a budget counts: multiply-accumulates, parameters, or time,
         measured on this machine with `batch_size` samples at a time.  Measured times are noisy.
-    round_to : int, default=1
-        The number of filters that stay in a layer is a multiple of it, rounded up: 8 suits most
-        hardware in bfloat16.  With ``schedule="global"`` layers whose own width is no multiple are
-        left as they come; ``schedule="iterative"`` does not round.
+    round_to : int or "auto", default="auto"
+        The number of filters that stay in a layer is a multiple of it, rounded up: odd widths are
+        slow, in int8 above all.  With ``schedule="global"`` layers whose own width is no multiple
+        are left as they come; ``schedule="iterative"`` does not round.  ``"auto"``: with
+        ``schedule="global"`` the largest of 16, 8 and 4 that divides the layer's width and is at
+        most an eighth of it (4: a quarter), where the budget allows it; otherwise 1.
     first_layer : str, optional
         Layers before it stay whole.
     drop_blocks : bool, default=True
@@ -72,7 +74,7 @@ class PruningOptions(BaseEstimator):
         self,
         *,
         budget_unit: Literal["macs", "params", "latency"] = "macs",
-        round_to: int = 1,
+        round_to: int | Literal["auto"] = "auto",
         first_layer: str | None = None,
         drop_blocks: bool = True,
         max_ratio: float | None = None,
@@ -329,7 +331,7 @@ class Recipe:
     budget: float | None = None
     budget_unit: Literal["macs", "params", "latency"] = "macs"
     max_ratio: float = 0.9  # a budget, not this, shall say how much goes
-    round_to: int = 1
+    round_to: int | Literal["auto"] = "auto"
     drop_blocks: bool = True
     penalty: float = 3.0
     pool_size: int = 1
@@ -355,8 +357,11 @@ class Recipe:
             )
         check_choice("budget_unit", self.budget_unit, UNITS)
         check_number("max_ratio", self.max_ratio, "[0, 1)")
-        check_integer("round_to", self.round_to)
-        if self.round_to > 1 and self.schedule == "iterative":
+        if isinstance(self.round_to, str):
+            check_choice("round_to", self.round_to, ("auto",))
+        else:
+            check_integer("round_to", self.round_to)
+        if self.round_to not in (1, "auto") and self.schedule == "iterative":
             raise ValueError("round_to has no effect with schedule='iterative'.")
         check_flag("drop_blocks", self.drop_blocks)
         check_number("penalty", self.penalty, "(0, inf)")
@@ -441,7 +446,8 @@ def choose_channels(
     for group, ratio in zip(groups, ratios, strict=True):
         n_kept = group.n_channels - n_removed(float(ratio), group.n_channels, group.n_runs)
         # Upwards: more than the ratio asks for never goes.
-        multiple = math.lcm(recipe.round_to, group.n_runs)
+        rounded = 1 if isinstance(recipe.round_to, str) else recipe.round_to
+        multiple = math.lcm(rounded, group.n_runs)
         n_kept = min(-(-n_kept // multiple) * multiple, group.n_channels)
         keep[group.name] = _select(group, scores[group.name], n_kept)
     return keep

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from helpers import small_cnn
+from torch import nn
 
 from sinfkit.criteria import collect
 from sinfkit.graph import count_macs, observation_nodes, output_layer, trace
@@ -66,9 +68,33 @@ def test_one_width_vector_serves_several_clusters(network):
     spare = {**clusters[0].groups, last: np.eye(16)[0]}
     both = shared_widths(chosen, [Scored(needy, needy), Scored(spare, spare)], cost, recipe())
     alone = shared_widths(chosen, [Scored(spare, spare)], cost, recipe())
-    assert alone[last] == 2 < both[last]  # 0.9 of 16, rounded down, may go
+    assert alone[last] == 4 < both[last]  # 0.9 of 16, rounded down to steps of four, may go
     small = shared_widths(chosen, clusters, cost, recipe(), budget=0.2)
     assert all(small[name] <= widths[name] for name in widths)
+
+
+@pytest.mark.parametrize("budget", [0.7, 0.4, 0.2])
+def test_widths_suit_the_kernels_where_the_budget_allows_it(budget):
+    sizes = {12: 1, 16: 4, 36: 4, 64: 8, 66: 1, 128: 16}  # width of a layer: steps
+    layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise([1, *sizes])]
+    stem = [module for layer in layers for module in (layer, nn.ReLU())]
+    graph = trace(nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 6)))
+    example = torch.zeros(2, 1, 6, 6)
+    groups = find_groups(graph, example, output_layer(graph, 6))
+    chosen = sliceable(groups)
+    cost = network_cost(graph, groups, chosen, example)
+    one = [scored(chosen, 0)]
+    widths = shared_widths(chosen, one, cost, recipe(budget=budget))
+    assert cost.total(list(widths.values())) <= budget * cost.base
+    for group in chosen:
+        assert widths[group.name] % sizes[group.n_channels] == 0
+    assert any(width % 2 for width in shared_widths(chosen, one, cost, recipe(round_to=1)).values())
+    # A budget that only single filters meet.
+    least = min(cost.total([n // 10 + 1 for n in sizes]) / cost.base, 0.9)
+    small = shared_widths(chosen, one, cost, recipe(budget=1.05 * least))
+    assert cost.total(list(small.values())) <= 1.05 * least * cost.base
+    with pytest.raises(OutOfReachError):
+        shared_widths(chosen, one, cost, recipe(budget=1.05 * least, round_to=16))
 
 
 def test_optimal_brain_surgeon_scores_are_losses_as_they_are(network):
