@@ -199,7 +199,7 @@ def test_exported_programs(fitted, data, n):
 
 
 def test_damage_is_told(folder, tmp_path):
-    for file in folder.iterdir():
+    for file in folder.glob("*.*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     router = bytearray((folder / "router.onnx").read_bytes())
     router[len(router) // 2] ^= 1
