@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..utils.device import full_float32
 from ..utils.params import warn
 from .cuts import output_layer
-from .nodes import called_layer, called_module, is_identity, is_shape_query
+from .nodes import called_layer, called_module, function_name, is_identity, is_shape_query
 from .tracing import close, on_meta, trace
 
 __all__ = ["ENDINGS", "logits_graph", "with_logits"]
@@ -115,13 +115,13 @@ def _ends_in_layer(gm: fx.GraphModule, n: int) -> bool:
         return False
     behind = list(reversed(gm.graph.nodes))
     behind = behind[: next(i for i, node in enumerate(behind) if node.target == name)]
-    return not any(_name(node) in _PLACES and not _of_shape(node) for node in behind)
+    return not any(function_name(node) in _PLACES and not _of_shape(node) for node in behind)
 
 
 def _is_of_layer(gm: fx.GraphModule) -> bool:
     """Whether a graph gives what a layer gives, and nothing has come between."""
     node = gm.graph.find_nodes(op="output")[0].args[0]
-    while _name(node) in _SHAPES | _PLACES or is_identity(gm, node):
+    while function_name(node) in _SHAPES | _PLACES or is_identity(gm, node):
         node = node.all_input_nodes[0]
     return called_layer(gm, node) is not None
 
@@ -181,7 +181,7 @@ def _told_by_one(outputs: Tensor) -> str:
 def _leave_out_shapes(gm: fx.GraphModule, samples: Tensor) -> None:
     """Leave out, at the end of a graph, what gives the shape and type that it was given."""
     output = gm.graph.find_nodes(op="output")[0]
-    while isinstance(node := output.args[0], fx.Node) and _name(node) in _SHAPES:
+    while isinstance(node := output.args[0], fx.Node) and function_name(node) in _SHAPES:
         source = node.all_input_nodes[0]
         before = _answers(gm, samples)
         output.replace_input_with(node, source)
@@ -208,7 +208,7 @@ def _leave_out_head(gm: fx.GraphModule, samples: Tensor) -> str:
         kind = _kind(gm, node)
         if kind is not None:
             found.append((node, kind))
-        elif not (_name(node) in _SHAPES | _PLACES or is_identity(gm, node)):
+        elif not (function_name(node) in _SHAPES | _PLACES or is_identity(gm, node)):
             break
         if kind in ("softmax", "log_softmax", "sigmoid"):
             break
@@ -247,11 +247,4 @@ def _kind(gm: fx.GraphModule, node: fx.Node) -> str | None:
     module = called_module(gm, node)
     if module is not None:
         return _MODULES.get(type(module))
-    return _FUNCTIONS.get(_name(node))
-
-
-def _name(node: fx.Node) -> str:
-    """Name of the function or method that a node calls."""
-    if node.op == "call_method":
-        return str(node.target)
-    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return _FUNCTIONS.get(function_name(node))

@@ -247,6 +247,17 @@ def function_name(node: fx.Node) -> str:
     return name.rstrip("_")
 
 
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """All that a node is computed from."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        new = [source for source in waiting.pop().all_input_nodes if source not in found]
+        found.update(new)
+        waiting += new
+    return found
+
+
 def _from_file(module: nn.Module, *names: str) -> bool:
     """Whether a module's class, or one it derives from, is defined in these files of torch.nn."""
     files = {f"torch.nn.modules.{name}" for name in names}

@@ -21,6 +21,7 @@ from ..utils.device import full_float32, is_out_of_memory
 from ..utils.params import warn
 from .attention import plain_attention
 from .nodes import (
+    ancestors,
     called_layer,
     called_module,
     holds_layers,
@@ -32,7 +33,7 @@ from .nodes import (
 )
 from .plain import made_plain
 from .recording import NeedsDataError, Recorder, Replayer, UntraceableError, output_of
-from .writes import Writes, live_nodes
+from .writes import Writes
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -270,7 +271,7 @@ def _check_stateless(root: nn.Module, graph: fx.Graph) -> None:
         for key, value in module._buffers.items()
         if isinstance(value, fx.Proxy)
     }
-    for node in live_nodes(graph) if changed else ():
+    for node in ancestors(graph.find_nodes(op="output")[0]) if changed else ():
         if node.op == "get_attr" and node.target in changed:
             raise ValueError(f"it keeps state from call to call, in {node.target!r}")
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .nodes import is_shape_query
+from .nodes import ancestors, is_shape_query
 
-__all__ = ["Writes", "live_nodes", "version"]
+__all__ = ["Writes", "version"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Writes:
         What still writes, into memory that nobody reads later, gets a copy of its own.
         """
         order = {node: i for i, node in enumerate(graph.nodes)}
-        live = live_nodes(graph)
+        output = graph.find_nodes(op="output")[0]
+        live = {output} | ancestors(output)
         found = []
         for writer, place, stack in self._written:
             if writer not in order:
@@ -157,15 +158,3 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that the output of a graph is computed from."""
-    found: set[fx.Node] = set()
-    waiting = graph.find_nodes(op="output")
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.nodes import (
+    ancestors,
     called_module,
     function_name,
     holds_layers,
@@ -68,7 +69,7 @@ def find_blocks(graph: fx.GraphModule, example: Tensor | None) -> list[Block]:
             source = shortcut
             while is_identity(graph, source):
                 source = source.all_input_nodes[0]
-            if not inside or source not in _ancestors(branch):
+            if not inside or source not in ancestors(branch):
                 continue
             if not shapes.of.get(branch) == shapes.of.get(shortcut) == shapes.of.get(total):
                 continue
@@ -87,7 +88,7 @@ def blocks_in(part: fx.GraphModule, blocks: Iterable[Block]) -> list[Block]:
 
 
 def silenced(sliced: Sliced, blocks: Iterable[Block]) -> Sliced:
-    """The same network, in which the branches of some blocks give zero and are not repaired."""
+    """Let the branches of some blocks give zero, in place; they are not to be repaired."""
     blocks = tuple(blocks)
     for block in blocks:
         module = sliced.model.get_submodule(block.last)
@@ -158,17 +159,6 @@ def _serving(branch: fx.Node, total: fx.Node) -> set[fx.Node]:
             inside.add(node)
         node = node.prev
     return inside
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """All that a node is computed from."""
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        new = [source for source in waiting.pop().all_input_nodes if source not in found]
-        found.update(new)
-        waiting += new
-    return found
 
 
 def _last(graph: fx.GraphModule, branch: fx.Node, inside: set[fx.Node]) -> str | None:
