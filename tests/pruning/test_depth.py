@@ -169,7 +169,8 @@ def test_routed_networks_do_without_blocks_on_both_sides_of_the_router(trained, 
     assert not any(name.startswith("4.") for support in routed.supports_ for name in support)
     report = routed.report(X_test, y_test, repeats=0)
     if fallback == "none":
-        assert report.macs / report.base_macs <= 0.61  # the route predictor's are not budgeted
+        # The route predictor's are not budgeted; filters make up for the rest, and no more.
+        assert 0.5 < report.macs / report.base_macs <= 0.61
     assert routed.score(X_test, y_test) > 0.8
     sinfkit.save(routed, tmp_path / "saved")
     again = sinfkit.load(tmp_path / "saved", factory=lambda: copy.deepcopy(network))
