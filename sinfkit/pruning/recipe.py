@@ -30,8 +30,8 @@ class PruningOptions(BaseEstimator):
         With ``schedule="global"``, what a budget counts: multiply-accumulates, parameters, or time,
         measured on this machine with `batch_size` samples at a time.  Measured times are noisy.
     round_to : int or "auto", default=1
-        The number of filters that stay in a layer is a multiple of it, rounded up: odd widths are
-        slow, in int8 above all.  With ``schedule="global"`` layers whose own width is no multiple
+        The number of filters that stay in a layer is a multiple of it, rounded up: odd widths can
+        be slow.  With ``schedule="global"`` layers whose own width is no multiple
         are left as they come; ``schedule="iterative"`` does not round.  ``"auto"``: with
         ``schedule="global"`` the largest of 16, 8 and 4 that divides the layer's width and is at
         most an eighth of it (4: a quarter), where the budget allows it; otherwise 1.
