@@ -707,7 +707,7 @@ def _train_for_ever(module: nn.Module) -> None:
 
 HOOK = "hook|forward|pickled"
 VIEW = "in place|view|hook|followed|cannot trace|look into"
-DRAW = "random|state|draw|batch|followed|asked about first|cannot trace"
+DRAW = "random|state|draw|batch|followed|asked about first|cannot trace|same operations"
 BATCH = "cannot trace|batch|one sample alone|Train it with running|random|state"
 BRANCH = "batch|followed|branch|control flow|values of|trace"
 FAULTS = (
@@ -936,6 +936,8 @@ def probabilities(output: Any, head: str) -> Tensor:
         return torch.stack([1 - p, p], 1)
     if head in ("log_softmax", "log_of_softmax"):
         return output.exp()
+    if head == "clamped_softmax":
+        return output / output.sum(1, keepdim=True)
     if "softmax" in head or head == "sigmoid":
         return output
     return output.softmax(1)

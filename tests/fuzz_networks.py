@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from fuzz_blocks import Rng
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sinfkit
@@ -134,6 +135,8 @@ def draw(seed: int) -> Case:
     # What order labels are in cannot be seen in the answers of a network that knows nothing.
     good = (found == codes).mean() >= 0.95
     names, y, model_classes, refusals = labelled(codes, n_classes, good, choose, rng)
+    if mean is not None and not good:
+        refusals.append("seem to be applied already")  # a network that is spoilt says anything
     if fault is not None:
         refusals.append(fault.says)
         if fault.finish is not None:  # after the output layer was fitted
@@ -473,7 +476,13 @@ def within_budget(case: Case) -> str:
         return ""
     counts = []
     for network in (pruner.model_, pruner.base_model_.module()):
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        # Attention counts the same in every form only where it is made of products.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with (
+            torch.inference_mode(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             network(case.x[:2].clone())
         counts.append(counter.get_total_flops())
     left = counts[0] / max(counts[1], 1)

@@ -386,6 +386,7 @@ def check_traced(
         _check_first(fresh().eval(), module, X)
     try:
         _check(graph, module, X)
+        _check_evaluation(graph)
         return
     except ValueError as error:
         found = error
@@ -394,8 +395,19 @@ def check_traced(
     if wide is not None:
         with contextlib.suppress(RuntimeError, ValueError):
             _check(*wide, X.double())
+            _check_evaluation(graph)
             return
     raise found
+
+
+def _check_evaluation(graph: fx.GraphModule) -> None:
+    """Raise where eval() has left a part in training mode."""
+    training = [name for name, part in graph.named_modules() if part.training and name]
+    if training:
+        raise ValueError(
+            f"{training[0]!r} stays in training mode after eval(), where its answers may depend on "
+            "the batch or on random draws. Let its train(mode) set `training`."
+        )
 
 
 def _check_parts(graph: fx.GraphModule, X: Tensor) -> None:
@@ -581,7 +593,24 @@ def close(found: Tensor, wanted: Tensor) -> bool:
     if found.shape != wanted.shape:
         return False
     same = torch.isfinite(wanted) == torch.isfinite(found)
-    return bool(same.all()) and difference(found, wanted) <= _TOLERANCES.get(wanted.dtype, 1e-4)
+    most = _TOLERANCES.get(wanted.dtype, 1e-4)
+    if not bool(same.all()) or difference(found, wanted) > most:
+        return False
+    # Near 0 and 1 probabilities hide what their logits show.
+    return not _are_probabilities(wanted) or difference(_log(found), _log(wanted)) <= most
+
+
+def _are_probabilities(outputs: Tensor) -> bool:
+    """Whether the rows of outputs (n, n_classes) are shares that add up to 1."""
+    if outputs.ndim != 2 or outputs.shape[1] < 2 or not outputs.is_floating_point():
+        return False
+    sums = outputs.double().sum(1)
+    return bool((outputs >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
+
+
+def _log(shares: Tensor) -> Tensor:
+    """Logarithms, of which those of numbers without full precision are all the same."""
+    return shares.double().clamp_min(torch.finfo(shares.dtype).tiny).log()
 
 
 _MASKED = 1e4  # times below the best class: this says "never", and is no scale for the others

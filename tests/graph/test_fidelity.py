@@ -140,6 +140,41 @@ def test_a_class_that_is_masked_hides_no_difference(low: float, fault: str) -> N
         checked(network, x)
 
 
+class Counts(nn.Module):
+    """Grows with every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("fault", ["counts", "mean of the batch", "none"])
+def test_probabilities_next_to_0_and_1_hide_no_difference(fault: str, scale: float) -> None:
+    parts = {"counts": Counts(), "none": nn.Identity()}
+    middle = parts.get(fault) or (lambda z: z - 0.1 * z.mean(0))
+    network = Step(middle, head=lambda z: (z * 20 + scale * torch.arange(3)).softmax(1))
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    if fault == "none":
+        checked(network, x)
+    elif scale == 1.0 or fault == "counts":
+        with pytest.raises(ValueError, match="asked again|other answers|depends on the others"):
+            checked(network, x)
+
+
+def test_a_part_that_stays_in_training_is_refused_even_where_nothing_is_seen_of_it() -> None:
+    network = nn.Sequential(nn.Conv1d(2, 6, 1), nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(24, 3))
+    network[1].train = lambda mode=True: network[1]  # does not listen to eval()
+    with torch.no_grad():
+        network[3].weight.zero_()
+    with pytest.raises(ValueError, match="'1' stays in training mode"):
+        checked(network, torch.randn(8, 2, 4))
+
+
 class Keeps(nn.Module):
     """Keeps something: of the first samples, or of their size alone."""
 
