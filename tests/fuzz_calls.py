@@ -34,7 +34,7 @@ from sklearn.exceptions import NotFittedError
 from sinfkit import StorageError
 
 LIMIT = 120.0  # seconds for one call, after which the process ends with a traceback
-_ROUNDS = ("epochs", "repeats", "max_iter", "max_batch")
+_ROUNDS = ("epochs", "repeats", "max_iter", "max_batch", "distill")
 
 
 @dataclass
@@ -75,7 +75,7 @@ def draw(found: list[Target], rng: Rng) -> Case:
         special = target.wrong.get(name)
         value = (anything if special is None or rng.random() < 0.4 else special)(rng)
         # So many rounds would be a valid wish.
-        endless = name in _ROUNDS and isinstance(value, int) and value > 1000
+        endless = name in _ROUNDS and isinstance(value, int) and value > 100
         arguments[name] = -value if endless else value
     if rng.random() < 0.04 and target.required:
         name = target.required[rng.integers(len(target.required))]
