@@ -586,7 +586,7 @@ def test_the_calls_of_each_cluster_are_paid_for(frozen, data, monkeypatch):
                 criterion="dcs",
                 schedule="global",
                 budget=0.6,
-                options=PruningOptions(budget_unit="latency"),
+                options=PruningOptions(budget_unit="latency", round_to=1),
             ),
             route_layer="3",
             batch_size=64,

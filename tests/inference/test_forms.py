@@ -263,7 +263,7 @@ def test_fitted_estimators_answer_as_their_networks():
     np.testing.assert_allclose(sinf.predict_proba(X), expected, atol=1e-5)
     np.testing.assert_array_equal(sinf.predict(X), sinf.classes_[expected.argmax(1)])
     half = sinf.runtime()(x).numpy()
-    assert np.median(np.abs(half - expected).max(1)) < 0.01
+    assert np.median(np.abs(half - expected).max(1)) < 0.05
     np.testing.assert_allclose(pruner.predict_proba(X), torch.softmax(logits, 1), atol=1e-5)
     # A network that was trained further answers with its new weights.
     with torch.no_grad():

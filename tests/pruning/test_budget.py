@@ -30,8 +30,8 @@ from sinfkit.pruning import (
 from sinfkit.slicing import find_groups, slice_channels
 
 
-def recipe(criterion="l1", budget=0.5, **more):
-    return Recipe(criterion=criterion, budget=budget, repair="none", **more)
+def recipe(criterion="l1", budget=0.5, round_to=1, **more):
+    return Recipe(criterion=criterion, budget=budget, repair="none", round_to=round_to, **more)
 
 
 @pytest.fixture(scope="module")
