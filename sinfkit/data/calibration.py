@@ -24,7 +24,7 @@ from ..slicing.groups import ChannelGroup, find_groups
 from ..utils.device import host_tensor, in_pieces, loaded_device, settle_after_fork
 from ..utils.params import naming, warn
 from ..utils.pickling import pack
-from .images import Images, LazyImages, spread
+from .images import Images, LazyImages, full_scale, spread, to_unit
 
 _LEVEL = 1e-3  # how rarely labels in the right order may be taken for exchanged ones
 
@@ -238,7 +238,9 @@ def _other_scales(
         text = "where mean and std are not applied: they seem to be applied already, or wrong"
         found.append((text, lambda x: x))
     if low >= 0 and high > 8:
-        found.append(("divided by 255: pass uint8, or X / 255", lambda x: normalise(x / 255)))
+        white = full_scale(high)
+        text = f"divided by {white}: pass {to_unit(high)}"
+        found.append((text, lambda x: normalise(x / white)))
     elif low >= 0 and high <= 1.01:
         how = "X.astype(numpy.float32)" if bytes_ else "X * 255"
         found.append((f"as numbers from 0 to 255: pass {how}", lambda x: normalise(x * 255)))

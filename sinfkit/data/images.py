@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import (
+    BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
@@ -18,11 +19,13 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     TensorDataset,
+    default_collate,
+    default_convert,
 )
 
 from ..errors import ArgumentError, ArgumentTypeError
 from ..frozen import FrozenModel
-from ..utils.params import warn
+from ..utils.params import values_of, warn
 
 Images = Any  # an array, a tensor, or LazyImages: rows can be asked for
 Range = tuple[str, float, float]  # type, smallest and largest value
@@ -123,8 +126,19 @@ def check_normalisation(frozen: FrozenModel, X: Images) -> None:
     if low >= 0 and high > _TIMES and 0 < largest <= 1 and max(frozen.std) <= 1:
         raise ValueError(
             f"X holds values up to {high:.4g}, but mean and std of model are on the scale from 0 "
-            "to 1. Pass uint8, or divide X by 255."
+            f"to 1. Pass {to_unit(high)}."
         )
+
+
+def full_scale(high: float) -> int:
+    """What white is in pixels of whole numbers that reach `high`."""
+    return 255 if high < 2 * 255 else 65535
+
+
+def to_unit(high: float) -> str:
+    """What is to be passed in place of such pixels, so that they go from 0 to 1."""
+    white = full_scale(high)
+    return f"{'uint8, or ' if white == 255 else ''}X / {white}"
 
 
 def spread(X: Images, n: int) -> Images:
@@ -250,18 +264,11 @@ class LazyImages:
 def images_of(X: Any) -> Any:
     """Samples of a data set, a data loader or a list of PIL images; others are given back."""
     if isinstance(X, DataLoader):
-        if not isinstance(X.dataset, IterableDataset):
-            _check_sampler(X)
-            return _images(X.dataset, X.num_workers)
-        X = X.dataset
-    if isinstance(X, IterableDataset):
-        raise ArgumentTypeError(
-            "X is an IterableDataset, whose images have no numbers, and they are read more than "
-            "once and in another order. Pass a data set with __getitem__ and __len__.",
-            "X",
-        )
+        return _images(_dataset_of(X), X.num_workers)
     if isinstance(X, Dataset):
         return _images(X)
+    if getattr(getattr(X, "dtype", None), "kind", "") == "O" and X.ndim == 1:  # one in each place
+        X = list(X)
     return LazyImages(X) if isinstance(X, (list, tuple)) and X and _is_pil(X[0]) else X
 
 
@@ -269,7 +276,7 @@ def with_labels(X: Any, y: Any) -> tuple[Any, Any]:
     """Samples, and their labels: `y`, or those of the data set where that is None."""
     images = images_of(X)
     if y is None and isinstance(X, (DataLoader, Dataset)):
-        y = _labels(X.dataset if isinstance(X, DataLoader) else X)
+        y = _labels(_dataset_of(X) if isinstance(X, DataLoader) else X)
     return images, y
 
 
@@ -277,14 +284,56 @@ def _images(dataset: Any, n_threads: int = 0) -> Any:
     """Samples of a data set; those of a TensorDataset lie in memory."""
     if type(dataset) is TensorDataset:
         return dataset.tensors[0]
+    if isinstance(dataset, IterableDataset):
+        raise ArgumentTypeError(
+            "X is an IterableDataset, whose images have no numbers, and they are read more than "
+            "once and in another order. Pass a data set with __getitem__ and __len__.",
+            "X",
+        )
     if not hasattr(dataset, "__len__"):
         raise ArgumentTypeError("The data set X has no __len__.", "X")
     return LazyImages(dataset, n_threads)
 
 
+class _Collated(Dataset[Any]):
+    """The items of a data set as the function makes them that a loader collates batches with."""
+
+    def __init__(self, dataset: Any, collate: Callable[[Any], Any], *, batches: bool) -> None:
+        self._dataset, self._collate, self._batches = dataset, collate, batches
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        item = self._dataset[i]
+        return _only(self._collate([item])) if self._batches else self._collate(item)
+
+
+def _only(batch: Any) -> Any:
+    """The one item of a batch."""
+    if isinstance(batch, Mapping):
+        return {key: _only(part) for key, part in batch.items()}
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return tuple(map(_only, batch))
+    return batch[0] if hasattr(batch, "__getitem__") and not isinstance(batch, str) else batch
+
+
+def _dataset_of(loader: DataLoader[Any]) -> Any:
+    """The data set of a loader, with its items as the loader gives them."""
+    dataset, collate = loader.dataset, loader.collate_fn
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    _check_sampler(loader)
+    if collate in (default_collate, default_convert) or not hasattr(dataset, "__len__"):
+        return dataset
+    return _Collated(dataset, collate, batches=loader.batch_sampler is not None)
+
+
 def _check_sampler(loader: DataLoader[Any]) -> None:
     """Raise where a loader does not give each image of its data set once."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
     plain = isinstance(sampler, SequentialSampler) or (
         isinstance(sampler, RandomSampler)
         and not sampler.replacement
@@ -311,7 +360,7 @@ def _labels(dataset: Any) -> np.ndarray | None:
             else np.concatenate([p for p in parts if p is not None])
         )
     if type(dataset) is TensorDataset:
-        return dataset.tensors[1].cpu().numpy() if len(dataset.tensors) > 1 else None
+        return values_of("y", dataset.tensors[1]) if len(dataset.tensors) > 1 else None
     n = len(dataset)
     known = getattr(dataset, "targets", None)
     if isinstance(known, (Sequence, np.ndarray, torch.Tensor)) and len(known) == n:
@@ -326,7 +375,7 @@ def _labels(dataset: Any) -> np.ndarray | None:
 
 def _label(item: Any) -> Any:
     """The label in an item of a data set; None if there is none."""
-    if isinstance(item, dict):
+    if isinstance(item, Mapping):
         found = next((item[key] for key in _LABEL_KEYS if key in item), None)
     else:
         found = item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
@@ -336,25 +385,34 @@ def _label(item: Any) -> Any:
 def _array(item: Any) -> np.ndarray:
     """The image in an item of a data set, channels first."""
     image = item
-    if isinstance(item, dict):
+    if isinstance(item, Mapping):
         image = next((item[key] for key in _IMAGE_KEYS if key in item), None)
     elif isinstance(item, (tuple, list)) and item:
         image = item[0]
     if _is_pil(image):
-        if image.mode not in ("L", "RGB"):
+        if image.mode[0] not in "IF" and image.mode not in ("L", "RGB"):  # more than 8 bits
             image = image.convert("L" if image.mode == "1" else "RGB")
         pixels = np.asarray(image)
         return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        return (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-    if isinstance(image, np.ndarray):
-        return image
+    if isinstance(image, (torch.Tensor, np.ndarray)):
+        found: np.ndarray = values_of("X", image)
+        return found
+    if isinstance(item, Mapping) and image is None:
+        raise ArgumentTypeError(
+            f"An item of the data set X must have its image under {_one_of(_IMAGE_KEYS)}, and its "
+            f"label under {_one_of(_LABEL_KEYS)}, but has {', '.join(map(repr, item))}.",
+            "X",
+        )
     raise ArgumentTypeError(
         "An item of the data set X must be an image or start with one, and an image a tensor, an "
         f"array or a PIL image, not {type(image).__name__}.",
         "X",
     )
+
+
+def _one_of(names: Sequence[str]) -> str:
+    """Some names for a message."""
+    return " or ".join(map(repr, names))
 
 
 def _is_pil(image: Any) -> bool:

@@ -16,7 +16,7 @@ from ..errors import ArgumentError, CalibrationWarning
 from ..graph.nodes import CONVOLUTIONS
 from ..graph.recording import output_of
 from ..utils.device import is_out_of_memory
-from ..utils.params import naming, shown, warn
+from ..utils.params import naming, shown, values_of, warn
 from .images import Images, LazyImages, images_of, match_range, seen_range
 
 Shape = tuple[int, ...]
@@ -160,6 +160,8 @@ def validate_X(
     if isinstance(X, (list, tuple)):
         with naming("X"):
             X = np.asarray(X)
+    elif not isinstance(X, torch.Tensor):
+        X = values_of("X", X)
     shape = tuple(getattr(X, "shape", ()))
     if expected is not None and len(expected) > 1:
         if not _flattened(shape, expected):
@@ -260,16 +262,27 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
         raise ValueError(
             "requires y to be passed, but the target y is None: class labels are needed."
         )
-    if isinstance(y, torch.Tensor):
-        if y.layout != torch.strided or y.device.type == "meta":
-            raise TypeError("y must be a dense tensor that holds its values.")
-        y = y.detach().cpu().numpy()
+    y = values_of("y", y)
+    shape = getattr(y, "shape", ())
+    if len(shape) == 2 and shape[1] > 1:
+        raise ArgumentError(
+            f"y must hold one label per sample, got shape {shape}. Of one row of zeros and a one "
+            "per sample pass y.argmax(1).",
+            "y",
+        )
     with naming("y"):
         y = column_or_1d(y, warn=True)
     if y.dtype.kind == "f" and not np.isfinite(y).all():
         raise ValueError("Input y contains NaN or infinity.")
     if y.dtype.kind in "mM":
         raise ValueError(f"y must hold class labels, got dates or times ({y.dtype}).")
+    if y.dtype == object and not all(isinstance(label, str) for label in y):
+        kinds = sorted({type(label).__name__ for label in y})
+        raise ArgumentError(
+            f"y must be an array of integers or strings, got objects ({', '.join(kinds)}). Pass "
+            "y.astype(int) or y.astype(str), without what is no label.",
+            "y",
+        )
     with naming("y"):
         check_classification_targets(y)
         np.unique(y)  # labels that have no order are none
@@ -285,12 +298,8 @@ def validate_weight(sample_weight: Any, n_samples: int, name: str = "sample_weig
     """
     if sample_weight is None:
         return np.ones(n_samples)
-    if isinstance(sample_weight, torch.Tensor):
-        if sample_weight.layout != torch.strided or sample_weight.device.type == "meta":
-            raise TypeError(f"{name} must be a dense tensor that holds its values.")
-        sample_weight = sample_weight.detach().cpu()
     with naming(name):
-        sample_weight = np.asarray(sample_weight)
+        sample_weight = np.asarray(values_of(name, sample_weight))
     if sample_weight.ndim == 0:
         raise ValueError(
             f"{name} must hold one number for each of the {n_samples} samples, got "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.exceptions import NotFittedError
 
 from ..errors import ArgumentError, ArgumentTypeError, SinfkitError
@@ -140,6 +141,28 @@ def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], what: str)
     """Raise a TypeError unless `value` is of some type."""
     if not isinstance(value, kinds):
         raise ArgumentTypeError(f"{name} must be {what}, got {type(value).__name__}.", name)
+
+
+def values_of(name: str, value: Any) -> Any:
+    """A tensor as an array, and anything else as it is; raise where values are not there."""
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+            raise ArgumentTypeError(f"{name} must be a dense tensor that holds its values.", name)
+        value = value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # it has none
+    if isinstance(value, Iterator):
+        raise ArgumentTypeError(
+            f"{name} gives its values only once ({type(value).__name__}). Pass an array or a list, "
+            f"such as list({name}).",
+            name,
+        )
+    if np.ma.is_masked(value):
+        raise ArgumentError(
+            f"{name} is a masked array, and some of its values are masked. Fill them in, or leave "
+            "these samples out.",
+            name,
+        )
+    return value
 
 
 def check_path(name: str, value: Any) -> Path:

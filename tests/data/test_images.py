@@ -249,3 +249,69 @@ def test_labels_come_from_where_the_data_set_keeps_them(data):
     plain.targets = y[::-1].tolist()  # not what it gives
     np.testing.assert_array_equal(with_labels(plain, None)[1], y)
     assert with_labels(plain, [1])[1] == [1] and with_labels(X, None)[1] is None
+
+
+def halved(batch):
+    """A collate function that changes the images, as those do that normalise."""
+    images, labels = zip(*batch, strict=True)
+    return torch.stack([image / 2 for image in images]), torch.tensor(labels)
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict", "item"])
+def test_a_loader_gives_what_it_collates(form, data):
+    X, y = data
+    functions = {
+        "tuple": halved,
+        "dict": lambda batch: dict(zip(("image", "label"), halved(batch), strict=True)),
+        "item": lambda item: (item[0] / 2, item[1]),
+    }
+    loader = DataLoader(
+        Counting(X, y), collate_fn=functions[form], batch_size=None if form == "item" else 16
+    )
+    images, labels = with_labels(loader, None)
+    np.testing.assert_allclose(images[:5], X[:5] / 2)
+    np.testing.assert_array_equal(labels, y)
+
+
+class OneOfEach:
+    """Batches that are drawn in a way of their own."""
+
+    def __init__(self, y):
+        self.y = np.asarray(y)
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        yield [int(np.flatnonzero(self.y == k)[0]) for k in np.unique(self.y)]
+
+
+def test_a_loader_whose_batches_are_drawn_is_refused(data):
+    X, y = data
+    with pytest.raises(TypeError, match="OneOfEach"):
+        images_of(DataLoader(Counting(X, y), batch_sampler=OneOfEach(y)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pil_images_of_more_than_eight_bits_keep_their_values(dtype):
+    pixels = np.array([[0, 300], [40_000, 65_535]], dtype)
+    images = images_of([Image.fromarray(pixels)] * 2)
+    assert images.shape == (2, 1, 2, 2)
+    np.testing.assert_array_equal(images[:1], pixels[None, None])
+
+
+def test_items_that_are_dictionaries_say_what_they_lack(data):
+    X, _ = data
+    with pytest.raises(TypeError, match="'pixel_values'.*has 'inputs', 'target'"):
+        images_of(Items([{"inputs": X[0], "target": 1}]))
+
+
+class Items(Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]

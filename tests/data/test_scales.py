@@ -57,6 +57,7 @@ FORMS = {
     "uint8": lambda p: p,
     "float up to 255": lambda p: p.astype(np.float32),
     "int64": lambda p: p.astype(np.int64),
+    "uint16": lambda p: p.astype(np.uint16) * 257,
     "up to 1": lambda p: (p / 255).astype(np.float32),
     "double up to 1": lambda p: p / 255,
     "normalised": lambda p: ((p - 128.0) / 40).astype(np.float32),
@@ -74,12 +75,17 @@ TAKES = {
 TOLD = {
     **{("unit", form): None for form in ("uint8", "up to 1", "double up to 1")},
     **{("unit", form): "divided by 255" for form in ("float up to 255", "int64")},
+    ("unit", "uint16"): "divided by 65535: pass X / 65535",
     **{("unit", form): "channels in reverse" for form in ("reversed", "reversed, up to 1")},
     **{("bytes", form): None for form in ("float up to 255", "int64")},
     **{("bytes", form): r"pass X \* 255" for form in ("up to 1", "double up to 1")},
     ("bytes", "uint8"): "pass X.astype",
     **{("with mean and std", form): None for form in ("uint8", "up to 1", "double up to 1")},
-    **{("with mean and std", form): "divide X by 255" for form in ("float up to 255", "int64")},
+    **{
+        ("with mean and std", form): "Pass uint8, or X / 255"
+        for form in ("float up to 255", "int64")
+    },
+    ("with mean and std", "uint16"): "Pass X / 65535",
     ("with mean and std", "normalised"): "seem to be applied already",
     ("with mean and std", "reversed"): "channels in reverse",
     ("normalised", "normalised"): None,

@@ -9,8 +9,16 @@ from helpers import small_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinfkit import CalibrationWarning, FrozenModel
-from sinfkit.data import Batcher, hold_out, match_classes, validate_y, warn_if_mismatched
+from sinfkit import CalibrationWarning, FrozenModel, SINFClassifier
+from sinfkit.data import (
+    Batcher,
+    hold_out,
+    match_classes,
+    validate_weight,
+    validate_X,
+    validate_y,
+    warn_if_mismatched,
+)
 
 
 def batcher(batch_size=4, dtype=torch.float32, **normalisation):
@@ -87,9 +95,41 @@ def test_y_is_checked():
         (np.array([0, 1]), "3 samples"),
         (np.array([0.0, np.nan, 1.0]), "NaN"),
         (np.array(["2020-01-01"] * 3, dtype="M8[D]"), "y must hold class labels, got dates"),
+        (np.eye(3), r"one label per sample, got shape \(3, 3\).*y.argmax"),
+        (np.array([0, None, 1]), r"integers or strings, got objects \(NoneType, int\)"),
+        (np.ma.masked_array([0, 1, 2], [False, True, False]), "y is a masked array"),
     ):
         with pytest.raises(ValueError, match=match):
             validate_y(y, 3)
+
+
+def test_values_that_are_not_there_are_no_samples():
+    X, y = np.zeros((4, 3)), np.arange(4)
+    masked = np.ma.masked_array(X, X == 0)
+    for form in (iter(X), (x for x in X), map(abs, X)):
+        with pytest.raises(TypeError, match="X gives its values only once"):
+            validate_X(SINFClassifier(), form, reset=True)
+    with pytest.raises(ValueError, match="X is a masked array"):
+        validate_X(SINFClassifier(), masked, reset=True)
+    assert validate_X(SINFClassifier(), np.ma.masked_array(X), reset=True).shape == (4, 3)
+    with pytest.raises(TypeError, match="y gives its values only once"):
+        validate_y(iter(y), 4)
+    with pytest.raises(TypeError, match="sample_weight gives its values only once"):
+        validate_weight(iter(y), 4)
+    with pytest.raises(ValueError, match="sample_weight is a masked array"):
+        validate_weight(masked[:, 0], 4)
+
+
+def test_tensors_that_numpy_has_no_type_for():
+    y = torch.tensor([1, 0, 2], dtype=torch.bfloat16)
+    assert validate_y(y, 3).tolist() == validate_weight(y, 3).tolist() == [1, 0, 2]
+
+
+def test_arrays_of_images_are_lists_of_them():
+    images = np.empty(3, dtype=object)
+    images[:] = list(np.arange(12.0).reshape(3, 1, 2, 2))
+    found = validate_X(SINFClassifier(), images, reset=True)
+    np.testing.assert_array_equal(found, np.arange(12.0).reshape(3, 1, 2, 2))
 
 
 def test_mismatch_warning_is_about_chance():
