@@ -279,8 +279,8 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
     if y.dtype == object and not all(isinstance(label, str) for label in y):
         kinds = sorted({type(label).__name__ for label in y})
         raise ArgumentError(
-            f"y must be an array of integers or strings, got objects ({', '.join(kinds)}). Pass "
-            "y.astype(int) or y.astype(str), without what is no label.",
+            f"Unknown label type: y must be an array of integers or strings, got objects "
+            f"({', '.join(kinds)}). Pass y.astype(int) or y.astype(str), without what is no label.",
             "y",
         )
     with naming("y"):
