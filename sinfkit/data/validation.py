@@ -263,7 +263,7 @@ def validate_y(y: Any, n_samples: int) -> np.ndarray:
             "requires y to be passed, but the target y is None: class labels are needed."
         )
     y = values_of("y", y)
-    shape = getattr(y, "shape", ())
+    shape: Shape = getattr(y, "shape", ())
     if len(shape) == 2 and shape[1] > 1:
         raise ArgumentError(
             f"y must hold one label per sample, got shape {shape}. Of one row of zeros and a one "
