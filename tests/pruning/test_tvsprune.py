@@ -40,8 +40,8 @@ def split_of(pruner, y):
     return split_samples(y, np.arange(len(y)), pruner.options.validation_fraction, goal, seed)
 
 
-# Without repair whether a first round keeps to a small limit hangs on the network: there any loss is
-# allowed.
+# Without repair whether a first round keeps to a small limit hangs on the network: any loss is
+# allowed there.
 @pytest.mark.parametrize(
     ("criterion", "repair", "limit"), [("hellinger", "none", 0.9), ("dcs", "least_squares", 0.08)]
 )
