@@ -356,3 +356,54 @@ def test_a_search_speaks_of_no_budget_that_nobody_asked_for(data):
 
     with pytest.warns(SlicingWarning), pytest.raises(UnsliceableError, match="stays whole.*cut"):
         SINFClassifier(Closed("table"), random_state=0).fit(*data)
+
+
+class OfWords(nn.Module):
+    """Convolutions over embedded words."""
+
+    def __init__(self, cast):
+        super().__init__()
+        self.words, self.conv, self.head = nn.Embedding(9, 8), nn.Conv1d(8, 6, 3), nn.Linear(6, 3)
+        self.cast = cast
+
+    def forward(self, x):
+        x = x.long() if self.cast else x
+        return self.head(self.conv(self.words(x).transpose(1, 2)).relu().amax(2))
+
+
+def words(n=60):
+    rng = np.random.default_rng(0)
+    y = np.arange(n) % 3
+    return np.where(rng.random((n, 7)) < 0.5, y[:, None], rng.integers(3, 9, (n, 7))), y
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_numbers_of_words_stay_numbers_of_words():
+    X, y = words()
+    torch.manual_seed(0)
+    network = taught(OfWords(True), X, y)
+    pruner = DCSPruner(network, budget=0.6, device="cpu", random_state=0).fit(X, y)
+    assert pruner.cost_ratio_ <= 0.6
+    np.testing.assert_allclose(
+        whole(network, X, y).predict_proba(X), network(torch.as_tensor(X)).softmax(1), atol=1e-5
+    )
+
+
+def test_a_network_of_integers_is_told_how_to_take_samples():
+    with pytest.raises(ValueError, match=r"takes integers.*x = x.long\(\)"):
+        DCSPruner(OfWords(False), budget=0.5, device="cpu").fit(*words())
+
+
+def taught(network, X, y):
+    """A network whose last layer is fitted to the labels."""
+    found = {}
+    network.head.register_forward_pre_hook(lambda module, args: found.update(x=args[0]))
+    with torch.no_grad():
+        network(torch.as_tensor(X))
+        target = 4 * torch.eye(3)[torch.as_tensor(y)]
+        h = torch.cat([found["x"], torch.ones(len(X), 1)], 1)
+        solved = torch.linalg.lstsq(h, target).solution
+        network.head.weight.copy_(solved[:-1].T)
+        network.head.bias.copy_(solved[-1])
+    network.head._forward_pre_hooks.clear()
+    return network.eval().requires_grad_(False)

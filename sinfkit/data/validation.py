@@ -43,6 +43,12 @@ def count_outputs(module: nn.Module, samples: Tensor, shape: Shape) -> int:
         if is_out_of_memory(error):
             raise
         hint = shape_hint(shape, lambda sample: _accepts(module, samples, sample))
+        whole = samples.long()
+        if not hint and bool((whole == samples).all()) and _accepts(module, whole, shape[1:]):
+            hint = (
+                f" It takes integers, but samples are given to it as {samples.dtype}: let its "
+                "forward begin with x = x.long()."
+            )
         if (
             not hint
             and len(shape) == 2

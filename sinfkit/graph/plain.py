@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .nodes import function_name
+from .nodes import ancestors, function_name
 from .recording import EVAL
 
 __all__ = ["made_plain"]
@@ -81,6 +81,7 @@ def made_plain(root: nn.Module, graph: fx.Graph) -> None:
     taken = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     _softmaxes(root, graph, taken)
     made: dict[Any, str] = {}
+    replaced: set[str] = set()
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in _SIGNATURES:
             continue
@@ -91,9 +92,11 @@ def made_plain(root: nn.Module, graph: fx.Graph) -> None:
         module = _plain(node.target, arguments, constants)
         if module is None:
             continue
-        key = (_home(node, arguments), *map(_identity, (node.target, *arguments.items())))
+        home, is_own = _home(node, arguments)
+        key = (home, *map(_identity, (node.target, *arguments.items())))
         if key not in made or isinstance(module, tuple(_DROPOUTS.values())):
-            made[key] = _install(root, module, key[0], taken)
+            made[key] = _install(root, module, home, taken, replaces=is_own)
+            replaced.add(made[key])
         with graph.inserting_before(node):
             call = graph.call_module(made[key], (source,))
         call.meta = node.meta
@@ -109,9 +112,34 @@ def made_plain(root: nn.Module, graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and constants.is_constant(node):
             graph.erase_node(node)
+    _keep_parameters(root, graph, constants, replaced)
     for node in graph.nodes:  # what else asked whether the network is in training
         node.args = fx.node.map_aggregate(node.args, lambda a: False if a is EVAL else a)
         node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: False if a is EVAL else a)
+
+
+def _keep_parameters(
+    root: nn.Module, graph: fx.Graph, constants: _Constants, replaced: set[str]
+) -> None:
+    """Let nodes still read what modules that were replaced had beside weight and bias."""
+    for node in graph.find_nodes(op="get_attr"):
+        path, _, leaf = str(node.target).rpartition(".")
+        if not any(f"{path}.".startswith(f"{name}.") for name in replaced):
+            continue
+        value = constants.value(node)
+        try:
+            home = root.get_submodule(path)
+        except AttributeError:
+            home, path = root, ""
+        if getattr(home, leaf, None) is value:
+            continue
+        while hasattr(home, leaf):
+            leaf += "_"
+        if isinstance(value, nn.Parameter):
+            home.register_parameter(leaf, value)
+        else:
+            home.register_buffer(leaf, value)
+        node.target = f"{path}.{leaf}".lstrip(".")
 
 
 class _Constants:
@@ -130,9 +158,10 @@ class _Constants:
             if "told" in node.meta:  # the type of the input, say
                 self._known.add(node)
                 self._values[node] = node.meta["told"]
-            elif node.op == "get_attr" or (
-                computed and self._known.issuperset(inputs) and name not in _RANDOM
-            ):
+            elif node.op == "get_attr":
+                self._known.add(node)
+                self._values[node] = operator.attrgetter(str(node.target))(root)
+            elif computed and self._known.issuperset(inputs) and name not in _RANDOM:
                 self._known.add(node)
 
         own = {t.untyped_storage().data_ptr() for t in (*root.parameters(), *root.buffers())}
@@ -154,16 +183,13 @@ class _Constants:
 
     def _of(self, node: fx.Node) -> Any:
         if node not in self._values:
-            if node.op == "get_attr":
-                self._values[node] = operator.attrgetter(str(node.target))(self._root)
-            else:
-                run = fx.Interpreter(self._root, garbage_collect_values=False, graph=_only(node))
-                args, kwargs = self.value((node.args, node.kwargs))
-                args, kwargs = fx.node.map_aggregate(
-                    (args, kwargs), lambda a: False if a is EVAL else a
-                )
-                with torch.no_grad():
-                    self._values[node] = getattr(run, node.op)(node.target, args, kwargs)
+            run = fx.Interpreter(self._root, garbage_collect_values=False, graph=_only(node))
+            args, kwargs = self.value((node.args, node.kwargs))
+            args, kwargs = fx.node.map_aggregate(
+                (args, kwargs), lambda a: False if a is EVAL else a
+            )
+            with torch.no_grad():
+                self._values[node] = getattr(run, node.op)(node.target, args, kwargs)
         return self._values[node]
 
 
@@ -312,7 +338,7 @@ def _softmaxes(root: nn.Module, graph: fx.Graph, taken: set[str]) -> None:
         if node.target in (F.softmax, torch.softmax, "softmax") and not node.kwargs.get("dtype"):
             dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
             if isinstance(dim, int) and len(node.args) < 3:
-                name = _install(root, nn.Softmax(dim), _home(node, {}), taken)
+                name = _install(root, nn.Softmax(dim), _home(node, {})[0], taken)
                 with graph.inserting_before(node):
                     call = graph.call_module(name, (node.all_input_nodes[0],))
                 call.meta = node.meta
@@ -355,21 +381,30 @@ def _identity(value: Any) -> Any:
     return value.name if isinstance(value, fx.Node) else repr(value)
 
 
-def _home(node: fx.Node, arguments: dict[str, Any]) -> str:
-    """Name of the module whose parameter a call uses, or else of that whose code makes it."""
+def _home(node: fx.Node, arguments: dict[str, Any]) -> tuple[str, bool]:
+    """Name of the module whose parameter a call uses, or else of that whose code makes it.
+
+    And whether the call can stand for that module: where its weight comes of that one's.
+    """
     weight = arguments.get("weight")
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        path, _, leaf = str(weight.target).rpartition(".")
-        if leaf == "weight" and path:
-            return path
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]) if stack else ""
+    home = str(stack[-1][0]) if stack else ""
+    if not isinstance(weight, fx.Node):
+        return home, True
+    path, _, leaf = str(weight.target).rpartition(".")
+    if weight.op == "get_attr" and leaf == "weight" and path:
+        return path, True
+    used = {str(n.target) for n in ancestors(weight) | {weight} if n.op == "get_attr"}
+    of_weight = (f"{home}.weight_", f"{home}.parametrizations.weight.")
+    return home, any(name == f"{home}.weight" or name.startswith(of_weight) for name in used)
 
 
-def _install(root: nn.Module, module: nn.Module, home: str, taken: set[str]) -> str:
+def _install(
+    root: nn.Module, module: nn.Module, home: str, taken: set[str], *, replaces: bool = True
+) -> str:
     """Put a module where the one is that it replaces, or under the one that calls it."""
     old = root.get_submodule(home)
-    if home and home not in taken and isinstance(old, _HOMES):
+    if replaces and home and home not in taken and isinstance(old, _HOMES):
         for name, child in old.named_children():
             if name != "parametrizations" and not hasattr(module, name):
                 module.add_module(name, child)

@@ -24,6 +24,7 @@ from .nodes import (
     ancestors,
     called_layer,
     called_module,
+    function_name,
     holds_layers,
     is_identity,
     is_layer,
@@ -452,7 +453,7 @@ def _check_first(fresh: nn.Module, module: nn.Module, X: Tensor) -> None:
     with torch.inference_mode(), full_float32():
         wanted = output_of(module, X)
         with contextlib.suppress(Exception):
-            output_of(fresh, -2 * X[:1])
+            output_of(fresh, X[-1:] if looks_up(module) else -2 * X[:1])
         found = output_of(fresh, X)
     if not close(found, wanted) and not _drawing(module, X)[1]:
         raise ValueError(
@@ -544,6 +545,13 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
     return all(switches) and (not shares or bool(shares[0]))
 
 
+def looks_up(module: nn.Module) -> bool:
+    """Whether a network takes rows by their numbers: no GPU forgives it numbers out of range."""
+    if isinstance(module, fx.GraphModule):
+        return any(function_name(node) == "embedding" for node in module.graph.nodes)
+    return any(isinstance(part, (nn.Embedding, nn.EmbeddingBag)) for part in module.modules())
+
+
 _LOUD = 8.0  # times as large as the samples: what mates of a sample may be
 
 
@@ -572,8 +580,8 @@ def _among_loud(module: nn.Module, X: Tensor, together: Tensor) -> Tensor:
 
     Where such mates are no input, what was `together`.
     """
-    if any(isinstance(part, nn.Embedding) for part in module.modules()):
-        return together  # numbers out of its range, which no GPU forgives
+    if looks_up(module):
+        return together
     for loud in (X * _LOUD, -X * _LOUD):
         try:
             found = output_of(module, torch.cat([loud, X]))[len(X) :]

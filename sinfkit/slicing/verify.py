@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import SlicingError
 from ..graph.nodes import CONVOLUTIONS
-from ..graph.tracing import copy_sharing_weights, trace
+from ..graph.tracing import copy_sharing_weights, looks_up, trace
 from ..utils.device import full_float32
 from .channels import ChannelGroup, Sliced, narrow, take_out
 
@@ -31,10 +31,11 @@ _TRIAL_TOLERANCE = 3e-5
 def try_groups(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> dict[str, str]:
     """Slice half of every group; give the reasons of those that do not equal the mask."""
     rng = np.random.default_rng(0)
-    # An example may be blank; noise as strong as it varies wakes the channels.
-    noise = torch.from_numpy(rng.standard_normal((2, *example.shape[1:])))
     x = precision(model, example[:1])
-    x = x + (float(x.std(correction=0)) or 1.0) * noise.to(x)
+    # An example may be blank; noise as strong as it varies wakes the channels. Not numbers of rows.
+    noise = torch.from_numpy(rng.standard_normal((2, *example.shape[1:]))).to(x)
+    numbers = looks_up(model) and bool((x == x.round()).all())
+    x = x + (0.0 if numbers else float(x.std(correction=0)) or 1.0) * noise
     dense = Comparison(model, Sliced(model, {}, {}))
     with exact_inference(x):
         if not torch.isfinite(run(dense.masked, x.clone())).all():

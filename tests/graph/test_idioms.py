@@ -169,3 +169,44 @@ def test_views_of_flattened_maps_do_not_mind_the_order_in_memory(how: str) -> No
     expected = graph(x)
     found = graph(x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(found, expected)
+
+
+class Adapted(nn.Linear):
+    """A layer with parameters of its own, as adapters are added to layers."""
+
+    def __init__(self, n_in: int, n_out: int, form: str) -> None:
+        super().__init__(n_in, n_out)
+        self.form = form
+        self.A, self.B = nn.Parameter(torch.randn(2, n_in)), nn.Parameter(torch.randn(n_out, 2))
+        self.scale = nn.Parameter(torch.rand(n_out))
+        self.extra = nn.Linear(n_in, n_out)
+        self.register_buffer("mask", torch.arange(n_out) % 3 > 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "first":
+            return F.linear(F.linear(x, self.A), self.B) + F.linear(x, self.weight, self.bias)
+        if self.form == "last":
+            return super().forward(x) + F.linear(F.linear(x, self.A), self.B)
+        if self.form == "product":
+            return x @ self.A.t() @ self.B.t() + F.linear(x, self.weight)
+        if self.form == "merged":
+            return F.linear(x, self.weight + self.B @ self.A, self.bias)
+        if self.form == "scaled":
+            return F.linear(x, self.weight, self.bias) * self.scale * self.mask
+        if self.form == "weight again":
+            return F.linear(x, 2 * self.weight, self.bias) + (x * self.weight[:1]).sum(1, True)
+        return self.extra(x) + F.linear(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    "form", ["first", "last", "product", "merged", "scaled", "weight again", "beside"]
+)
+def test_layers_may_have_more_parameters_than_a_plain_one(form: str) -> None:
+    network = Net()
+    network.head = nn.Sequential(Adapted(8, 6, form), nn.ReLU(), nn.Linear(6, 4))
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    graph = trace(network.eval(), x[:1])
+    check_traced(graph, network, x)
+    assert "head.0" in layer_names(graph)
+    layer = graph.get_submodule("head.0")
+    assert layer.weight.shape == network.head[0].weight.shape
