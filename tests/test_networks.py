@@ -354,7 +354,7 @@ def test_a_search_speaks_of_no_budget_that_nobody_asked_for(data):
             h = torch.fft.rfft2(self.b(torch.fft.rfft2(self.a(x)).abs())).abs()
             return self.head(h.mean((2, 3)))
 
-    with pytest.warns(SlicingWarning), pytest.raises(UnsliceableError, match="stays whole.*cut"):
+    with pytest.warns(SlicingWarning), pytest.raises(UnsliceableError, match="stay whole.*cut"):
         SINFClassifier(Closed("table"), random_state=0).fit(*data)
 
 

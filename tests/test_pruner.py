@@ -317,7 +317,7 @@ def test_what_cannot_be_sliced_stays_whole_with_one_warning():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pruner = DCSPruner(model, criterion="dcs", random_state=0, schedule="uniform").fit(X, y)
-    about = [str(w.message) for w in caught if "stays whole" in str(w.message)]
+    about = [str(w.message) for w in caught if "stay whole" in str(w.message)]
     assert len(about) == 1 and "multiplications can be sliced" in about[0]
     assert len(pruner.support_["odd"]) == 8
     np.testing.assert_array_equal(pruner.support_["stem.0"], pruner.support_["inner.3"])

@@ -376,7 +376,7 @@ def sliceable_share(calibration: Calibration, chosen: Sequence[ChannelGroup]) ->
 
 
 def what_stays_whole(calibration: Calibration, within: Iterable[str], share: float) -> str:
-    """One line: what share can be sliced, and why the rest cannot, largest reasons first."""
+    """One line: what share can be sliced, and why outputs stay, largest reasons first."""
     total, by_layer = calibration.macs
     allowed = set(within)
     reasons: defaultdict[str, float] = defaultdict(float)
@@ -393,5 +393,7 @@ def what_stays_whole(calibration: Calibration, within: Iterable[str], share: flo
     largest = sorted(reasons.items(), key=lambda item: -item[1])[:_REASONS]
     largest = [(why, part) for why, part in largest if part >= 0.005 or share < LEAST_SHARE]
     if largest:
-        text += "; what stays whole: " + ", ".join(f"{part:.0%} ({why})" for why, part in largest)
+        # Of their inputs some may go: the two shares overlap.
+        parts = ", ".join(f"{part:.0%} ({why})" for why, part in largest)
+        text += f"; outputs stay whole in layers that have {parts}"
     return text + "."
