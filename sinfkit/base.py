@@ -42,7 +42,13 @@ from .graph.cuts import output_layer
 from .graph.heads import SINGLE, logits_graph, with_logits
 from .graph.recording import output_of
 from .graph.tracing import check_traced, trace
-from .utils.device import float_type, in_pieces, loaded_device, resolve_device
+from .utils.device import (
+    float_type,
+    in_pieces,
+    loaded_device,
+    on_host_by_default,
+    resolve_device,
+)
 from .utils.params import check_integer, check_jobs, check_verbose, naming, nested, once_each
 from .utils.pickling import pack, versions, warn_of_versions
 from .zoo.networks import default_network
@@ -66,7 +72,7 @@ def all_or_nothing(fit: Fit) -> Fit:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         twin = type(self)(**self.get_params(deep=False))
         # Whoever makes a layer of torch draws its first weights from the global generator.
-        with once_each(), torch.random.fork_rng(devices=[]):
+        with once_each(), torch.random.fork_rng(devices=[]), on_host_by_default():
             fit(twin, *args, **kwargs)
         kept = {k: v for k, v in self.__dict__.items() if not k.endswith("_") or k.startswith("_")}
         # One assignment: Ctrl-C comes before it or after it.

@@ -35,7 +35,7 @@ from .repair.distillation import Distillation, as_distillation
 from .routing.builder import Builder, Built
 from .routing.search import Kept, Search, announce, groupings_to_try, plan_networks
 from .routing.study import RoutingConfig, RoutingOptions, Samples, Study
-from .utils.device import channels_last
+from .utils.device import channels_last, on_host_by_default
 from .utils.jobs import over_chunks
 from .utils.params import check_integer, check_number, naming, nested, warn
 from .utils.progress import Progress
@@ -677,6 +677,7 @@ n_features)
         """The routed network in the form that answers fastest."""
         return cast(SINFNetwork, fast_form(self.network_, lambda: batcher.load(X[:4])))
 
+    @on_host_by_default()
     def report(
         self, X: Any, y: Any = None, *, latency_batch: int | None = None, repeats: int = 15
     ) -> SINFReport:

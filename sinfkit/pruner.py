@@ -51,6 +51,7 @@ from .pruning.search import (
 from .pruning.tvsprune import FACTORS, prune_in_rounds
 from .repair.distillation import Distillation, as_distillation
 from .slicing.groups import ChannelGroup
+from .utils.device import on_host_by_default
 from .utils.jobs import over_chunks
 from .utils.params import check_flag, check_integer, check_number, naming, nested, warn
 from .utils.progress import Progress, about
@@ -532,6 +533,7 @@ n_features)
         answers = self._run(lambda x: pool(rows(features(x)), 1), batcher(X), X)
         return self._as_wanted(answers, X, X.dtype in (np.float64, torch.float64))
 
+    @on_host_by_default()
     def report(
         self, X: Any, y: Any = None, *, latency_batch: int | None = None, repeats: int = 15
     ) -> PruningReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import blobs, small_cnn
@@ -17,6 +18,8 @@ from sinfkit import (
     SemanticClusterer,
     SINFClassifier,
     base,
+    load,
+    save,
 )
 from sinfkit.base import all_or_nothing
 
@@ -155,3 +158,22 @@ def test_a_grid_reaches_the_parameters_of_defaults():
     assert [(m.pruner.budget, m.clusterer.n_clusters) for m in made] == [
         (point["pruner__budget"], point["clusterer__n_clusters"]) for point in grid
     ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_callers_default_device_changes_nothing(tmp_path):
+    """On the meta device whatever is made without a word on where has no values."""
+    X, y = blobs(n_classes=4, per_class=10)
+    network = FrozenModel(small_cnn(4, 4), mean=[0.1], std=[2.0])
+    made = {}
+    for where in ("cpu", "meta"):
+        path = tmp_path / where
+        pruner = DCSPruner(network, budget=0.6, device="cpu", random_state=0)
+        with torch.device(where):
+            pruner.fit(X, y).report(X, y, repeats=0)
+            save(pruner, path)
+            again = load(path, factory=lambda: small_cnn(4, 4))
+            made[where] = pruner.predict_proba(X), again.predict_proba(X), pruner.transform(X)
+    for found, wanted in zip(made["meta"], made["cpu"], strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert torch.get_default_device().type == "cpu"

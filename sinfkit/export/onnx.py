@@ -21,7 +21,7 @@ from ..data.images import Images
 from ..graph.cost import fold_batch_norm
 from ..graph.tracing import difference, trace
 from ..inference.network import Route, SINFNetwork, cluster_posterior
-from ..utils.device import settle_after_fork
+from ..utils.device import on_host_by_default, settle_after_fork
 from ..utils.params import check_choice, check_flag, check_integer, check_kind, check_path
 from ..utils.pickling import pack
 
@@ -92,6 +92,7 @@ def to_exported(network: SINFNetwork, input_shape: tuple[int, ...]) -> dict[str,
     return _export_parts(_portable(network), input_shape)
 
 
+@on_host_by_default()
 def to_onnx(
     network: SINFNetwork,
     folder: str | Path,

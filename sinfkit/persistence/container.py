@@ -62,6 +62,10 @@ def write(
     path = Path(os.path.realpath(path))  # a link stays one
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent}, to write {path.name} into.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it.")
+    if path.exists() and not path.is_file():  # a device or a pipe, which a file would replace
+        raise OSError(f"{path} is no regular file, and is not replaced by one.")
     beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
     try:
         os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

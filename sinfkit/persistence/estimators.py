@@ -35,7 +35,13 @@ from ..pruner import DCSPruner, recipe_of
 from ..pruning.recipe import PruningOptions
 from ..repair.distillation import Distillation
 from ..routing.study import RoutingOptions
-from ..utils.device import channels_last, float_type, loaded_device, resolve_device
+from ..utils.device import (
+    channels_last,
+    float_type,
+    loaded_device,
+    on_host_by_default,
+    resolve_device,
+)
 from ..utils.params import check_integer, check_path, is_integer
 from ..utils.pickling import versions
 from . import fields as fields
@@ -78,6 +84,7 @@ _LONGEST = 800  # characters of an error
 _TOLERANCE = 1e-3  # of the largest logit; another activation function is far beyond
 
 
+@on_host_by_default()
 @torch.random.fork_rng(devices=[])  # what is read back makes layers, which draw first weights
 def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     """Write a fitted estimator to one file that holds no code.
@@ -140,6 +147,7 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     write(Path(path), manifest, tensors, lambda new: _check_written(estimator, new, factory))
 
 
+@on_host_by_default()
 def load(
     path: str | os.PathLike[str],
     *,

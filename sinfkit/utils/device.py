@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -182,6 +183,15 @@ def settle_after_fork() -> None:
     if os.getpid() != _PROCESS:
         torch.set_num_threads(1)
         _PROCESS = os.getpid()
+
+
+@contextmanager
+def on_host_by_default() -> Iterator[None]:
+    """Let tensors lie on the CPU where nothing is said of a device, whatever the caller's is."""
+    with contextlib.ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 @contextmanager

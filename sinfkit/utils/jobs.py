@@ -21,7 +21,7 @@ import torch
 from joblib.parallel import get_active_backend
 from sklearn import get_config
 
-from .device import host_tensor
+from .device import host_tensor, on_host_by_default
 from .params import check_integer
 from .pickling import Pickled, dump, load
 
@@ -175,6 +175,7 @@ def over_chunks(method: Method) -> Method:
     """
 
     @functools.wraps(method)
+    @on_host_by_default()
     def wrapper(self: Any, X: Any) -> Any:
         if not elsewhere() or not hasattr(self, "classes_"):
             return method(self, X)

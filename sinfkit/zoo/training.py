@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..utils.checkpoint import Checkpoint
-from ..utils.device import channels_last, float_type, host_tensor, is_out_of_memory, resolve_device
+from ..utils.device import (
+    channels_last,
+    float_type,
+    host_tensor,
+    is_out_of_memory,
+    on_host_by_default,
+    resolve_device,
+)
 from ..utils.params import check_integer, check_number, check_path, check_verbose, naming
 
 __all__ = ["train_network"]
@@ -32,6 +39,7 @@ _WARM_UP = 0.2  # Fraction of the steps in which the learning rate still rises.
 _BFLOAT16_MIN_PARAMETERS = 1_000_000
 
 
+@on_host_by_default()
 def train_network(
     model: nn.Module,
     X: np.ndarray | Tensor,

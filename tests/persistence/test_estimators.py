@@ -504,6 +504,18 @@ def test_permissions_and_links_are_kept(pruner, tmp_path):
     assert link.is_symlink() and stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_only_files_are_replaced(pruner, tmp_path):
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    with pytest.raises(OSError, match="no regular file"):
+        sinfkit.save(pruner, pipe)
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        sinfkit.save(pruner, folder)
+    assert pipe.is_fifo() and folder.is_dir() and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_file_from_a_gpu_is_loaded_on_the_cpu(classifier, data, tmp_path):
     path = saved(classifier, tmp_path)
     forge(path, lambda stored: stored.manifest["attributes"].update(device_="cuda:77"))
