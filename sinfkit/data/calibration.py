@@ -27,6 +27,7 @@ from ..utils.pickling import pack
 from .images import Images, LazyImages, full_scale, spread, to_unit
 
 _LEVEL = 1e-3  # how rarely labels in the right order may be taken for exchanged ones
+_DOUBT = 1e-2  # and be doubted
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def warn_if_mismatched(accuracy: float, n_classes: int, n_samples: int) -> None:
 
 
 def check_order(table: ClassTable, answers: np.ndarray, y_encoded: np.ndarray) -> None:
-    """Raise where the labels fit the network's answers far better in another order.
+    """Raise, or warn, where the labels fit the network's answers far better in another order.
 
     Both are positions in ``table.classes``, of shape (n_samples,).  Classes that change places are
     told by an exact test, at a level divided by the number of ways in which they could.
@@ -170,16 +171,20 @@ def check_order(table: ClassTable, answers: np.ndarray, y_encoded: np.ndarray) -
         return
     now, then = confusion[moved, moved].sum(), confusion[moved, best[moved]].sum()
     ways = gammaln(n + 1) - gammaln(n - len(moved) + 1)
-    if binom.logsf(then - 1, now + then, 0.5) + ways > np.log(_LEVEL):
+    chance = binom.logsf(then - 1, now + then, 0.5) + ways
+    if chance > np.log(_DOUBT):
         return
     labels = table.labels.astype(object)
     labels[table.outputs[best]] = table.classes
-    raise ArgumentError(
-        "The model's outputs seem to be in another order than the labels: "
+    text = (
+        "The model's outputs and the labels seem mismatched, in another order: "
         f"{np.trace(confusion) / len(answers):.1%} of the calibration samples are answered "
-        f"correctly as it is, and {share:.1%} with model_classes={labels.tolist()!r}.",
-        "model_classes",
+        f"correctly as it is, and {share:.1%} with model_classes={labels.tolist()!r}."
     )
+    if chance > np.log(_LEVEL):
+        warn(text, CalibrationWarning)
+    else:
+        raise ArgumentError(text, "model_classes")
 
 
 _TRIED = 256  # samples that are asked about on other scales

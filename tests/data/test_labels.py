@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sinfkit import DCSPruner
+from sinfkit import CalibrationWarning, DCSPruner
 from sinfkit.data import check_order, match_classes
 
 SEEDS = st.integers(0, 10_000)
@@ -34,6 +36,22 @@ def test_any_other_order_is_found_and_the_right_one_is_printed(n, per_class, acc
         check_order(table, outputs, table.encode(y))
     assert str(order.tolist()) in str(caught.value)
     check_order(match_classes(y, n, order), order[outputs], y)
+
+
+@pytest.mark.parametrize(("seen", "found"), [(3, "nothing"), (8, "warning"), (20, "error")])
+def test_of_few_exchanged_answers_there_is_a_warning_first(seen, found):
+    # Ten classes are right ten times each, the first and the last change places.
+    y = np.concatenate([np.repeat(np.arange(1, 11), 10), np.repeat([0, 11], seen)])
+    answers = np.where(np.isin(y, (0, 11)), 11 - y, y)
+    table = match_classes(y, 12, None)
+    if found == "error":
+        with pytest.raises(ValueError, match="seem mismatched"):
+            check_order(table, answers, y)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_order(table, answers, y)
+    assert [w.category for w in caught] == [CalibrationWarning] * (found == "warning")
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
