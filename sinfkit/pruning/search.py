@@ -23,7 +23,7 @@ from ..criteria.activations import Statistics
 from ..data.calibration import Calibration
 from ..data.validation import hold_out
 from ..errors import OutOfReachError
-from ..graph.cost import count_macs
+from ..graph.cost import count_macs, count_parameters
 from ..promise import Certificate, certify, count_discordant, fixed_sequence, images_needed
 from ..repair.distillation import Lesson, distill
 from ..repair.moments import Moments, gather_moments
@@ -160,7 +160,12 @@ class Builder:
         sliced = silenced(sliced, blocks)
         errors = mend(self.calibration, sliced, drawn, samples, method)
         sliced = leave_out(sliced, blocks)
-        cost_ratio = self.macs_ratio(graph_of(sliced)) if cost_ratio is None else cost_ratio
+        # Widths were found by a model, in which products of activations cost what they did.
+        if cost_ratio is None or self.recipe.budget_unit == "macs":
+            cost_ratio = self.macs_ratio(graph_of(sliced))
+        elif self.recipe.budget_unit == "params":
+            base = count_parameters(self.calibration.graph)
+            cost_ratio = count_parameters(graph_of(sliced)) / max(base, 1)
         return Pruned(sliced, self.scored.layers, errors, cost_ratio)
 
     def distilled(self, pruned: Pruned) -> Pruned:

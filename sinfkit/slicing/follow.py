@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -206,7 +206,7 @@ class Follower:
             return self._along(name, axes, 1)
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             if len(module.normalized_shape) > 1:
-                return self._unknown(node)
+                return self._over_positions(node, len(module.normalized_shape))
             return self._along(name, axes, -1)
         if isinstance(module, nn.GroupNorm):
             labels = axes[1]
@@ -229,10 +229,14 @@ class Follower:
             return self._unknown(
                 node, f"its channels run through {name!r}, which torch.fx cannot look into"
             )
-        return self._unknown(
-            node,
-            f"its channels run through the {type(module).__name__} {name!r}, which is not sliced",
-        )
+        return self._unknown(node)
+
+    def _over_positions(self, node: Any, n_axes: int) -> Axes:
+        """A normalisation over several axes, which leaves those before them alone."""
+        axes = self._axes[node.all_input_nodes[0]]
+        if any(labels is not None for labels in axes[-n_axes:]):
+            return cast(Axes, self._unknown(node))
+        return axes
 
     def _of_layer(self, node: Any, layer: Layer, axes: Axes) -> Axes:
         name, out = str(node.target), len(layer.weight)
@@ -634,7 +638,11 @@ class Follower:
 
     def _unknown(self, node: Any, why: str = "") -> Any:
         """Whatever reaches a node that is not known stays."""
-        why = why or f"its channels run through {function_name(node) or node.target}"
+        module = called_module(self.gm, node)
+        what = function_name(node) or node.target
+        if module is not None:
+            what = f"the {type(module).__name__} {node.target!r}, which is not sliced"
+        why = why or f"its channels run through {what}"
         for source in node.all_input_nodes:
             for labels in self._flat(source):
                 self.pin(labels, why)

@@ -279,10 +279,9 @@ class _Everything:
                 found.append(member(name, "in", labels))
         for name, side, labels in self.places:
             found.append(member(name, side, labels, 0 if side == "out" else len(labels)))
-        if roots & self.products:
-            for name in names:
-                if set(self.produced[name].tolist()) & self.products:
-                    found.append(
-                        member(name, "zero", self.produced[name], len(self.produced[name]))
-                    )
+        if roots & self.products:  # zero before a batch-norm is something else behind it
+            norms = ((name, labels) for name, side, labels in self.places if side == "out")
+            for name, labels in (*((n, self.produced[n]) for n in names), *norms):
+                if set(labels.tolist()) & self.products:
+                    found.append(member(name, "zero", labels, len(labels)))
         return [one for one in found if one is not None]

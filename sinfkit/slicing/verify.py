@@ -183,8 +183,6 @@ class Comparison:
         self.small = _private(sliced.model, dtype)
         for name, removed in sliced.removed_inputs.items():
             self._zero(self.masked.get_submodule(name), torch.from_numpy(removed))
-        for name, removed in sliced.zeroed.items():
-            self._silence(self.masked.get_submodule(name), torch.from_numpy(removed))
         for name, kept in sliced.norm_support.items():
             norm = self.masked.get_submodule(name)
             if not isinstance(norm, (_NormBase, nn.PReLU)):  # which see each channel alone
@@ -198,6 +196,8 @@ class Comparison:
             dim = -1 if isinstance(module, CONVOLUTIONS) else getattr(module, "dim", 1)
             small = copy_sharing_weights(module)
             self._restrict(module, small, dim, torch.from_numpy(kept))
+        for name, removed in sliced.zeroed.items():  # last: copies are to be without this
+            self._silence(self.masked.get_submodule(name), torch.from_numpy(removed))
 
     @staticmethod
     def _silence(layer: nn.Module, removed: Tensor) -> None:

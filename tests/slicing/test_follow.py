@@ -288,6 +288,47 @@ def test_what_is_not_known_costs_its_group_only(way: str) -> None:
     assert whole == ["b"]
 
 
+class Directions(nn.Module):
+    """Answers by the direction of features that a normalisation gives."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 8, 3)
+        self.last, self.head = nn.BatchNorm2d(8), nn.Parameter(torch.randn(5, 8))
+        for one in (self.last, norm):
+            if isinstance(one, nn.BatchNorm2d):
+                nn.init.normal_(one.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.last(self.b(self.norm(self.a(x)).relu())).mean((2, 3))
+        return F.linear(F.normalize(h), F.normalize(self.head))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.LayerNorm([6, 6]), nn.LayerNorm(6)])
+def test_lengths_are_taken_behind_norms_that_leave_channels_alone(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    removed, whole = halves(Directions(norm), images(8), 0)
+    assert not whole and removed > 0.5
+
+
+def test_what_looks_across_channels_is_named() -> None:
+    graph = trace(Directions(nn.LayerNorm([8, 6, 6])).eval(), images(8)[:1])
+    reasons = {g.name: g.reason_unsliceable for g in find_groups(graph, images(8), "linear")}
+    assert reasons["a"] == "its channels run through the LayerNorm 'norm', which is not sliced"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_cost_is_that_of_the_smaller_network_where_activations_are_multiplied() -> None:
+    torch.manual_seed(0)
+    network = Transformer("products").eval().requires_grad_(False)
+    X = images(6).repeat(12, 1, 1, 1)
+    network.head.bias -= network(X).mean(0)
+    pruner = DCSPruner(network, criterion="l1", budget=0.6, repair="none", device="cpu")
+    pruner.fit(X)
+    macs = [count_macs(trace(m, X[:1]), X[:1])[0] for m in (pruner.model_, network)]
+    assert pruner.cost_ratio_ == pytest.approx(macs[0] / macs[1]) and pruner.cost_ratio_ <= 0.6
+
+
 def test_a_transformer_is_pruned_repaired_and_stored(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Transformer("fused")
