@@ -462,6 +462,8 @@ n_features)
             check_number("route_layer", self.route_layer, "(0, 1)")
         prefix, given = self._prefix_recipe(subgraphs), options.get_params()
         distillation = as_distillation(self.distill)
+        if distillation is not None and distillation.block_steps:
+            raise ValueError("distill.block_steps has no effect inside SINFClassifier.")
         with nested("options", given):
             return RoutingConfig(
                 subgraphs=subgraphs,

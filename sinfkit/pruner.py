@@ -49,7 +49,7 @@ from .pruning.search import (
     walk,
 )
 from .pruning.tvsprune import FACTORS, prune_in_rounds
-from .repair.distillation import Distillation, as_distillation
+from .repair.distillation import Distillation, as_distillation, block_passes
 from .slicing.groups import ChannelGroup
 from .utils.device import on_host_by_default
 from .utils.jobs import over_chunks
@@ -350,6 +350,8 @@ n_features)
         n_epochs = 0 if recipe.distill is None else n_trained * recipe.distill.epochs
         seconds, n_steps = calibration.pass_seconds(), n_steps + n_epochs
         n_passes = _PASSES_BEFORE + _PASSES_EACH * n_networks + _PASSES_EPOCH * n_epochs
+        if recipe.distill is not None:
+            n_passes += n_trained * block_passes(recipe.distill, len(calibration.X))
         others = int((calibration.y_encoded < 0).sum())
         progress.begin(
             f"up to {n_networks} network{'s' * (n_networks > 1)} on {len(calibration.X)} samples"

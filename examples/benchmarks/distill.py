@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--criterion", default="obs")
     made.add_argument("--drop-blocks", action="store_true", help="whole residual blocks as well")
     made.add_argument("--epochs", type=int, nargs="+", default=[5])
+    made.add_argument("--block-steps", type=int, default=0, help="for each block alone, before")
     made.add_argument("--learning-rate", type=float, default=2e-4)
     made.add_argument("--augment", choices=("mix", "crop", "crop_flip", "none"), default="mix")
     options = made.parse_args(arguments)
@@ -57,9 +59,12 @@ def measure(options: argparse.Namespace) -> None:
     table = Table(options.out / f"{NAME}_{study.label}.csv", KEYS, VALUES)
     blocks = "blocks dropped" if options.drop_blocks else ""
     settings = f"lr {options.learning_rate:g}, {options.augment}"
+    if options.block_steps:
+        settings = f"{options.block_steps} steps for each block, {settings}"
     settings = f"{blocks}, {settings}" if blocks else settings
-    runs = [("base", 0)] + [(d, e) for d in range(options.draws) for e in (0, *options.epochs)]
-    for number, epochs in tqdm(runs, unit=" networks", mininterval=2):
+    each = [(0, False), *((epochs, True) for epochs in options.epochs)]
+    runs = [("base", 0, False)] + [(d, *one) for d in range(options.draws) for one in each]
+    for number, epochs, trained in tqdm(runs, unit=" networks", mininterval=2):
         row = {
             **study.key(),
             "criterion": options.criterion,
@@ -67,7 +72,7 @@ def measure(options: argparse.Namespace) -> None:
             "calibration": options.images * study.n_classes,
             "draw": number,
             "epochs": epochs,
-            "settings": "" if number == "base" else settings if epochs else blocks,
+            "settings": "" if number == "base" else settings if trained else blocks,
         }
         if row in table:
             continue
@@ -75,7 +80,7 @@ def measure(options: argparse.Namespace) -> None:
             logits = study.logits(study.model.module(), study.X_test)
             found = {"answers": logits.argmax(1), "macs": 1, "cpu_seconds": 0, "losses": ""}
         else:
-            found = _fitted(study, options, int(number), epochs)
+            found = _fitted(study, options, int(number), epochs if trained else None)
         right = found["answers"] == study.y_test
         table.add(
             **row,
@@ -83,20 +88,25 @@ def measure(options: argparse.Namespace) -> None:
         )
 
 
-def _fitted(study: base.Study, options: argparse.Namespace, number: int, epochs: int) -> dict:
-    """One fit: its answers, its cost, and the time that it took."""
+def _fitted(
+    study: base.Study, options: argparse.Namespace, number: int, epochs: int | None
+) -> dict[str, Any]:
+    """One fit, trained if epochs are given: its answers, its cost, and the time that it took."""
     X, y = study.draw(options.images, number)
-    how = Distillation(
-        epochs,
-        learning_rate=options.learning_rate,
-        augment=None if options.augment == "none" else options.augment,
-        checkpoint=options.fitted / "distillation",
-    )
+    how = None
+    if epochs is not None:
+        how = Distillation(
+            epochs,
+            learning_rate=options.learning_rate,
+            augment=None if options.augment == "none" else options.augment,
+            block_steps=options.block_steps,
+            checkpoint=options.fitted / "distillation",
+        )
     estimator = pruner(
         study.model,
         criterion=options.criterion,
         budget=options.budget,
-        distill=how if epochs else None,
+        distill=how,
         validation_fraction=0.0,
         repair_samples=len(X),
         drop_blocks=options.drop_blocks,
@@ -129,7 +139,7 @@ def summary(path: Path) -> Summary | None:
         drops = dense.astype(float) - np.stack([from_hex(row) for row in own])
         lost.append(100 * float(drops.mean()))
         seconds = np.mean([float(row["cpu_seconds"]) for row in own])
-        what = "repaired only" if epochs == "0" else f"{epochs} epochs"
+        what = f"{epochs} epochs" if "lr" in settings else "repaired only"
         what = f"{what}, {settings}" if settings else what
         accuracy = f"{100 * dense.mean() - lost[-1]:.2f}"
         cells.append([what, accuracy, str(estimate(drops)), f"{seconds:.0f}"])

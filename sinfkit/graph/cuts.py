@@ -402,6 +402,12 @@ def channel_axis(gm: fx.GraphModule, node: str) -> int:
     return -1 if isinstance(_source_layer(gm, _named(gm, node)), nn.Linear) else 1
 
 
+def source_layer(gm: fx.GraphModule, node: str) -> str | None:
+    """Name of a layer whose channels a node's value has, if one can be told."""
+    source = _source(gm, _named(gm, node))
+    return None if source is None else str(source.target)
+
+
 def samples_first(gm: fx.GraphModule, node: str) -> Callable[[Tensor], Tensor]:
     """What turns a node's value into one row for each sample; parts of one become positions."""
     (axis, parts), channels = samples_of(_named(gm, node)), channel_axis(gm, node)
@@ -499,12 +505,17 @@ def _activation_of(gm: fx.GraphModule, layer: fx.Node) -> fx.Node:
 
 def _source_layer(gm: fx.GraphModule, node: fx.Node) -> Layer | None:
     """A layer whose channels a node's value has, if one can be told."""
-    layer = called_layer(gm, node)
-    if layer is not None:
-        return layer
+    source = _source(gm, node)
+    return None if source is None else called_layer(gm, source)
+
+
+def _source(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The call of a layer whose channels a node's value has, if one can be told."""
+    if called_layer(gm, node) is not None:
+        return node
     if is_addition(node):
-        sources = (_source_layer(gm, n) for n in node.all_input_nodes)
+        sources = (_source(gm, n) for n in node.all_input_nodes)
         return next((s for s in sources if s is not None), None)
     if is_norm(gm, node) or is_activation(gm, node) or is_pool(gm, node) or is_identity(gm, node):
-        return _source_layer(gm, node.all_input_nodes[0])
+        return _source(gm, node.all_input_nodes[0])
     return None

@@ -1,6 +1,7 @@
 """REPAIR: closed-form corrections of a sliced network, without labels or gradients."""
 
 from ..errors import UnreachableShareError
+from .blockwise import parts_of, reconstruct
 from .distillation import Distillation
 from .low_rank import NARROW, WIDE, factorize, factorized, insert_factors
 from .moments import MAX_INPUTS, Moments, gather_moments
@@ -25,6 +26,8 @@ __all__ = [
     "fit_ridge",
     "gather_moments",
     "insert_factors",
+    "parts_of",
+    "reconstruct",
     "repair",
     "shrunk_layers",
     "static_least_squares",

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,13 @@ from ..utils.params import (
 )
 from ..utils.progress import Progress
 from ..zoo.training import crop_flip
+from .blockwise import Part, affordable, reconstruct
 
 __all__ = ["Distillation", "Lesson", "as_distillation", "distill"]
 
 Augment = Literal["mix", "crop", "crop_flip"]
 _WARM_UP = 0.1  # share of the steps in which they still grow
+_BLOCK_RATE = 5.0  # times larger than those of the network as a whole: a block takes larger steps
 _LOOKED_AT = 16  # samples that tell one run from another
 
 
@@ -48,7 +50,8 @@ class Distillation(BaseEstimator):
     Parameters
     ----------
     epochs : int, default=5
-        Passes over the calibration samples; those that certify what is lost are not among them.
+        Passes over the calibration samples; those that certify what is lost are not among them.  0:
+        `block_steps` alone.
     learning_rate : float, default=2e-4
         Largest step of Adam; it grows over the first tenth of the steps, and falls as a cosine.
     temperature : float, default=2.0
@@ -61,6 +64,9 @@ class Distillation(BaseEstimator):
         up to an eighth of their size.  ``"crop_flip"``: and half of them are turned left to right,
         which is wrong for text.  None: nothing, and the whole network answers each sample once and
         not in each epoch.
+    block_steps : int, default=0
+        Before that, so many steps for each block of the network alone, towards what the whole
+        network's block gives (block-wise reconstruction, arXiv 2102.05426).  `DCSPruner` only.
     checkpoint : path-like, optional
         Folder in which the state of each training is kept after every epoch: a fit that was
         interrupted goes on from there, and gives the same result.  Files are not deleted.
@@ -80,6 +86,7 @@ class Distillation(BaseEstimator):
         temperature: float = 2.0,
         batch_size: int = 64,
         augment: Augment | None = "mix",
+        block_steps: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         self.epochs = epochs
@@ -87,6 +94,7 @@ class Distillation(BaseEstimator):
         self.temperature = temperature
         self.batch_size = batch_size
         self.augment = augment
+        self.block_steps = block_steps
         self.checkpoint = checkpoint
 
 
@@ -102,14 +110,25 @@ def as_distillation(value: Any) -> Distillation | None:
             f"distill must be a Distillation, a number of epochs or None, got {shown(value)}."
         )
     with nested("distill", value.get_params()):
-        check_integer("epochs", value.epochs)
+        check_integer("epochs", value.epochs, low=0)
+        if not value.epochs and not value.block_steps:
+            raise ValueError("epochs=0 trains nothing without block_steps.")
         check_number("learning_rate", value.learning_rate, "(0, inf)")
         check_number("temperature", value.temperature, "(0, inf)")
         check_integer("batch_size", value.batch_size)
+        check_integer("block_steps", value.block_steps, low=0)
         check_choice("augment", value.augment, get_args(Augment), optional=True)
         if value.checkpoint is not None:
             check_path("checkpoint", value.checkpoint)
     return value
+
+
+def block_passes(how: Distillation, n_samples: int) -> int:
+    """About how many passes of the base over the samples the training of single blocks takes."""
+    if not how.block_steps:
+        return 0
+    # Forwards and backwards for those of the steps; all of them through both networks besides.
+    return 4 + math.ceil(3 * how.block_steps * how.batch_size / n_samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +136,7 @@ class Lesson:
     """What is to be learnt: `student` is trained so that `answer` says what `teach` does.
 
     `read` gives the samples at some of the places ``0 .. len(weight) - 1``; `answer` and `teach`
-    map samples and their places to logits.
+    map samples and their places to logits.  `parts` are what lies between cuts, of both networks.
     """
 
     student: nn.Module
@@ -125,6 +144,7 @@ class Lesson:
     teach: Callable[[Tensor, Tensor], Tensor]
     read: Callable[[np.ndarray], Tensor]
     weight: np.ndarray
+    parts: Sequence[Part] = ()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -148,6 +168,8 @@ def distill(lesson: Lesson, how: Distillation, seed: int, progress: Progress) ->
         adam = torch.optim.Adam(parameters)
         run = Checkpoint(path, {}, {"model": lesson.student, "optimiser": adam})
         run.resume(seed, given=True)
+        if how.block_steps and not run.history:
+            _blockwise(lesson, how, seed, progress)
         known = None
         if how.augment is None and len(run.history) < how.epochs:
             known = _answers(lesson, how)
@@ -161,6 +183,26 @@ def distill(lesson: Lesson, how: Distillation, seed: int, progress: Progress) ->
             run.save(seed, {"loss": loss})
             progress.done()
     return [record["loss"] for record in run.history]
+
+
+def _blockwise(lesson: Lesson, how: Distillation, seed: int, progress: Progress) -> None:
+    """Train each block alone, on as many samples as memory allows."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(lesson.weight)
+    most = affordable(lesson.parts, lesson.read(np.zeros(1, dtype=int)))
+    places = torch.randperm(n, generator=generator)[:most].numpy()
+    x, weight = lesson.read(places), torch.as_tensor(lesson.weight[places])
+    errors = reconstruct(
+        lesson.parts,
+        x,
+        weight,
+        how.block_steps,
+        how.batch_size,
+        lambda share: _BLOCK_RATE * how.learning_rate * pace(share),
+        generator,
+    )
+    for i, error in enumerate(errors):
+        progress.doing(f"block {i + 1} of {len(lesson.parts)}, error {error:.3f}")
 
 
 def _epoch(
