@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sinfkit import DCSPruner, load, save
-from sinfkit.graph import check_traced, count_macs, output_layer, trace
+from sinfkit import DCSPruner, PruningOptions, load, save
+from sinfkit.graph import check_traced, count_macs, count_parameters, output_layer, trace
 from sinfkit.slicing import check_sliced, find_groups, slice_channels
 
 WIDTH, TOKENS = 16, 9
@@ -317,16 +317,33 @@ def test_what_looks_across_channels_is_named() -> None:
     assert reasons["a"] == "its channels run through the LayerNorm 'norm', which is not sliced"
 
 
+class Gram(nn.Module):
+    """Features of one layer times those of another, and so more cost where there are more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, n, 3) for n in (16, 16, 8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = (layer(x).relu().flatten(2) for layer in (self.a, self.b, self.c))
+        return self.head((a.transpose(1, 2) @ b @ c.transpose(1, 2)).mean(1) / 100)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_the_cost_is_that_of_the_smaller_network_where_activations_are_multiplied() -> None:
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_the_cost_is_that_of_the_smaller_network(unit: str) -> None:
     torch.manual_seed(0)
-    network = Transformer("products").eval().requires_grad_(False)
-    X = images(6).repeat(12, 1, 1, 1)
-    network.head.bias -= network(X).mean(0)
-    pruner = DCSPruner(network, criterion="l1", budget=0.6, repair="none", device="cpu")
-    pruner.fit(X)
-    macs = [count_macs(trace(m, X[:1]), X[:1])[0] for m in (pruner.model_, network)]
-    assert pruner.cost_ratio_ == pytest.approx(macs[0] / macs[1]) and pruner.cost_ratio_ <= 0.6
+    network = Gram().eval().requires_grad_(False)
+    X = images(8).repeat(12, 1, 1, 1)
+    network.head.bias -= network(X).mean(0)  # or one class would be all answers
+    options = PruningOptions(budget_unit=unit)
+    pruner = DCSPruner(
+        network, criterion="l1", budget=0.7, repair="none", device="cpu", options=options
+    ).fit(X)
+    parts = [trace(m, X[:1]) for m in (pruner.model_, network)]
+    costs = [count_macs(m, X[:1])[0] if unit == "macs" else count_parameters(m) for m in parts]
+    assert pruner.cost_ratio_ == pytest.approx(costs[0] / costs[1]) and pruner.cost_ratio_ <= 0.7
 
 
 def test_a_transformer_is_pruned_repaired_and_stored(tmp_path: Path) -> None:
