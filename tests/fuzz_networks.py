@@ -145,6 +145,7 @@ def draw(seed: int) -> Case:
     asked, wanted_input, says = rescaled(asked_pictures, pixels, choose, rng)
     refusals += says
     layout = choose("layout", "array", rare=tuple(LAYOUTS), often=0.5)
+    halved = layout == "half" and asked.dtype.kind == "f"
     X, asked = as_fit(pictures), LAYOUTS[layout](asked)
     if layout == "nested list" and pixels == "bytes":
         refusals.append(PIXELS)  # which knows no type
@@ -158,7 +159,7 @@ def draw(seed: int) -> Case:
     if dtype == "float16":
         refusals.append("NaN or infinity|not finite")
     tolerance = {"float32": 3e-4, "float64": 1e-6, "bfloat16": 0.1, "float16": 2e-2}[dtype]
-    if layout == "half" and pixels != "bytes":
+    if halved:
         tolerance = max(tolerance, 2e-2)
     if wanted is not None and dtype in ("bfloat16", "float16"):
         # The network's own rounding, which another order of sums may make anew.
@@ -425,8 +426,9 @@ def routed(case: Case) -> str:
         scaled = np.log(np.maximum(wanted, 1e-30)) / sinf.temperatures_[cluster][:, None]
         scaled = np.exp(scaled - scaled.max(1, keepdims=True))
         wanted = scaled / scaled.sum(1, keepdims=True)
-        if case.tolerance > 1e-3:  # which the temperatures may multiply
-            case = replace(case, ranks=True)
+        # Rounding, which the temperatures may multiply.
+        sharper = max(1.0, 1 / float(min(sinf.temperatures_)))
+        case = replace(case, ranks=case.tolerance > 1e-3, tolerance=sharper * case.tolerance)
     return compare(case, sinf, sinf.predict_proba(case.asked), wanted)
 
 
