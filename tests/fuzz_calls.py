@@ -121,7 +121,8 @@ def _judge_error(case: Case, error: BaseException) -> tuple[str, str]:
         return "OSError", "" if set(case.wrong) & set(case.target.paths) else said
     if not isinstance(error, (ValueError, TypeError)) or isinstance(error, UnicodeError):
         return kind.__name__, said
-    named = any(re.search(rf"\b{re.escape(name)}\b", message) for name in case.wrong)
+    names = [*case.wrong, *(["network"] if "model" in case.wrong else [])]
+    named = any(re.search(rf"\b{re.escape(name)}\b", message) for name in names)
     kind_name = "ValueError" if isinstance(error, ValueError) else "TypeError"
     return kind_name, "" if named else f"does not name the argument: {said}"
 

@@ -158,6 +158,12 @@ def train_network(
         _Preparation(images, mean, std, float_type(network), target),
         _use_bfloat16(network, images, target),
     )
+    if images.is_floating_point() and len(images):
+        largest = images.abs().amax()
+        if largest > torch.finfo(engine.prepare.dtype).max:
+            raise ValueError(
+                f"X holds values of up to {float(largest):.3g}, more than {engine.prepare.dtype} has."
+            )
     _check_outputs(engine, images[:2], labels)
 
     # Equal batches: a single sample left over would have no variance for a batch-norm.
@@ -348,6 +354,11 @@ def _check_outputs(engine: _Engine, sample: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2:
         raise ValueError(
             f"model must return logits of shape (n, n_classes); got {tuple(logits.shape)}."
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            "model gives NaN or infinity for the first samples: look for huge values in X, mean or "
+            "std."
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= logits.shape[1]:

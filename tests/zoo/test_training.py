@@ -267,6 +267,8 @@ def arguments_for_errors() -> dict:
         ({"X": np.zeros((12, 8, 8))}, ValueError, "shape"),
         ({"X": np.zeros((1, 1, 8, 8)), "y": np.zeros(1, int)}, ValueError, "n_samples = 1"),
         ({"X": np.full((12, 1, 8, 8), np.nan)}, ValueError, "NaN or infinity"),
+        ({"X": np.full((12, 1, 8, 8), 1e300)}, ValueError, "more than torch.float32"),
+        ({"X": np.ones((12, 1, 8, 8)), "mean": 1e38, "std": 1e-3}, ValueError, "mean or std"),
         ({"X": np.zeros((12, 3, 8, 8))}, ValueError, "cannot take samples"),
         ({"X": np.zeros((12, 4)), "augment": "crop_flip"}, ValueError, "needs images"),
         ({"y": None}, ValueError, "without y"),
