@@ -29,7 +29,7 @@ class PruningOptions(BaseEstimator):
     budget_unit : {"macs", "params", "latency"}, default="macs"
         With ``schedule="global"``, what a budget counts: multiply-accumulates, parameters, or time,
         measured on this machine with `batch_size` samples at a time.  Measured times are noisy.
-    round_to : int or "auto", default="auto"
+    round_to : int or "auto", default=1
         The number of filters that stay in a layer is a multiple of it, rounded up: odd widths can
         be slow.  With ``schedule="global"`` layers whose own width is no multiple
         are left as they come; ``schedule="iterative"`` does not round.  ``"auto"``: with
@@ -74,7 +74,7 @@ class PruningOptions(BaseEstimator):
         self,
         *,
         budget_unit: Literal["macs", "params", "latency"] = "macs",
-        round_to: int | Literal["auto"] = "auto",
+        round_to: int | Literal["auto"] = 1,
         first_layer: str | None = None,
         drop_blocks: bool = True,
         max_ratio: float | None = None,
@@ -331,7 +331,7 @@ class Recipe:
     budget: float | None = None
     budget_unit: Literal["macs", "params", "latency"] = "macs"
     max_ratio: float = 0.9  # a budget, not this, shall say how much goes
-    round_to: int | Literal["auto"] = "auto"
+    round_to: int | Literal["auto"] = 1
     drop_blocks: bool = True
     penalty: float = 3.0
     pool_size: int = 1

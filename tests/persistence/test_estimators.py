@@ -373,7 +373,7 @@ def test_parameters_that_a_file_does_not_know_take_their_defaults(data, frozen, 
     with pytest.raises(StorageError, match="round_to"):
         sinfkit.load(path, factory=small_cnn)
     forge(path, lambda stored: stored.manifest["parameters"]["options"].pop("round_to"))
-    assert sinfkit.load(path, factory=small_cnn).options.round_to == "auto"
+    assert sinfkit.load(path, factory=small_cnn).options.round_to == 1
 
 
 def test_a_fitted_estimator_among_the_parameters_is_stored_unfitted(data, frozen, tmp_path):
