@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph.cuts import channel_axis, cut_points, source_layer, split
+from ..graph.cuts import channel_axis, cut_points, rows_are_samples, source_layer, split
 
 _MEMORY = 2**30  # bytes of values between parts
 _NOTHING = 1e-9  # errors that are rounding
@@ -55,10 +55,10 @@ def parts_of(
     with torch.no_grad():
         for cut in cut_points(dense):
             layer = source_layer(dense, cut.node)
-            if cut.node not in common or layer is None or layer not in support:
+            if cut.node not in common or layer not in support or not rows_are_samples(dense, cut):
                 continue
             fronts, behind = zip(*(split(rest, cut) for rest in rests), strict=True)
-            kept = torch.as_tensor(support[layer], device=x.device)
+            kept = torch.as_tensor(support[str(layer)], device=x.device)
             part = Part(fronts[0], fronts[1], kept, channel_axis(dense, cut.node))
             whole, small = (front(value) for front, value in zip(fronts, values, strict=True))
             if not part.fits(whole, small):
@@ -83,7 +83,7 @@ def reconstruct(
     share of a part's steps that are done to the size of the next one.  Yields the error of each
     part: squared, relative to the variance of what is wanted.
     """
-    dtype = next((p.dtype for part in parts for p in part.sliced.parameters()), x.dtype)
+    dtype = _dtype(parts, x)
     dense, small = x, x.to(dtype)
     for part in parts:
         with torch.no_grad():
@@ -115,12 +115,17 @@ def reconstruct(
 
 def affordable(parts: Sequence[Part], x: Tensor) -> int:
     """How many samples' values between parts, of both networks, take a bounded memory."""
-    most, dense, small = x[:1].numel(), x[:1], x[:1]
+    most, dense, small = x[:1].numel(), x[:1], x[:1].to(_dtype(parts, x))
     with torch.no_grad():
         for part in parts:
             dense, small = part.dense(dense), part.sliced(small)
             most = max(most, dense.numel() + 2 * small.numel())
-    return max(1, _MEMORY // (2 * most * x.element_size()))
+    return max(1, _MEMORY // (2 * most * small.element_size()))
+
+
+def _dtype(parts: Sequence[Part], x: Tensor) -> torch.dtype:
+    """Type of what is trained, which may be finer than that of the dense network."""
+    return next((p.dtype for part in parts for p in part.sliced.parameters()), x.dtype)
 
 
 def _all(part: nn.Module, x: Tensor) -> Tensor:

@@ -111,6 +111,43 @@ def test_a_pruner_comes_closer_to_its_base(kind, tmp_path):
     np.testing.assert_array_equal(again.predict_proba(X), answers)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_other_types_keep_theirs(dtype):
+    X, y = blobs(per_class=20)
+    model = FrozenModel(network("residual").to(dtype))
+    how = Distillation(0, block_steps=5)
+    pruner = DCSPruner(model, budget=0.5, distill=how, random_state=0, device="cpu").fit(X, y)
+    assert not hasattr(pruner, "distillation_losses_") and pruner.cost_ratio_ <= 0.5
+    assert {p.dtype for p in pruner.model_.parameters()} == {dtype}
+    assert np.isfinite(pruner.predict_proba(X)).all()
+
+
+class SequenceFirst(nn.Module):
+    """Samples lie along the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 12), nn.Linear(12, 12)
+        self.three, self.head = nn.Linear(12, 12), nn.Linear(12, 6)
+
+    def forward(self, x):
+        x = torch.relu(self.one(x[:, 0].transpose(0, 1)))
+        return self.head(torch.relu(self.three(torch.relu(self.two(x)).mean(0))))
+
+
+def test_cuts_where_rows_are_no_samples_are_left_out():
+    torch.manual_seed(0)
+    x = torch.randn(8, 1, 8, 8)
+    graph = trace(SequenceFirst().eval(), x[:1])
+    small = sliced(graph, x[:1], 0.5)
+    parts = parts_of(graph, small.model, small.support, x)
+    value = x
+    for part in parts:
+        value = part.dense(value)
+        assert value.shape == (8, 12)
+    assert parts
+
+
 def test_a_routed_network_has_none():
     X, y = blobs(per_class=20)
     sinf = SINFClassifier(
