@@ -463,7 +463,7 @@ def between(kind: Callable[..., Tensor], n_in: int = 8, **parts: nn.Module) -> n
 WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "layer norm": (
         lambda: between(lambda s, x: s.n(x), n=nn.LayerNorm((8, 4, 4))),
-        "run through n",
+        "run through the LayerNorm 'n'",
     ),
     "functional norm": (lambda: between(lambda s, x: F.group_norm(x, 2)), "group_norm"),
     "softmax in double": (
