@@ -394,9 +394,12 @@ def _home(node: fx.Node, arguments: dict[str, Any]) -> tuple[str, bool]:
     path, _, leaf = str(weight.target).rpartition(".")
     if weight.op == "get_attr" and leaf == "weight" and path:
         return path, True
-    used = {str(n.target) for n in ancestors(weight) | {weight} if n.op == "get_attr"}
-    of_weight = (f"{home}.weight_", f"{home}.parametrizations.weight.")
-    return home, any(name == f"{home}.weight" or name.startswith(of_weight) for name in used)
+    read = ("get_attr", "call_module")  # a parametrisation is a module
+    used = {f"{n.target}." for n in ancestors(weight) | {weight} if n.op in read}
+    of_weight = tuple(
+        f"{home}.{name}" for name in ("weight.", "weight_", "parametrizations.weight.")
+    )
+    return home, any(name.startswith(of_weight) for name in used)
 
 
 def _install(
