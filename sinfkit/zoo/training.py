@@ -159,11 +159,9 @@ def train_network(
         _use_bfloat16(network, images, target),
     )
     if images.is_floating_point() and len(images):
-        largest = images.abs().amax()
-        if largest > torch.finfo(engine.prepare.dtype).max:
-            raise ValueError(
-                f"X holds values of up to {float(largest):.3g}, more than {engine.prepare.dtype} has."
-            )
+        largest, dtype = float(images.abs().amax()), engine.prepare.dtype
+        if largest > torch.finfo(dtype).max:
+            raise ValueError(f"X holds values of up to {largest:.3g}, more than {dtype} has.")
     _check_outputs(engine, images[:2], labels)
 
     # Equal batches: a single sample left over would have no variance for a batch-norm.
