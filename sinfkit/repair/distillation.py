@@ -110,13 +110,11 @@ def as_distillation(value: Any) -> Distillation | None:
             f"distill must be a Distillation, a number of epochs or None, got {shown(value)}."
         )
     with nested("distill", value.get_params()):
-        check_integer("epochs", value.epochs, low=0)
-        if not value.epochs and not value.block_steps:
-            raise ValueError("epochs=0 trains nothing without block_steps.")
+        check_integer("block_steps", value.block_steps, low=0)
+        check_integer("epochs", value.epochs, low=0 if value.block_steps else 1)
         check_number("learning_rate", value.learning_rate, "(0, inf)")
         check_number("temperature", value.temperature, "(0, inf)")
         check_integer("batch_size", value.batch_size)
-        check_integer("block_steps", value.block_steps, low=0)
         check_choice("augment", value.augment, get_args(Augment), optional=True)
         if value.checkpoint is not None:
             check_path("checkpoint", value.checkpoint)
