@@ -24,7 +24,7 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -479,8 +479,8 @@ def within_budget(case: Case) -> str:
     counts = []
     for network in (pruner.model_, pruner.base_model_.module()):
         # Attention counts the same in every form only where it is made of products.
-        torch.backends.mha.set_fastpath_enabled(False)
         with (
+            _no_fast_path(),
             torch.inference_mode(),
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
@@ -501,6 +501,17 @@ def within_budget(case: Case) -> str:
         if not difference <= 1e-2:
             return f"stored and read again it differs by {difference:.3g}"
     return f"{left:.3f} of the cost is left, not {budget}" if left > budget + 0.02 else ""
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Let torch's own attention be made of plain operations inside the block."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 CHECKS: dict[str, Callable[[Case], str]] = {

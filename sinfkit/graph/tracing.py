@@ -387,7 +387,6 @@ def check_traced(
         _check_first(fresh().eval(), module, X)
     try:
         _check(graph, module, X)
-        _check_evaluation(graph)
         return
     except ValueError as error:
         found = error
@@ -396,7 +395,6 @@ def check_traced(
     if wide is not None:
         with contextlib.suppress(RuntimeError, ValueError):
             _check(*wide, X.double())
-            _check_evaluation(graph)
             return
     raise found
 
@@ -499,6 +497,7 @@ def _check(graph: fx.GraphModule, module: nn.Module, X: Tensor) -> None:
                 "The model could not be followed: what was recorded from its forward depends on "
                 f"the others of a batch, unlike the model itself. {_cause(module)}"
             )
+    _check_evaluation(graph)
 
 
 def _drawing(module: nn.Module, X: Tensor) -> tuple[Tensor, bool]:

@@ -25,7 +25,7 @@ from ..data.validation import hold_out
 from ..errors import OutOfReachError
 from ..graph.cost import count_macs, count_parameters
 from ..promise import Certificate, certify, count_discordant, fixed_sequence, images_needed
-from ..repair.blockwise import parts_of
+from ..repair.blockwise import Part, parts_of
 from ..repair.distillation import Lesson, distill
 from ..repair.moments import Moments, gather_moments
 from ..repair.sequential import RepairSettings, affordable_images, repair
@@ -175,16 +175,17 @@ class Builder:
         if how is None:
             return pruned
         model, outputs = copy.deepcopy(pruned.model), calibration.table.outputs.tolist()
-        some = calibration.batcher.at(calibration.X, rows[:4])
+        parts: Sequence[Part] = ()
+        if how.block_steps:
+            some = calibration.batcher.at(calibration.X, rows[:4])
+            parts = parts_of(calibration.graph, model, pruned.support, some)
         lesson = Lesson(
             student=model,
             answer=lambda x, _: model(x),
             teach=lambda x, _: calibration.graph(x)[:, outputs],
             read=lambda places: calibration.batcher.at(calibration.X, rows[places]),
             weight=calibration.weights(rows),
-            parts=parts_of(calibration.graph, model, pruned.support, some)
-            if how.block_steps
-            else (),
+            parts=parts,
         )
         losses = distill(lesson, how, calibration.seed, self.progress)
         model.to(memory_format=torch.contiguous_format)

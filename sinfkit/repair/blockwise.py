@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.cuts import channel_axis, cut_points, rows_are_samples, source_layer, split
+from ..utils.device import in_pieces
 
 _MEMORY = 2**30  # bytes of values between parts
 _NOTHING = 1e-9  # errors that are rounding
@@ -130,4 +131,4 @@ def _dtype(parts: Sequence[Part], x: Tensor) -> torch.dtype:
 
 def _all(part: nn.Module, x: Tensor) -> Tensor:
     """A part's values for all samples."""
-    return torch.cat([part(piece) for piece in x.split(_AT_ONCE)])
+    return torch.cat(list(in_pieces(part, x.split(_AT_ONCE))))

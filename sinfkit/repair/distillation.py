@@ -65,8 +65,9 @@ class Distillation(BaseEstimator):
         which is wrong for text.  None: nothing, and the whole network answers each sample once and
         not in each epoch.
     block_steps : int, default=0
-        Before that, so many steps for each block of the network alone, towards what the whole
-        network's block gives (block-wise reconstruction, arXiv 2102.05426).  `DCSPruner` only.
+        Before that, so many steps for each block of the network alone, of `batch_size` samples and
+        five times `learning_rate`, towards what the whole network's block gives: least squared
+        error (block-wise reconstruction, arXiv 2102.05426).  `DCSPruner` only.
     checkpoint : path-like, optional
         Folder in which the state of each training is kept after every epoch: a fit that was
         interrupted goes on from there, and gives the same result.  Files are not deleted.

@@ -158,7 +158,7 @@ def train_network(
         _Preparation(images, mean, std, float_type(network), target),
         _use_bfloat16(network, images, target),
     )
-    if images.is_floating_point() and len(images):
+    if images.is_floating_point():
         largest, dtype = float(images.abs().amax()), engine.prepare.dtype
         if largest > torch.finfo(dtype).max:
             raise ValueError(f"X holds values of up to {largest:.3g}, more than {dtype} has.")
