@@ -408,11 +408,6 @@ def source_layer(gm: fx.GraphModule, node: str) -> str | None:
     return None if source is None else str(source.target)
 
 
-def rows_are_samples(gm: fx.GraphModule, cut: CutPoint) -> bool:
-    """Whether each row of what crosses a cut is a sample, and no part of one."""
-    return samples_of(_named(gm, cut.node)) == ALONG_ROWS
-
-
 def samples_first(gm: fx.GraphModule, node: str) -> Callable[[Tensor], Tensor]:
     """What turns a node's value into one row for each sample; parts of one become positions."""
     (axis, parts), channels = samples_of(_named(gm, node)), channel_axis(gm, node)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph.cuts import channel_axis, cut_points, rows_are_samples, source_layer, split
+from ..graph.cuts import channel_axis, cut_points, source_layer, split
 from ..utils.device import in_pieces
 
 _MEMORY = 2**30  # bytes of values between parts
@@ -56,10 +56,10 @@ def parts_of(
     with torch.no_grad():
         for cut in cut_points(dense):
             layer = source_layer(dense, cut.node)
-            if cut.node not in common or layer not in support or not rows_are_samples(dense, cut):
+            if cut.node not in common or layer is None or layer not in support:
                 continue
             fronts, behind = zip(*(split(rest, cut) for rest in rests), strict=True)
-            kept = torch.as_tensor(support[str(layer)], device=x.device)
+            kept = torch.as_tensor(support[layer], device=x.device)
             part = Part(fronts[0], fronts[1], kept, channel_axis(dense, cut.node))
             whole, small = (front(value) for front, value in zip(fronts, values, strict=True))
             if not part.fits(whole, small):
